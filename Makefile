@@ -1,0 +1,47 @@
+# make demo   the whole pipeline on the embedded sample, from web pages to a model that writes
+# make test   the tests
+# make lint   ruff
+# make clean  removes what the demo (or any run with default paths) has written
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+VENV := .venv
+
+.PHONY: install demo test lint clean
+.DEFAULT_GOAL := demo
+
+install: $(VENV)/installed
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 is needed; name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: requirements.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	@touch $@
+
+# The commands are printed as you would type them inside the environment.
+demo test lint: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+demo: $(VENV)/installed
+	python filter_cc.py
+	python extend_vocab.py --base_model data/sample/tiny-llama --corpus data/cc_filtered --vocab_size 8000
+	python train_pt.py --block_size 256 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --learning_rate 2e-3 --num_train_epochs 4
+	python merge_lora.py
+	python -c "from transformers import pipeline; print(pipeline('text-generation', 'outputs/merged')('春天的', max_new_tokens=60)[0]['generated_text'])"
+
+test: $(VENV)/installed-dev
+	python -m pytest
+
+lint: $(VENV)/installed-dev
+	ruff check .
+	ruff format --check .
+
+clean:
+	rm -rf outputs data/cc_filtered
