@@ -1,5 +1,7 @@
-"""What every test file may ask for: the scripts as programs, and real material where it is at hand."""
+"""What every test file may ask for: the scripts as programs, real material, the demo's outputs."""
 
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +29,27 @@ def run_script() -> Callable[..., subprocess.CompletedProcess]:
         command = [sys.executable, str(ROOT / name), *map(str, args)]
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, **kwargs)
         if check and done.returncode:
-            pytest.fail(f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}")
+            pytest.fail(
+                f"{' '.join(command)}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
+            )
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `make demo` leaves, from the commands that it would type, trained briefly."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "data").mkdir()
+    (folder / "data" / "sample").symlink_to(ROOT / "data" / "sample")
+    printed = subprocess.check_output(["make", "-n", "demo"], cwd=ROOT, text=True)
+    commands = [line for line in printed.splitlines() if re.match(r"python \w+\.py", line)]
+    assert len(commands) == 4, printed
+    for command in commands:
+        _, script, *options = shlex.split(command)
+        options += ["--max_steps", "20"] if script == "train_pt.py" else []
+        words = [sys.executable, ROOT / script, *options]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return folder

@@ -92,15 +92,12 @@ def wet_record(name: str, text: str | bytes) -> WarcRecord:
 def html_record(name: str, html: str) -> WarcRecord:
     """Return a WARC response record: the HTTP answer of the server with the page in it."""
     body = html.encode()
-    head = (
-        "HTTP/1.1 200 OK",
-        "Content-Type: text/html; charset=utf-8",
-        f"Content-Length: {len(body)}",
-    )
-    content = "\r\n".join([*head, "", ""]).encode() + body
-    kind = "application/http; msgtype=response"
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: {len(body)}\r\n\r\n"
     return new_record(
-        WarcRecordType.response, f"{HOST}/{name}", head.encode() + body, Content_Type=kind
+        WarcRecordType.response,
+        f"{HOST}/{name}",
+        head.encode() + body,
+        Content_Type="application/http; msgtype=response",
     )
 
 

@@ -1,0 +1,99 @@
+"""What holds the four standalone scripts together as one author's work."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = ["filter_cc.py", "extend_vocab.py", "train_pt.py", "merge_lora.py"]
+
+
+def definitions(script: str) -> dict[str, str]:
+    """Return {name: source} of a script's top-level functions and classes."""
+    source = (ROOT / script).read_text()
+    nodes = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    return {node.name: ast.get_source_segment(source, node) for node in nodes}
+
+
+@pytest.mark.parametrize(
+    ("name", "scripts"),
+    [
+        ("HelpFormatter", SCRIPTS),
+        ("UserError", SCRIPTS),
+        ("user_errors", SCRIPTS),
+        ("parse_args", ["filter_cc.py", "extend_vocab.py", "merge_lora.py"]),
+        ("find_model", ["extend_vocab.py", "train_pt.py", "merge_lora.py"]),
+        ("fingerprint", ["train_pt.py", "merge_lora.py"]),
+    ],
+)
+def test_a_helper_that_scripts_share_stands_identically_in_each(name, scripts):
+    copies = {definitions(script)[name] for script in scripts}
+    assert len(copies) == 1, f"{name} differs between {', '.join(scripts)}"
+
+
+def test_every_name_defined_in_several_scripts_is_a_known_copy():
+    """A second author's version of the same helper would show up here."""
+    seen: dict[str, set[str]] = {}
+    for script in SCRIPTS:
+        for name, source in definitions(script).items():
+            seen.setdefault(name, set()).add(source)
+    differing = {name for name, sources in seen.items() if len(sources) > 1}
+    assert differing <= {"main", "check", "Arguments", "parse_args"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_sections_come_in_the_same_order(script):
+    titles = re.findall(r"^# --- (.+?) -+$", (ROOT / script).read_text(), flags=re.MULTILINE)
+    assert titles[:3] == ["Constants", "Arguments", "Errors"]
+    assert titles[-1] == "Main"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_imports_another_or_a_local_module(script):
+    tree = ast.parse((ROOT / script).read_text())
+    local = {path.stem for path in ROOT.glob("*.py")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert not local & {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            assert node.module.split(".")[0] not in local
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_main_is_a_table_of_contents(script):
+    main = definitions(script)["main"]
+    assert len(main.splitlines()) <= 45
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_teaches_without_loading_torch(script):
+    """--help answers at once because nothing heavy is imported for it."""
+    code = f"""if True:
+        import runpy, sys
+        sys.argv = [{script!r}, "--help"]
+        try:
+            runpy.run_path({script!r}, run_name="__main__")
+        except SystemExit as done:
+            assert not done.code
+        heavy = {{"torch", "datasets", "peft", "datatrove", "matplotlib", "ray"}} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for option in ("--output_dir", "--help"):
+        assert option in done.stdout
+    assert "(default: " in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_unknown_option_is_two_lines_and_exit_code_2(script, run_script):
+    done = run_script(script, "--no_such_option", "1", check=False)
+    assert done.returncode == 2
+    assert "--no_such_option" in done.stderr
+    assert "Traceback" not in done.stderr
