@@ -1,4 +1,4 @@
-"""The four scripts as one chain: on the embedded sample, and on real text with Llama 2's tokenizer."""
+"""The four scripts as one chain: on the sample, and on real text with the real tokenizer."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def test_a_missing_input_names_the_command_to_run_first(script, remedy, run_scri
 
 @pytest.mark.timeout(900)
 def test_real_text_and_the_real_tokenizer(shared_data, run_script, tmp_path):
-    """Llama 2's tokenizer, 紅樓夢, 40 MB of crawl, a small Llama in NF4: first page to last word."""
+    """The Llama 2 tokenizer, 紅樓夢, 40 MB of crawl, a small Llama in NF4: pages to words."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
