@@ -70,7 +70,8 @@ def write_warc(path: Path, records: list[WarcRecord]) -> None:
 def new_record(kind: WarcRecordType, uri: str, content: bytes, **headers: str) -> WarcRecord:
     """Return a record with a fixed date and an id that follows from its URI."""
     record = WarcRecord()
-    record.init_headers(record_type=kind, record_urn=f"uuid:{uuid.uuid5(uuid.NAMESPACE_URL, uri)}")
+    urn = f"uuid:{uuid.uuid5(uuid.NAMESPACE_URL, uri)}"
+    record.init_headers(record_type=kind, record_urn=urn.encode())
     record.headers["WARC-Date"] = "2026-11-01T00:00:00Z"
     record.headers["WARC-Target-URI"] = uri
     for name, value in headers.items():
