@@ -1,0 +1,1356 @@
+"""Continued pretraining of an extended Llama on one GPU: QLoRA with shifted sparse (S²) attention.
+
+In: the model of extend_vocab.py (outputs/extended) and a folder of text (data/cc_filtered: Parquet
+with a column `text`; JSON Lines and .txt work too). Out: outputs/pt with the adapter (stock PEFT:
+LoRA, the new rows of embedding and head, the norms), checkpoints, metrics.jsonl, a model card, and
+pictures/trainloss.png, redrawn as it runs.
+
+The weights are NF4 (QLoRA, Dettmers et al. 2023); in training half of the heads attend within groups
+of --group_size tokens and half within groups shifted by half a group (LongLoRA, Chen et al. 2023,
+section 3.2), never across documents; evaluation is full causal attention. The same command goes on
+where an interrupted run stopped, to the bit. SIGTERM and Ctrl-C finish the step, save and exit with
+143 and 130; a mistake ends with 2, a full disk with 1.
+
+A run of minutes on a CPU, after the demo's first two steps:
+    python train_pt.py --block_size 256 --learning_rate 2e-3 --num_train_epochs 4 \\
+        --per_device_train_batch_size 4 --gradient_accumulation_steps 1
+The real run (first see what it will take):
+    python train_pt.py --plan --plan_gpu_gb 24
+    python train_pt.py --lora_rank 32
+Several GPUs: torchrun --nproc_per_node 4 train_pt.py --lora_rank 32
+
+Every option of transformers.TrainingArguments is accepted too; --help_trainer lists them.
+"""
+
+import argparse
+import bisect
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch  # Trainer, PEFT and the models take seconds more to import: inside the functions
+import torch.nn.functional as F
+from transformers import HfArgumentParser
+
+# --- Constants -----------------------------------------------------------------------------------
+
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+LLAMA_2_PIECES = 32_000
+IGNORED = -100  # the label of a token that is not predicted
+LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 1,024 x 61,388 x 4 bytes = 0.25 GB
+# The Trainer options that change the result: an unfinished run goes on only with the same ones.
+TRAINER_SETTINGS = (
+    "adam_beta1 adam_beta2 adam_epsilon bf16 data_seed fp16 label_smoothing_factor lr_scheduler_kwargs "
+    "max_grad_norm max_steps neftune_noise_alpha optim_args warmup_steps weight_decay world_size"
+).split()
+
+# --- Arguments -----------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the module's docstring and adds every option's default."""
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Arguments:
+    """Every option of the command line; the help text is the documentation."""
+
+    model_name_or_path: str = option("outputs/extended", "Base model: a folder or a hub id.")
+    dataset: str = option(
+        "data/cc_filtered", "Text: a .parquet or .jsonl file (column text), a .txt, or a folder."
+    )
+    output_dir: str = option("outputs/pt", "Folder of adapter, checkpoints and metrics.")
+    picture: str = option("pictures/trainloss.png", "The loss chart, redrawn as it runs.")
+    cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
+    block_size: int = option(2048, "Tokens in a training sequence; documents are packed to fill it.")
+    group_size: int | None = option(
+        None, "Tokens in a group of S² attention; None: a quarter of block_size."
+    )
+    eval_fraction: float = option(
+        0.01, "Share of the documents held out (at least 4, at most a tenth); 0: no evaluation."
+    )
+    quantization: Literal["nf4", "none"] = option("nf4", "How the frozen weights are held.")
+    lora_rank: int = option(32, "Rank of the LoRA matrices on all linear layers.")
+    lora_alpha: int | None = option(None, "LoRA scale times rank; None: twice the rank.")
+    lora_dropout: float = option(0.0, "Dropout before the LoRA matrices.")
+    train_embeddings: Literal["new", "all", "none"] = option(
+        "new", "Rows of embedding and head to train: the added pieces, all, or none."
+    )
+    base_vocab_size: int | None = option(
+        None, "First new row; None: as extend_vocab.py wrote it, else 32000."
+    )
+    train_norms: bool = option(True, "Train the norms too (LongLoRA found it decisive).")
+    sample_tokens: int = option(64, "Length of the sample written at each evaluation; 0: none.")
+    plan: bool = option(False, "Print sizes, steps and a memory estimate; train nothing.")
+    plan_gpu_gb: float | None = option(None, "GPU memory to plan for, in GB; None: the GPU here.")
+    activation_checkpointing: bool | None = option(
+        None, "Recompute activations in the backward pass; None: on a GPU."
+    )
+    activation_checkpointing_kwargs: str | None = option(
+        None, """JSON; '{"offload": true}' keeps the checkpoints in the memory of the host."""
+    )
+    resume_from_checkpoint: str = option("auto", "A checkpoint's folder, auto (the last), or none.")
+    learning_rate: float = option(5e-5, "Peak learning rate.")
+    lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
+    num_train_epochs: float = option(3.0, "Passes over the data.")
+    per_device_train_batch_size: int = option(8, "Sequences per device and forward pass.")
+    gradient_accumulation_steps: int = option(4, "Forward passes per optimizer step.")
+    per_device_eval_batch_size: int = option(8, "The same in evaluation.")
+    optim: str | None = option(
+        None, "Optimizer; None: Adam with 8-bit states on a GPU (adamw_8bit), else adamw_torch."
+    )
+    eval_strategy: str = option("steps", "When to evaluate: steps, epoch or no.")
+    eval_steps: float = option(0.05, "Steps between evaluations; under 1: a share of all steps.")
+    save_steps: float = option(0.05, "Steps between checkpoints; under 1: a share of all steps.")
+    save_total_limit: int = option(2, "Checkpoints kept.")
+    logging_steps: float = option(5, "Steps between points of the loss curve.")
+    report_to: str = option("none", "Also log to: wandb, tensorboard, ... or none.")
+    bf16: bool = option(True, "Compute in bfloat16.")
+    seed: int = option(42, "Seed of order, initial weights and dropout.")
+
+
+def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
+    """Read the command line (None: sys.argv) into our Arguments and transformers.TrainingArguments;
+    an unknown option ends the program with exit code 2."""
+    parser = HfArgumentParser(
+        Arguments,
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help_trainer", action="store_true", help="List the Trainer's options.")
+    args, extra, rest = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    from transformers import TrainingArguments
+
+    trainer_parser = HfArgumentParser(
+        TrainingArguments, formatter_class=HelpFormatter, usage="%(prog)s [options]"
+    )
+    if extra.help_trainer:
+        trainer_parser.print_help()
+        raise SystemExit(0)
+    on_gpu = torch.cuda.is_available()
+    args.optim = args.optim or ("adamw_8bit" if on_gpu else "adamw_torch")
+    args.group_size = args.group_size or args.block_size // 4
+    args.lora_alpha = args.lora_alpha or 2 * args.lora_rank
+    if args.activation_checkpointing is None:
+        args.activation_checkpointing = on_gpu
+    known = TrainingArguments.__dataclass_fields__
+    ours = {name: value for name, value in vars(args).items() if name in known}
+    trainer_parser.set_defaults(**ours | {
+        "activation_checkpointing": False,  # build_model does it, alike in all versions
+        "activation_checkpointing_kwargs": None,
+        "use_cpu": not on_gpu,
+        "remove_unused_columns": False,  # it would drop the cut points before the collator
+        "label_names": ["labels"],
+        "ddp_find_unused_parameters": False,
+        "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
+        "save_strategy": "steps",
+    })
+    try:
+        training, unknown = trainer_parser.parse_args_into_dataclasses(
+            rest, return_remaining_strings=True, look_for_args_file=False
+        )
+        if training.use_liger_kernel:  # its rope, norm and SwiGLU; the chunked loss stays ours
+            training.liger_kernel_config = (training.liger_kernel_config or {}) | {
+                "fused_linear_cross_entropy": False, "cross_entropy": False
+            }
+    except (ValueError, ImportError) as error:
+        parser.error(" ".join(str(error).split()))
+    if unknown:
+        parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
+    return args, training
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the argument, its value, what was expected, what to do."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End mistakes and refusals in one line: exit code 2 for a UserError, 1 for a full or read-only
+    disk, 130 for Ctrl-C. Anything else is our bug and keeps its traceback."""
+    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+    try:
+        yield
+        return
+    except UserError as error:
+        message, code = f"error: {error}", 2
+    except KeyboardInterrupt:
+        message, code = "interrupted; run the same command again to go on", 130
+    except Exception as error:
+        if getattr(error, "errno", None) not in refusals and "No space left" not in str(error):
+            raise
+        message, code = f"error: {error}", 1
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+# --- The base model ------------------------------------------------------------------------------
+
+
+def find_model(name_or_path: str, option: str) -> Path:
+    """The local folder of a model: a folder with a config.json as it is, else the hub's snapshot."""
+    folder = Path(name_or_path).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        raise UserError(
+            f"{option} {name_or_path}: no config.json in it; expected a model's folder (config.json, "
+            "*.safetensors, tokenizer.model) or a hub id such as meta-llama/Llama-2-7b-hf"
+        )
+    if folder.parts[:1] == ("outputs",):
+        raise UserError(
+            f"{option} {name_or_path}: there is no such folder; run python extend_vocab.py first"
+        )
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) or folder.parent.is_dir():
+        raise UserError(
+            f"{option} {name_or_path}: there is no such folder; expected a model's folder or a hub id "
+            "such as meta-llama/Llama-2-7b-hf"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "LICENSE*", "USE_POLICY*"]
+    try:
+        folder = Path(snapshot_download(name_or_path, allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+        gated = isinstance(error, GatedRepoError)
+        reason = "the model is gated" if gated else "the hub does not hand it out or is out of reach"
+        raise UserError(
+            f"{option} {name_or_path}: {reason}; accept the licence on "
+            f"https://huggingface.co/{name_or_path}, run hf auth login and try again; without it, "
+            f"{option} data/sample/tiny-llama tries the whole pipeline"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{option} {name_or_path}: the repository has no config.json; not a model")
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """Name a model's weights without reading gigabytes: the sha256 of config.json and, for every
+    *.safetensors in name order, its name, its header, and both ends (1,024 bytes) of each tensor."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            digest.update(path.name.encode() + header)
+            tensors = json.loads(header)
+            tensors.pop("__metadata__", None)
+            for begin, end in sorted(t["data_offsets"] for t in tensors.values()):
+                for start in (begin, max(begin, end - 1024)):
+                    file.seek(8 + len(header) + start)
+                    digest.update(file.read(min(1024, end - begin)))
+    return digest.hexdigest()
+
+
+def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
+    """Folder, configuration and tokenizer of the base, and the first of its rows that are new."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    option = "--model_name_or_path"
+    folder = find_model(args.model_name_or_path, option)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{option} {folder}: an adapter; expected the base model that it was trained on")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{option} {folder}: not a whole model ({reason}); make it again") from error
+    if config.model_type != "llama":
+        raise UserError(f"{option} {folder}: a {config.model_type} model; expected Llama's architecture")
+    if getattr(config, "tie_word_embeddings", False):
+        raise UserError(f"{option} {folder}: embedding and head are tied; expected two matrices")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"{option} {folder}: the tokenizer has {len(tokenizer)} pieces and the model only "
+            f"{config.vocab_size} rows; run python extend_vocab.py, which makes both"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{option} {folder}: no *.safetensors in it; expected the weights of a model")
+    if args.block_size > config.max_position_embeddings:
+        raise UserError(
+            f"--block_size {args.block_size}: longer than the model's {config.max_position_embeddings} "
+            "positions; choose a smaller one, or set rope scaling in its config.json"
+        )
+    record = folder / "run.json"
+    known = json.loads(record.read_text())["results"] if record.is_file() else {}
+    first = args.base_vocab_size or (known or {}).get("base_vocab_size") or LLAMA_2_PIECES
+    first = min(first, config.vocab_size)
+    if args.train_embeddings == "none" and first < config.vocab_size:
+        raise UserError(
+            f"--train_embeddings none: rows {first} to {config.vocab_size - 1} of embedding and head "
+            "are new and would never be trained; use new, or say that none is new with "
+            f"--base_vocab_size {config.vocab_size}"
+        )
+    return folder, config, tokenizer, first
+
+
+# --- S² attention --------------------------------------------------------------------------------
+#
+# B sequences of T tokens, H heads of size D. S² attention is causal attention within segments: one
+# set of cut points for the first half of the heads, another, shifted by G/2, for the second half.
+# Laid one after the other, both halves are one sequence of 2·B·T tokens with H/2 heads.
+
+
+def cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> dict[str, Any]:
+    """Where segments start in the packed tokens, position_ids (B, T) counting from each document's
+    first token; both halves of the heads in a row for S², only the documents if group is None.
+    Made on the CPU, so that a GPU never waits to learn the lengths."""
+    position = position_ids.cpu().clone()
+    position[:, 0] = 0  # a row is a document's start for attention, whatever its number
+    position = position.flatten()
+    start = position == 0
+    if group is not None:  # groups count from the document's first token; its ends are half groups
+        start = torch.cat([start | ((position + shift) % group == 0) for shift in (0, group // 2)])
+    starts = start.nonzero().flatten()  # (N,)
+    ends = torch.cat([starts[1:], torch.tensor([len(start)])])
+    lengths = ends - starts
+    if flash:
+        return {"bounds": torch.cat([starts, ends[-1:]]).int(), "longest": int(lengths.max())}
+    order = lengths.argsort(stable=True)
+    size, count = torch.unique_consecutive(lengths[order], return_counts=True)
+    offset = torch.arange(len(start)) - starts.repeat_interleave(lengths)  # within the segment
+    place = (lengths[order].cumsum(0) - lengths[order])[order.argsort()]  # of a segment, by length
+    inverse = place.repeat_interleave(lengths) + offset
+    return {"order": inverse.argsort(), "inverse": inverse, "runs": list(zip(size.tolist(), count.tolist()))}
+
+
+def flash_is_here() -> bool:
+    """Whether PyTorch's variable-length flash attention runs on the device at hand."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def segment_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: dict) -> torch.Tensor:
+    """Causal attention within each segment; q, k, v: (tokens, heads, D)."""
+    if "bounds" in cuts:
+        import inspect
+
+        from torch.nn.attention.varlen import varlen_attn
+
+        new_style = "window_size" in inspect.signature(varlen_attn).parameters  # from torch 2.11 on
+        causal = {"window_size": (-1, 0)} if new_style else {"is_causal": True}
+        bounds, longest = cuts["bounds"], cuts["longest"]
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal)
+    # All segments of one length stand together: each length is one call without a mask.
+    q, k, v = (x.index_select(0, cuts["order"]) for x in (q, k, v))
+    done, outputs = 0, []
+    for length, count in cuts["runs"]:
+        part = slice(done, done + length * count)
+        done = part.stop
+        shape = (count, length, *q.shape[1:])
+        rows = [x[part].view(shape).transpose(1, 2) for x in (q, k, v)]  # (count, heads, length, D)
+        output = F.scaled_dot_product_attention(*rows, is_causal=True)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, cuts["inverse"])
+
+
+def s2_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, cuts=None, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """The attention function that Transformers calls: S² in training, each document's full causal
+    attention in evaluation, the stock function with a KV cache or a padding mask."""
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        from transformers import AttentionInterface
+
+        if module.training:
+            raise ValueError("S² attention trains on packed sequences: no padding mask, no KV cache")
+        stock = AttentionInterface()["sdpa"]
+        return stock(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    assert dropout == 0.0, "attention dropout is not part of Llama"
+    B, H, T, D = query.shape
+    group = module.config.group_size if module.training else None
+    if cuts is None:
+        flash = flash_is_here() and query.dtype in (torch.float16, torch.bfloat16)
+        cuts = cut_points(kwargs["position_ids"].expand(B, T), group, flash)
+        cuts = {n: x.to(query.device) if torch.is_tensor(x) else x for n, x in cuts.items()}
+    else:
+        cuts = cuts["documents" if group is None else "groups"]
+    repeats = H // key.shape[1]  # grouped queries: each key serves several heads
+    if repeats > 1:
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    if scaling is not None and scaling != D**-0.5:
+        query = query * (scaling * D**0.5)
+    odd = H % 2 if group is not None else 0
+    if odd:  # an empty head evens the halves out; its output is dropped
+        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
+    parts = 1 if group is None else 2
+    heads = (H + odd) // parts
+
+    def lay(x: torch.Tensor) -> torch.Tensor:  # (B, H, T, D) to (parts * B * T, H / parts, D)
+        return x.view(B, parts, heads, T, D).permute(1, 0, 3, 2, 4).reshape(-1, heads, D)
+
+    output = segment_attention(lay(query), lay(key), lay(value), cuts)
+    output = output.view(parts, B, T, heads, D).permute(1, 2, 0, 3, 4).reshape(B, T, H + odd, D)
+    return output[:, :, :H], None
+
+
+def s2_mask(*args, attention_mask=None, q_length=None, kv_length=None, **kwargs):
+    """No mask where the cut points say it all; the stock one for padding and for a KV cache."""
+    if attention_mask is None and q_length == kv_length:
+        return None
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(
+        *args, attention_mask=attention_mask, q_length=q_length, kv_length=kv_length, **kwargs
+    )
+
+
+def register_attention() -> None:
+    """Make attn_implementation="s2" known to Transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register("s2", s2_attention)
+    AttentionMaskInterface.register("s2", s2_mask)
+
+
+# --- Data ----------------------------------------------------------------------------------------
+
+
+def text_files(dataset: str) -> list[Path]:
+    """The files to read, in name order."""
+    root = Path(dataset).expanduser()
+    if not root.exists():
+        hint = "run python filter_cc.py first" if "cc_filtered" in dataset else "check the path"
+        raise UserError(f"--dataset {dataset}: there is no such file or folder; {hint}")
+    found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    files = [p for p in found if p.suffix in (".parquet", ".jsonl", ".txt")]
+    if not files:
+        raise UserError(f"--dataset {dataset}: no .parquet, .jsonl or .txt in it; expected text")
+    return files
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """Every document of a file."""
+    try:
+        if path.suffix == ".txt":
+            yield path.read_text(encoding="utf-8")
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                yield from (json.loads(line)["text"] for line in lines if line.strip())
+        else:
+            from pyarrow.parquet import ParquetFile
+
+            for batch in ParquetFile(path).iter_batches(256, columns=["text"]):
+                yield from batch.column("text").to_pylist()
+    except (ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"--dataset {path}: cannot be read ({reason}); expected text in UTF-8") from error
+
+
+@dataclass
+class Corpus:
+    """Tokenised documents, one after the other, BOS and EOS around each."""
+
+    tokens: np.ndarray  # (all tokens,)
+    lengths: np.ndarray  # (documents,), in tokens
+    characters: np.ndarray  # (documents,)
+
+
+def dataset_key(files: list[Path], base: Path) -> str:
+    """Changes when the text or the tokenizer does."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in base.glob("tokenizer*") if p.is_file()):
+        digest.update(path.read_bytes())
+    for path in files:
+        stat = path.stat()
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def tokenize(files: list[Path], tokenizer: Any, cache: Path) -> Corpus:
+    """Tokenise every document, once: the next run finds the result in the cache. The tokenizer
+    works on a thousand documents at a time, with all cores."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    if not cache.exists():
+        from tqdm import tqdm
+
+        building = cache.with_name(f"{cache.name}.{os.getpid()}.building")
+        building.mkdir(parents=True, exist_ok=True)
+        bos, eos = ([i] if i is not None else [] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+        sizes, texts = [], (text for path in files for text in read_texts(path) if text)
+        with (building / "tokens.bin").open("wb") as out, tqdm(desc="tokenising", unit=" documents") as bar:
+            while batch := [text for _, text in zip(range(1000), texts)]:
+                for text, ids in zip(batch, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]):
+                    out.write(np.array(bos + ids + eos, dtype=dtype).tobytes())
+                    sizes.append((len(bos) + len(ids) + len(eos), len(text)))
+                bar.update(len(batch))
+        if not sizes:
+            shutil.rmtree(building)
+            raise UserError(f"--dataset {files[0]}: holds no text; expected at least one document")
+        np.save(building / "documents.npy", np.array(sizes, dtype=np.int64))
+        building.rename(cache)
+    sizes = np.load(cache / "documents.npy")
+    return Corpus(np.memmap(cache / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
+
+
+class PackedBlocks(torch.utils.data.Dataset):
+    """The chosen documents in the given order, cut into blocks of exactly block_size tokens. A block
+    is looked up, not stored; positions count from 0 in each piece of a document; only the last
+    block's end is padded."""
+
+    def __init__(self, corpus: Corpus, order: np.ndarray, block_size: int, padding: int):
+        self.tokens, self.block_size, self.padding = corpus.tokens, block_size, padding
+        self.starts = (np.cumsum(corpus.lengths) - corpus.lengths)[order]
+        self.ends = np.cumsum(corpus.lengths[order])  # in the packed stream
+        predicted = self.ends[-1] - len(order)  # all but each document's first token
+        self.tokens_per_character = float(predicted / max(1, corpus.characters[order].sum()))
+
+    def __len__(self) -> int:
+        return math.ceil(int(self.ends[-1]) / self.block_size)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        at, stop = index * self.block_size, (index + 1) * self.block_size
+        ids, position = np.full(self.block_size, self.padding), np.arange(self.block_size)
+        document, filled = int(np.searchsorted(self.ends, at, side="right")), 0
+        while at < min(stop, int(self.ends[-1])):
+            begin = int(self.ends[document - 1]) if document else 0
+            size = min(stop, int(self.ends[document])) - at
+            source = int(self.starts[document]) + at - begin
+            ids[filled : filled + size] = self.tokens[source : source + size]
+            position[filled : filled + size] = np.arange(size)
+            at, filled, document = at + size, filled + size, document + 1
+        position[filled:] = np.arange(self.block_size - filled)
+        labels = np.where(position > 0, ids, IGNORED)  # nothing foretells a document's first token
+        labels[filled:] = IGNORED
+        return {"input_ids": ids, "position_ids": position, "labels": labels}
+
+
+def split_corpus(corpus: Corpus, args: Arguments, padding: int) -> tuple[PackedBlocks, PackedBlocks | None]:
+    """Shuffle the documents by seed and hold some out, whole."""
+    documents = len(corpus.lengths)
+    order = np.random.default_rng(args.seed).permutation(documents)
+    held = max(round(args.eval_fraction * documents), min(4, documents // 10))
+    if args.eval_fraction <= 0 or args.eval_strategy == "no":
+        held = 0
+    train = PackedBlocks(corpus, order[held:], args.block_size, padding)
+    return train, PackedBlocks(corpus, order[:held], args.block_size, padding) if held else None
+
+
+@dataclass
+class Collate:
+    """Blocks to a batch with its cut points; input_ids stand first, by which Trainer counts."""
+
+    group_size: int
+    flash: bool
+
+    def __call__(self, blocks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+        batch = {name: torch.from_numpy(np.stack([b[name] for b in blocks])) for name in blocks[0]}
+        cuts = {"groups": self.group_size, "documents": None}
+        cuts = {n: cut_points(batch["position_ids"], g, self.flash) for n, g in cuts.items()}
+        return batch | {"cuts": cuts}
+
+
+# --- Model ---------------------------------------------------------------------------------------
+
+
+class TailEmbedding(torch.nn.Module):
+    """An embedding whose last rows are trained: `frozen` (V0, D) in 16 bits, `trained` (V1, D) in
+    fp32. Two small lookups; no copy of the matrix."""
+
+    def __init__(self, frozen: torch.Tensor, trained: torch.Tensor):
+        super().__init__()
+        self.frozen = torch.nn.Parameter(frozen, requires_grad=False)
+        self.trained = torch.nn.Parameter(trained, requires_grad=len(trained) > 0)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        first = len(self.frozen)
+        if not len(self.trained):
+            return F.embedding(ids, self.frozen)
+        new = F.embedding((ids - first).clamp(min=0), self.trained).to(self.frozen.dtype)
+        if not first:
+            return new
+        old = F.embedding(ids.clamp(max=first - 1), self.frozen)
+        return torch.where((ids < first).unsqueeze(-1), old, new)  # (B, T, D)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross entropy of hidden (N, D) against labels (N,), with head rows `frozen` (V0, D)
+    and `trained` (V1, D), over chunks of C tokens: (C, V) logits exist where (N, V) would. The
+    gradient softmax - onehot needs nothing from above but a factor, so each chunk gives its share of
+    both gradients while its logits are at hand, and the backward pass only scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden, frozen, trained, labels):
+        first, dtype = len(frozen), hidden.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        new = trained.to(dtype)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_trained = torch.zeros_like(trained, dtype=wide) if ctx.needs_input_grad[2] else None
+        for start in range(0, len(hidden), LOSS_CHUNK):
+            x, y = hidden[start : start + LOSS_CHUNK], labels[start : start + LOSS_CHUNK, None]
+            logits = x.new_empty(len(x), first + len(new), dtype=wide)  # (C, V)
+            logits[:, :first] = x @ frozen.T
+            logits[:, first:] = x @ new.T
+            kept, y = (y != IGNORED).to(wide), y.clamp(min=0)
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            total += ((log_sum - logits.gather(1, y)) * kept).sum()
+            if d_hidden is None:
+                continue
+            slope = logits.sub_(log_sum).exp_().scatter_add_(1, y, -torch.ones_like(kept))
+            slope = slope.mul_(kept).to(dtype)
+            d_hidden[start : start + LOSS_CHUNK] = slope[:, :first] @ frozen + slope[:, first:] @ new
+            if d_trained is not None:
+                d_trained += slope[:, first:].T @ x
+        ctx.gradients = d_hidden, d_trained
+        return total
+
+    @staticmethod
+    def backward(ctx, factor):
+        d_hidden, d_trained = (g if g is None else g.mul_(factor) for g in ctx.gradients)
+        return d_hidden, None, d_trained, None
+
+
+class TailHead(TailEmbedding):
+    """The head on the same plan. Inside the loss it hands the hidden states on, and `loss` applies
+    the head chunk by chunk."""
+
+    in_loss = False
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.in_loss:
+            return hidden
+        new = self.trained.to(hidden.dtype)
+        return torch.cat([F.linear(hidden, self.frozen), F.linear(hidden, new)], dim=-1)
+
+    @contextmanager
+    def inside_the_loss(self) -> Iterator[None]:
+        self.in_loss = True
+        try:
+            yield
+        finally:
+            self.in_loss = False
+
+    def loss(self, logits, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
+        """Transformers' loss_function: `logits` are the hidden states (B, T, D)."""
+        hidden, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        with torch.autocast(hidden.device.type, enabled=False):
+            total = ChunkedLoss.apply(hidden, self.frozen, self.trained, targets)
+        items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / items
+
+
+def build_model(args: Arguments, training: Any, folder: Path, first_new: int) -> tuple[Any, TailHead]:
+    """The base in NF4 with LoRA on its linear layers, trainable rows and norms. (PEFT's
+    prepare_model_for_kbit_training would turn embeddings, norms and the residual stream to fp32.)"""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+
+    register_attention()
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head"],
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="s2",
+        quantization_config=nf4 if args.quantization == "nf4" else None,
+        device_map={"": training.device},
+    )
+    model.config.group_size = args.group_size
+    for module in model.modules():
+        # bitsandbytes repacks the weights at the first eval on a CPU with AVX512-BF16, and training
+        # goes on with wrong gradients (seen with 0.50).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    set_seed(args.seed)
+    model = get_peft_model(model, LoraConfig(
+        task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout, target_modules=LINEAR_LAYERS,
+    ))
+    llama = model.base_model.model
+    rows = llama.config.vocab_size
+    first = {"new": first_new, "all": 0, "none": rows}[args.train_embeddings]
+
+    def tail(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return weight[:first].detach().clone(), weight[first:].detach().float()
+
+    llama.model.embed_tokens = TailEmbedding(*tail(llama.model.embed_tokens.weight))
+    llama.lm_head = TailHead(*tail(llama.lm_head.weight))
+    llama.loss_function = llama.lm_head.loss
+    if args.train_norms:
+        for name, module in model.named_modules():
+            if name.endswith(tuple(NORMS)):
+                module.weight = torch.nn.Parameter(module.weight.detach().float())
+                # The stream stays in 16 bits: flash kernels refuse fp32.
+                module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+    if args.activation_checkpointing:
+        checkpoint_layers(llama, json.loads(args.activation_checkpointing_kwargs or "{}"))
+    return model, llama.lm_head
+
+
+def checkpoint_layers(llama: Any, options: dict[str, Any]) -> None:
+    """Keep only each layer's input for the backward pass, on the host with {"offload": true}."""
+    from torch.autograd.graph import save_on_cpu
+    from torch.utils.checkpoint import checkpoint
+
+    offload = options.pop("offload", False)
+
+    def run(function, *inputs):
+        if not offload:
+            return checkpoint(function, *inputs, **{"use_reentrant": False} | options)
+        with save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return checkpoint(function, *inputs, **{"use_reentrant": False} | options)
+
+    llama._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
+
+
+def adapter_key(name: str, whole: bool) -> str:
+    """A trained parameter's name in PEFT's adapter file."""
+    new = "weight" if whole else "token_adapter.trainable_tokens_delta"
+    return name.replace(".default.", ".").replace(".trained", f".{new}")
+
+
+def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """The trained parameters by their names in the adapter file."""
+    whole = len(model.base_model.model.lm_head.frozen) == 0
+    return {adapter_key(n, whole): p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(model: Any, folder: Path, base: str) -> None:
+    """Write what stock PeftModel.from_pretrained loads: rows replaced, norms as modules_to_save."""
+    from copy import deepcopy
+
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = adapter_tensors(model)
+    head = model.base_model.model.lm_head
+    config = deepcopy(model.peft_config["default"])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    whole = NORMS if any(key.endswith("norm.weight") for key in tensors) else []
+    if head.trained.requires_grad and not len(head.frozen):
+        whole = [*whole, "embed_tokens", "lm_head"]
+    elif head.trained.requires_grad:
+        rows = list(range(len(head.frozen), len(head.frozen) + len(head.trained)))
+        config.trainable_token_indices = {"embed_tokens": rows, "lm_head": rows}
+    config.modules_to_save = whole or None
+    config.save_pretrained(str(folder))
+    building = folder / "adapter_model.building"
+    save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, building, {"format": "pt"})
+    building.rename(folder / "adapter_model.safetensors")
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Put a checkpoint's weights back, exactly."""
+    from safetensors.torch import load_file
+
+    saved, tensors = load_file(folder / "adapter_model.safetensors"), adapter_tensors(model)
+    assert saved.keys() == tensors.keys(), "the checkpoint holds other parameters than the model"
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            tensor.copy_(saved[key])
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+class PackedTraining:
+    """What transformers.Trainer lacks for us; build_trainer puts this class in front of it."""
+
+    head: TailHead
+    record: dict[str, Any]  # run.json
+    report: "Report"
+    stop: list[int]  # signals caught
+    saving: Path | None = None
+    lowest, worse = math.inf, 0
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        with self.head.inside_the_loss():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            self.give_up(f"the loss is {loss.item()}")
+        return loss
+
+    def give_up(self, reason: str) -> None:
+        step = self.state.global_step + 1
+        raise UserError(
+            f"step {step}: {reason}; the last checkpoint is from before. Try a lower --learning_rate "
+            f"(now {self.args.learning_rate:g}), --warmup_steps 100 or a lower --max_grad_norm, and "
+            f"look at the text of that step; a run with other settings needs another --output_dir"
+        )
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        logs = logs | {"tokens_seen": round((self.state.epoch or 0) * self.report.facts["tokens"])}
+        super().log(logs, *args, **kwargs)
+        if self.is_world_process_zero():
+            self.report.log({"step": self.state.global_step, **logs})
+        if "loss" in logs:
+            self.worse = self.worse + 1 if logs["loss"] > self.lowest + 2 else 0
+            self.lowest = min(self.lowest, logs["loss"])
+            if self.worse > 1:
+                self.give_up(f"the loss explodes ({logs['loss']:.2f} after {self.lowest:.2f})")
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Loss per token and bits per character of the documents held out, full attention."""
+        blocks, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        world, rank = self.args.world_size, self.args.process_index
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        for start in range(rank * size, len(blocks), world * size):
+            batch = self.data_collator([blocks[i] for i in range(start, min(start + size, len(blocks)))])
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad(), self.accelerator.autocast(), self.head.inside_the_loss():
+                sums[0] += self.model(**batch, num_items_in_batch=1).loss
+            sums[1] += (batch["labels"] != IGNORED).sum()
+        loss, predicted = self.accelerator.reduce(sums, "sum").tolist()
+        # Where a block cuts a document, one token has no context: the mean stands for it.
+        bits = loss / predicted / math.log(2) * blocks.tokens_per_character
+        metrics = {
+            f"{metric_key_prefix}_loss": loss / predicted,
+            f"{metric_key_prefix}_bits_per_character": bits,
+        }
+        if self.is_world_process_zero():
+            metrics |= self.report.sample(self)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # the stock estimate counts every parameter at each step
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        stop = torch.tensor(len(self.stop), device=self.args.device)
+        if self.args.world_size > 1:  # the signal may reach the processes at different steps
+            stop = self.accelerator.reduce(stop, "sum")
+        if stop:
+            self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _get_output_dir(self, trial=None) -> str:
+        return str(self.saving or self.args.output_dir)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        if self.args.should_save:
+            save_adapter(self.accelerator.unwrap_model(self.model), Path(output_dir), self.record["base"]["model_name_or_path"])
+
+    def _save_checkpoint(self, model, trial=None, *args, **kwargs) -> None:
+        """Trainer's checkpoint, built aside, sealed with the sums of its files, then renamed."""
+        output = Path(self.args.output_dir)
+        final = output / f"checkpoint-{self.state.global_step}"
+        self.accelerator.wait_for_everyone()
+        if final.exists():
+            return
+        if not all(torch.isfinite(p).all() for p in adapter_tensors(self.model).values()):
+            self.give_up("weights are no longer finite")
+        self.saving = output / "checkpoint.building"
+        if self.args.should_save:
+            shutil.rmtree(self.saving, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        folder = self.saving / final.name
+        try:
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                best = output / f"checkpoint-{self.state.best_global_step}"
+                if self.state.best_global_step:
+                    self.state.best_model_checkpoint = str(best)
+                    self.state.save_to_json(str(folder / "trainer_state.json"))
+                write_json(folder / "run.json", self.record | {"files": file_sums(folder)})
+                folder.rename(final)
+                for old in checkpoints(output)[self.keep :]:
+                    if old != best:
+                        shutil.rmtree(old)
+        except Exception as error:  # torch and safetensors name a full disk each in their own way
+            full = shutil.disk_usage(output).free < 1 << 26 or "No space left" in str(error)
+            if not (full or isinstance(error, OSError)):
+                raise
+            last = next(iter(checkpoints(output)), "none")
+            raise OSError(errno.ENOSPC, (
+                f"checkpoint {final} cannot be written ({error}); the last good one is {last}; "
+                "make room and run the same command again"
+            )) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self.saving, ignore_errors=True)
+            self.saving = None
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        load_adapter(model or self.model, Path(resume_from_checkpoint))
+
+
+def build_trainer(args, training, model, head, blocks, held_out, record, report, stop):
+    """transformers.Trainer with PackedTraining in front."""
+    from transformers import Trainer
+
+    keep, training.save_total_limit = training.save_total_limit or 10**9, None  # pruned by us
+    if held_out is None:
+        training.eval_strategy = "no"
+    flash = flash_is_here() and not training.use_cpu and (training.bf16 or training.fp16)
+    trainer = type("PackedTrainer", (PackedTraining, Trainer), {})(
+        model=model,
+        args=training,
+        train_dataset=blocks,
+        eval_dataset=held_out,
+        data_collator=Collate(args.group_size, flash),
+    )
+    trainer.head, trainer.record, trainer.report, trainer.stop = head, record, report, stop
+    trainer.keep = keep
+    return trainer
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and Ctrl-C, so that the step can end; the second one is not waited for."""
+    caught: list[int] = []
+
+    def note(signum, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(signum)
+        print(f"{signal.Signals(signum).name}: finishing the step, then saving", flush=True)
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+# --- Run folder ----------------------------------------------------------------------------------
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    building = path.with_name(path.name + ".building")
+    building.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    building.replace(path)
+
+
+def file_sums(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file but run.json."""
+    sums = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "run.json"):
+        crc = 0
+        with path.open("rb") as file:
+            while part := file.read(1 << 24):
+                crc = zlib.crc32(part, crc)
+        sums[str(path.relative_to(folder))] = [path.stat().st_size, crc]
+    return sums
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run, the last first."""
+    found = [p for p in output.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file is as it was written."""
+    try:
+        sums = json.loads((checkpoint / "run.json").read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return file_sums(checkpoint) == sums
+
+
+def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, key: str) -> dict:
+    """What run.json holds from the start: with other settings or inputs it is another run."""
+    import importlib.metadata
+
+    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
+    aside = set(
+        "output_dir picture cache_dir sample_tokens plan plan_gpu_gb resume_from_checkpoint report_to "
+        "save_steps save_total_limit logging_steps eval_strategy eval_steps per_device_eval_batch_size "
+        "activation_checkpointing activation_checkpointing_kwargs model_name_or_path dataset".split()
+    )
+    settings = {n: v for n, v in asdict(args).items() if n not in aside}
+    settings |= {n: getattr(training, n) for n in TRAINER_SETTINGS}
+    settings |= {"first_new_row": first_new, "model": fingerprint(folder), "dataset": key}
+    nf4 = {
+        "quant_type": "nf4",
+        "double_quant": True,
+        "blocksize": 64,
+        "compute_dtype": "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
+        "skip_modules": ["lm_head"],
+    }
+    return {
+        "script": "train_pt.py",
+        "arguments": asdict(args),
+        "versions": {n: importlib.metadata.version(n) for n in names},
+        "results": None,
+        "base": {"model_name_or_path": args.model_name_or_path, "fingerprint": settings["model"]},
+        "quantization": nf4 if args.quantization == "nf4" else None,
+        "settings": json.loads(json.dumps(settings, default=str)),
+    }
+
+
+def open_run(args: Arguments, record: dict) -> str | None:
+    """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to mix
+    two runs; a finished one is moved aside."""
+    output = Path(args.output_dir)
+    try:
+        old = json.loads((output / "run.json").read_text())
+    except FileNotFoundError:
+        if output.is_dir() and any(output.iterdir()):
+            raise UserError(
+                f"--output_dir {output}: holds files, but no run of train_pt.py; choose another folder"
+            ) from None
+        return None
+    except (ValueError, NotADirectoryError) as error:
+        raise UserError(f"--output_dir {output}: not a run's folder ({error}); choose another") from None
+    new, before = record["settings"], old.get("settings") or {}
+    changed = [n for n in sorted(new | before) if new.get(n) != before.get(n)]
+    if changed and old["results"] is None:
+        what = "; ".join(f"{n} was {before.get(n)}, now {new.get(n)}" for n in changed)
+        raise UserError(
+            f"--output_dir {output}: an unfinished run with other settings ({what}); give the same "
+            "settings to go on, name another --output_dir, or remove the folder"
+        )
+    if changed:
+        number = next(n for n in range(1, 10**6) if not Path(f"{output}.{n}").exists())
+        output.rename(f"{output}.{number}")
+        print(f"the finished run in {output} had other settings: moved to {output}.{number}")
+        return None
+    if old["results"] is not None:
+        return "done"
+    return find_checkpoint(args, output)
+
+
+def find_checkpoint(args: Arguments, output: Path) -> str | None:
+    """The checkpoint to go on from, the last that is whole."""
+    wanted = args.resume_from_checkpoint
+    if wanted == "none":
+        return None
+    for folder in [Path(wanted)] if wanted != "auto" else checkpoints(output):
+        if is_whole(folder):
+            return str(folder)
+        if wanted != "auto":
+            raise UserError(f"--resume_from_checkpoint {wanted}: not a whole checkpoint; use auto")
+        print(f"{folder} is broken (not what was written): falling back to the one before", flush=True)
+    return None
+
+
+# --- Plan ----------------------------------------------------------------------------------------
+
+
+def total_steps(sequences: int, training: Any) -> int:
+    """Optimizer steps, as Trainer counts them."""
+    if training.max_steps > 0:
+        return training.max_steps
+    batches = math.ceil(sequences / (training.per_device_train_batch_size * training.world_size))
+    return math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
+
+
+def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block: int) -> dict[str, float]:
+    """Bytes on the GPU at the peak, the backward pass of one layer. Derived from the shapes."""
+    D, I, L, V = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
+    kv = config.num_key_value_heads * D // config.num_attention_heads
+    shapes = [(D, D), (D, kv), (D, kv), (D, D), (D, I), (D, I), (I, D)]
+    linear = L * sum(a * b for a, b in shapes)
+    lora = L * sum(a + b for a, b in shapes) * args.lora_rank
+    rows = {"new": V - first_new, "all": V, "none": 0}[args.train_embeddings]
+    state = 4 + 4 + (2 if "8bit" in args.optim else 8)  # fp32 weight and gradient, Adam's moments
+    options = json.loads(args.activation_checkpointing_kwargs or "{}")
+    tokens = batch * block
+    # Under recomputation one layer keeps 42 bytes per hidden and 8 per intermediate unit and token.
+    layer = tokens * (42 * D + 8 * I)
+    kept = 1 if options.get("offload") else L
+    return {
+        "frozen linear layers": linear * (4.127 / 8 if args.quantization == "nf4" else 2),
+        "frozen rows of embedding and head": 2 * (V - rows) * D * 2,
+        "trained rows, gradient, optimizer": 2 * rows * D * state,
+        "LoRA, gradient, optimizer": lora * state,
+        "checkpoints": kept * tokens * D * 2 if args.activation_checkpointing else (L - 1) * layer,
+        "backward pass of one layer, or loss": max(layer, LOSS_CHUNK * V * 10 + tokens * D * 4),
+    }
+
+
+def print_plan(args: Arguments, training: Any, config: Any, first_new: int, facts: dict) -> None:
+    """Sizes, steps, and what fits."""
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):>40}: {value:,}" if isinstance(value, int) else f"{name:>40}: {value}")
+
+    def peak(batch: int, block: int) -> float:
+        return sum(memory_items(config, args, first_new, batch, block).values())
+
+    batch, block = training.per_device_train_batch_size, args.block_size
+    print(f"memory on a GPU, estimated, at batch {batch} x {block} tokens:")
+    for name, size in memory_items(config, args, first_new, batch, block).items():
+        print(f"{name:>40}: {size / 1e9:7.2f} GB")
+    print(f"{'in all':>40}: {peak(batch, block) / 1e9:7.2f} GB")
+    size = args.plan_gpu_gb and args.plan_gpu_gb * 1e9
+    if size is None and torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory
+    if size is None:
+        print("no GPU here: --plan_gpu_gb 24 says what fits on one of 24 GB")
+        return
+    room = size - 0.8e9  # CUDA's context and fragmentation
+    blocks = [b for b in range(256, config.max_position_embeddings + 1, 256) if peak(batch, b) <= room]
+    batches = [b for b in range(1, 257) if peak(b, block) <= room]
+    print(f"on {size / 1e9:.0f} GB: at batch {batch} the largest block is {max(blocks, default=0)}; "
+          f"at block {block} the largest batch is {max(batches, default=0)}")
+
+
+# --- Report --------------------------------------------------------------------------------------
+
+
+class Report:
+    """metrics.jsonl, the chart, the samples and the model card of a run."""
+
+    def __init__(self, args: Arguments, tokenizer: Any, facts: dict, prompt: list[int]):
+        self.args, self.tokenizer, self.facts, self.prompt = args, tokenizer, facts, prompt
+        self.metrics = Path(args.output_dir) / "metrics.jsonl"
+        self.drawn = 0.0
+
+    def rows(self) -> list[dict]:
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def rewind(self, step: int) -> None:
+        """Forget what a resumed run will write again."""
+        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows() if row["step"] <= step]
+        self.metrics.write_text("".join(rows), encoding="utf-8")
+
+    def log(self, row: dict[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        if time.time() - self.drawn > 20 or "eval_loss" in row:
+            self.draw()
+
+    def draw(self) -> None:
+        """Train and eval loss over steps and tokens, the learning rate below."""
+        from matplotlib.figure import Figure
+
+        rows = self.rows()
+        train, held = ([r for r in rows if name in r] for name in ("loss", "eval_loss"))
+        if not train:
+            return
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        steps = [r["step"] for r in train]
+        axes.plot(steps, [r["loss"] for r in train], label="train", linewidth=1)
+        if held:
+            axes.plot([r["step"] for r in held], [r["eval_loss"] for r in held], "o-", label="held out")
+        axes.set(ylabel="loss (nats per token)", title=f"block {self.args.block_size}, {self.facts['steps']} steps")
+        per_step = train[-1]["tokens_seen"] / max(1, steps[-1])
+        if per_step:
+            top = axes.secondary_xaxis("top", (lambda x: x * per_step / 1e6, lambda x: x / per_step * 1e6))
+            top.set_xlabel("million tokens seen")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        below.plot(steps, [r["learning_rate"] for r in train], color="gray")
+        below.set(xlabel="step", ylabel="learning rate")
+        picture = Path(self.args.picture)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        building = picture.with_name("building." + picture.name)
+        figure.savefig(building, dpi=120)
+        building.replace(picture)
+        self.drawn = time.time()
+
+    def sample(self, trainer: Any) -> dict[str, Any]:
+        """What the model writes after a held-out beginning, without touching the run's dice."""
+        if not self.args.sample_tokens:
+            return {}
+        device = trainer.args.device
+        prompt = torch.tensor([self.prompt], device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), trainer.accelerator.autocast():
+            torch.manual_seed(self.args.seed)
+            ids = trainer.accelerator.unwrap_model(trainer.model).generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True, do_sample=True,
+                top_p=0.9, max_new_tokens=self.args.sample_tokens, pad_token_id=self.tokenizer.eos_token_id,
+            )
+        text = self.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
+        return {"eval_sample": text, "eval_traditional": traditional_share(text)}
+
+    def card(self, results: dict, record: dict) -> str:
+        """A model card with this run's own figures."""
+        a, rows = self.args, [r for r in self.rows() if "eval_loss" in r]
+        table = "\n".join(
+            f"| {r.get('epoch', 0):.2f} | {r['step']} | {r['eval_loss']:.4f} | "
+            f"{r['eval_bits_per_character']:.4f} |" for r in rows
+        )
+        return CARD.format(
+            base=record["base"]["model_name_or_path"], a=a, f=self.facts, r=results, table=table,
+            total=a.per_device_train_batch_size * a.gradient_accumulation_steps,
+            versions="\n".join(f"- {n} {v}" for n, v in record["versions"].items()),
+        )
+
+
+CARD = """---
+library_name: peft
+base_model: {base}
+language: zh
+tags: [llama, lora, qlora, traditional-chinese]
+---
+
+# Adapter of {base}, trained further on Traditional Chinese text
+
+Trained by train_pt.py of 落九 (Luojiu): LoRA of rank {a.lora_rank} on every linear layer, rows
+`{a.train_embeddings}` of embedding and head, S² attention in groups of {a.group_size} tokens.
+
+![training loss](trainloss.png)
+
+- documents: {f[documents]:,}; tokens: {f[tokens]:,}; sequences of {a.block_size}: {f[sequences]:,}
+- steps: {r[steps]:,}; training loss at the end: {r[loss_last]}
+- held out: loss {r[eval_loss]}, {r[eval_bits_per_character]} bits per character
+
+## Training hyperparameters
+
+- learning_rate: {a.learning_rate}
+- train_batch_size: {a.per_device_train_batch_size}
+- eval_batch_size: {a.per_device_eval_batch_size}
+- seed: {a.seed}
+- gradient_accumulation_steps: {a.gradient_accumulation_steps}
+- total_train_batch_size: {total} per process
+- optimizer: {a.optim}
+- lr_scheduler_type: {a.lr_scheduler_type}
+- num_epochs: {a.num_train_epochs}
+
+## Results on the documents held out
+
+| epoch | step | loss | bits per character |
+| --- | --- | --- | --- |
+{table}
+
+## Framework versions
+
+{versions}
+"""
+
+
+def traditional_share(text: str) -> float | None:
+    """Of the characters that the two scripts write differently, the share in Traditional form."""
+    from opencc import OpenCC
+
+    to_simplified, to_traditional = OpenCC("t2s").convert(text), OpenCC("s2t").convert(text)
+    if not len(text) == len(to_simplified) == len(to_traditional):
+        return None
+    traditional = sum(c != s for c, s in zip(text, to_simplified))
+    simplified = sum(c != t and c == s for c, s, t in zip(text, to_simplified, to_traditional))
+    return round(traditional / (traditional + simplified), 4) if traditional + simplified else None
+
+
+# --- Main ----------------------------------------------------------------------------------------
+
+
+def check(args: Arguments) -> None:
+    """Refuse impossible values before anything heavy."""
+    if args.block_size < 8:
+        raise UserError(f"--block_size {args.block_size}: too short; expected at least 8 tokens")
+    if not 2 <= args.group_size <= args.block_size:
+        raise UserError(f"--group_size {args.group_size}: expected 2 to block_size ({args.block_size})")
+    if not 0 <= args.eval_fraction < 1:
+        raise UserError(f"--eval_fraction {args.eval_fraction}: expected a share, 0 to under 1")
+    if args.lora_rank < 1:
+        raise UserError(f"--lora_rank {args.lora_rank}: expected at least 1")
+    try:
+        assert isinstance(json.loads(args.activation_checkpointing_kwargs or "{}"), dict)
+    except (ValueError, AssertionError):
+        raise UserError(
+            f"--activation_checkpointing_kwargs {args.activation_checkpointing_kwargs}: expected a JSON "
+            """object such as '{"offload": true}'"""
+        ) from None
+
+
+def finish(trainer: Any, record: dict, report: Report) -> None:
+    """Adapter, model card and chart; run.json last, for it says that the run is whole."""
+    rows, output = report.rows(), Path(trainer.args.output_dir)
+    train, held = ([r for r in rows if name in r] for name in ("loss", "eval_loss"))
+    results = {
+        "steps": trainer.state.global_step,
+        "loss_first": train[0]["loss"] if train else None,
+        "loss_last": train[-1]["loss"] if train else None,
+        "eval_loss": held[-1]["eval_loss"] if held else None,
+        "eval_bits_per_character": held[-1]["eval_bits_per_character"] if held else None,
+        **report.facts,
+    }
+    save_adapter(trainer.accelerator.unwrap_model(trainer.model), output, record["base"]["model_name_or_path"])
+    report.draw()
+    if Path(report.args.picture).exists():
+        shutil.copy(report.args.picture, output / "trainloss.png")
+    (output / "README.md").write_text(report.card(results, record), encoding="utf-8")
+    write_json(output / "run.json", record | {"results": results})
+    print(f"done: {results['steps']} steps, loss {results['loss_first']} to {results['loss_last']}; "
+          f"the adapter is in {output}; next: python merge_lora.py")
+
+
+@user_errors()
+def main(argv: list[str] | None = None) -> None:
+    """Read, check, tokenise, pack, build, train, report."""
+    args, training = parse_args(argv)
+    check(args)
+    folder, config, tokenizer, first_new = load_base(args)
+    files = text_files(args.dataset)
+    key = dataset_key(files, folder)
+    record = describe_run(args, training, folder, first_new, key)
+    first = training.process_index == 0
+    checkpoint = None if args.plan else open_run(args, record)
+    if checkpoint == "done":
+        return print(f"already done: {args.output_dir} holds this very run, finished")
+    with training.main_process_first():
+        corpus = tokenize(files, tokenizer, Path(args.cache_dir) / key[:16])
+    blocks, held_out = split_corpus(corpus, args, tokenizer.eos_token_id or 0)
+    facts = {
+        "documents": len(corpus.lengths),
+        "tokens": int(blocks.ends[-1]),
+        "sequences": len(blocks),
+        "eval_sequences": len(held_out) if held_out else 0,
+        "steps": total_steps(len(blocks), training),
+    }
+    if args.plan:
+        return print_plan(args, training, config, first_new, facts)
+    source = held_out or blocks
+    if first:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.output_dir) / "run.json", record)
+        print(", ".join(f"{n.replace('_', ' ')} {v:,}" for n, v in facts.items()))
+        print("a sample:", tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
+    model, head = build_model(args, training, folder, first_new)
+    report = Report(args, tokenizer, facts, source[0]["input_ids"][:32].tolist())
+    if first:
+        report.rewind(int(checkpoint.rsplit("-", 1)[1]) if checkpoint else -1)
+    with stop_signals() as stop:
+        trainer = build_trainer(args, training, model, head, blocks, held_out, record, report, stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop:
+        print(f"stopped at step {trainer.state.global_step} and saved; the same command goes on")
+        raise SystemExit(128 + stop[0])
+    if first:
+        finish(trainer, record, report)
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()
