@@ -275,18 +275,20 @@ def read_base(folder: Path, args: Arguments):
     if args.vocab_size <= size:
         raise UserError(f"--vocab_size {args.vocab_size}: expected more than the base's {size}")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "quantization_config" in config:
-        raise UserError(f"{option}: is quantised; expected bf16, fp16 or fp32 weights")
     shards = read_shards(folder, option)
-    rows = {name: shape[0] for _, shapes in shards.values() for name, shape in shapes.items()}
+    items = {name: item for _, header in shards.values() for name, item in header.items()}
     tied = config.get("tie_word_embeddings", False)
-    found = {"config.json": config.get("vocab_size"), EMBEDDING: rows.get(EMBEDDING)}
-    found |= {} if tied and HEAD not in rows else {HEAD: rows.get(HEAD)}
-    if set(found.values()) != {size}:
+    matrices = [EMBEDDING] if tied and HEAD not in items else [EMBEDDING, HEAD]
+    rows = {name: items[name]["shape"][0] if name in items else None for name in matrices}
+    rows["config.json"] = config.get("vocab_size")
+    if set(rows.values()) != {size}:
         raise UserError(
-            f"{option}: tokenizer.model has {size} pieces, but {found} rows; expected "
-            "the same number everywhere (no padding rows, no added tokens)"
+            f"{option}: its tokenizer.model has {size} pieces, its rows are {rows}; expected the "
+            "same number everywhere (no padding rows, no added tokens)"
         )
+    kinds = {items[name]["dtype"] for name in matrices}
+    if "quantization_config" in config or not kinds <= {"BF16", "F16", "F32"}:
+        raise UserError(f"{option}: is quantised; expected weights in bf16, fp16 or fp32")
     return base, config, shards
 
 
