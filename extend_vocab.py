@@ -59,7 +59,7 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 NORMAL, USER_DEFINED, BPE = 1, 4, 2  # SentencePiece's piece types and its model type
 INITS = ("mean_subtoken", "mean", "random")
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
-REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 16_384, 512
+REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
 BLOCK_ROWS, BLOCK_BYTES = 1024, 16 << 20
 PICTURE = "pictures/vocab.png"
@@ -256,8 +256,8 @@ def read_base(folder: Path, args: Arguments):
         base.ParseFromString((folder / "tokenizer.model").read_bytes())
     except Exception as error:
         raise UserError(
-            f"{option}: its tokenizer.model is missing or not SentencePiece's; expected a model with "
-            "a SentencePiece BPE tokenizer, such as Llama 2, TinyLlama or Mistral 7B v0.1"
+            f"{option}: tokenizer.model is missing or not SentencePiece's; expected a model with a "
+            "SentencePiece BPE tokenizer, such as Llama 2, TinyLlama or Mistral 7B v0.1"
         ) from error
     normal = base.normalizer_spec
     if (
@@ -274,7 +274,7 @@ def read_base(folder: Path, args: Arguments):
     size = len(base.pieces)
     if args.vocab_size <= size:
         raise UserError(f"--vocab_size {args.vocab_size}: expected more than the base's {size}")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json", option)
     shards = read_shards(folder, option)
     items = {name: item for _, header in shards.values() for name, item in header.items()}
     tied = config.get("tie_word_embeddings", False)
@@ -297,7 +297,7 @@ def read_shards(folder: Path, option: str) -> dict[Path, tuple[int, dict]]:
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(index, option)["weight_map"].values())
     elif next(folder.glob("*.bin"), None) and not (folder / "model.safetensors").is_file():
         raise UserError(
             f"{option}: has .bin weights only; expected safetensors; load it with "
@@ -516,8 +516,8 @@ def merge_pieces(base, candidates: list[str], vocab_size: int):
     while True:
         if room > len(merged):
             raise UserError(
-                f"--vocab_size {vocab_size}: the corpus yields {size + len(single) + len(merged)} at "
-                "most; lower it or add to --corpus"
+                f"--vocab_size {vocab_size}: the corpus yields {vocab_size - room + len(merged)} "
+                "at most; lower it or add to --corpus"
             )
         extended = type(base)()
         extended.CopyFrom(base)
@@ -593,7 +593,7 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     settings = {"add_bos_token": True, "add_eos_token": False, "model_max_length": 4096}
     settings |= {"bos_token": bos, "eos_token": eos, "unk_token": unk}
     old = base_folder / "tokenizer_config.json"
-    old = json.loads(old.read_text(encoding="utf-8")) if old.is_file() else {}
+    old = read_json(old, f"--base_model {base_folder}") if old.is_file() else {}
     kept = (*settings, "pad_token", "padding_side", "chat_template")
     settings |= {name: old[name] for name in kept if old.get(name) is not None}
     settings |= {
@@ -638,7 +638,8 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = ours.encode(texts)
     theirs = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    ascii_texts = [text for text in texts if text.isascii()]
+    plain = [text for text in texts if text.isascii()]
+    plain_ids = zip(processor(base).encode(plain), ours.encode(plain), strict=True)
     trials = {
         "dead_pieces": dead_pieces(model, size),
         "texts_differing": [t for t, a, b in zip(texts, ids, theirs, strict=True) if a != b],
@@ -647,9 +648,7 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict:
             for t, row in zip(texts, ids, strict=True)
             if not t == ours.decode(row) == tokenizer.decode(row)
         ],
-        "ascii_texts_changed": [
-            t for t in ascii_texts if processor(base).encode(t) != ours.encode(t)
-        ],
+        "ascii_texts_changed": [t for t, (a, b) in zip(plain, plain_ids, strict=True) if a != b],
         "sizes_differing": [n for n in (len(tokenizer), len(ours)) if n != len(model.pieces)],
     }
     for trial, failures in trials.items():
@@ -658,7 +657,7 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict:
                 f"proof failed, nothing was written: {trial} {len(failures)}, the first "
                 f"{failures[0][:60]!r}; please report it with the --corpus and --base_model used"
             )
-    return {trial: 0 for trial in trials} | {"texts_compared": len(texts)}
+    return dict.fromkeys(trials, 0) | {"texts_compared": len(texts)}
 
 
 def measure(model, texts: list[str]) -> dict[str, float]:
@@ -702,7 +701,7 @@ def new_rows(matrix, spelling: list[list[int]], init: str, std: float, seed: int
 def resize_model(
     folder: Path, base_folder: Path, shards: dict, spelling: list, args, config
 ) -> None:
-    """Stream the base into the folder: new rows behind embedding and head, all else byte by byte."""
+    """Stream the base into the folder: new rows behind embedding and head, the rest unchanged."""
     total = sum(path.stat().st_size for path in shards)
     if total * 1.3 > shutil.disk_usage(folder).free:
         raise OSError(
@@ -722,7 +721,7 @@ def resize_model(
             shutil.copyfile(path, folder / path.name)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = read_json(index, f"--base_model {base_folder}")
         items = [i for _, h in read_shards(folder, "result").values() for i in tensors(h).values()]
         sizes = {"total_size": sum(i["data_offsets"][1] - i["data_offsets"][0] for i in items)}
         sizes["total_parameters"] = sum(prod(i["shape"]) for i in items)
@@ -834,7 +833,7 @@ def draw(report: dict, path: Path) -> None:
     if losses:
         bars = axes[2].barh(list(losses)[::-1], list(losses.values())[::-1], color="#9aa5b1")
         axes[2].bar_label(bars, fmt="%.2f", padding=-30)
-        axes[2].set_title("bits per character before training")
+        axes[2].set_title("bits/character before training")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(exist_ok=True)
@@ -854,6 +853,13 @@ def show(report: dict, text: str, model) -> None:
 
 
 # --- Files ---------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, option: str) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{option}: {path.name} is not JSON; fetch the model again") from error
 
 
 def write_json(path: Path, content: dict) -> None:
