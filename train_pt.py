@@ -22,8 +22,9 @@ Several GPUs: torchrun --nproc_per_node 4 train_pt.py --lora_rank 32
 Every option of transformers.TrainingArguments is accepted too; --help_trainer lists them.
 """
 
+from __future__ import annotations
+
 import argparse
-import bisect
 import errno
 import hashlib
 import json
@@ -38,13 +39,16 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from types import new_class
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch  # Trainer, PEFT and the models take seconds more to import: inside the functions
-import torch.nn.functional as F
 from transformers import HfArgumentParser
+
+if TYPE_CHECKING:  # heavy imports wait inside the functions that use them, so that --help is quick
+    import torch
 
 # --- Constants -----------------------------------------------------------------------------------
 
@@ -82,7 +86,9 @@ class Arguments:
     output_dir: str = option("outputs/pt", "Folder of adapter, checkpoints and metrics.")
     picture: str = option("pictures/trainloss.png", "The loss chart, redrawn as it runs.")
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
-    block_size: int = option(2048, "Tokens in a training sequence; documents are packed to fill it.")
+    block_size: int = option(
+        2048, "Tokens in a training sequence; documents are packed to fill it."
+    )
     group_size: int | None = option(
         None, "Tokens in a group of S² attention; None: a quarter of block_size."
     )
@@ -143,6 +149,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     args, extra, rest = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
+    import torch
     from transformers import TrainingArguments
 
     trainer_parser = HfArgumentParser(
@@ -159,23 +166,27 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         args.activation_checkpointing = on_gpu
     known = TrainingArguments.__dataclass_fields__
     ours = {name: value for name, value in vars(args).items() if name in known}
-    trainer_parser.set_defaults(**ours | {
-        "activation_checkpointing": False,  # build_model does it, alike in all versions
-        "activation_checkpointing_kwargs": None,
-        "use_cpu": not on_gpu,
-        "remove_unused_columns": False,  # it would drop the cut points before the collator
-        "label_names": ["labels"],
-        "ddp_find_unused_parameters": False,
-        "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
-        "save_strategy": "steps",
-    })
+    trainer_parser.set_defaults(
+        **ours
+        | {
+            "activation_checkpointing": False,  # build_model does it, alike in all versions
+            "activation_checkpointing_kwargs": None,
+            "use_cpu": not on_gpu,
+            "remove_unused_columns": False,  # it would drop the cut points before the collator
+            "label_names": ["labels"],
+            "ddp_find_unused_parameters": False,
+            "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
+            "save_strategy": "steps",
+        }
+    )
     try:
         training, unknown = trainer_parser.parse_args_into_dataclasses(
             rest, return_remaining_strings=True, look_for_args_file=False
         )
         if training.use_liger_kernel:  # its rope, norm and SwiGLU; the chunked loss stays ours
             training.liger_kernel_config = (training.liger_kernel_config or {}) | {
-                "fused_linear_cross_entropy": False, "cross_entropy": False
+                "fused_linear_cross_entropy": False,
+                "cross_entropy": False,
             }
     except (ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
@@ -238,10 +249,14 @@ def find_model(name_or_path: str, option: str) -> Path:
 
     wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "LICENSE*", "USE_POLICY*"]
     try:
-        folder = Path(snapshot_download(name_or_path, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        folder = Path(
+            snapshot_download(name_or_path, allow_patterns=wanted, ignore_patterns=["*/*"])
+        )
     except (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
         gated = isinstance(error, GatedRepoError)
-        reason = "the model is gated" if gated else "the hub does not hand it out or is out of reach"
+        reason = (
+            "the model is gated" if gated else "the hub does not hand it out or is out of reach"
+        )
         raise UserError(
             f"{option} {name_or_path}: {reason}; accept the licence on "
             f"https://huggingface.co/{name_or_path}, run hf auth login and try again; without it, "
@@ -276,15 +291,21 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
     option = "--model_name_or_path"
     folder = find_model(args.model_name_or_path, option)
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{option} {folder}: an adapter; expected the base model that it was trained on")
+        raise UserError(
+            f"{option} {folder}: an adapter; expected the base model that it was trained on"
+        )
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{option} {folder}: not a whole model ({reason}); make it again") from error
+        raise UserError(
+            f"{option} {folder}: not a whole model ({reason}); make it again"
+        ) from error
     if config.model_type != "llama":
-        raise UserError(f"{option} {folder}: a {config.model_type} model; expected Llama's architecture")
+        raise UserError(
+            f"{option} {folder}: a {config.model_type} model; expected Llama's architecture"
+        )
     if getattr(config, "tie_word_embeddings", False):
         raise UserError(f"{option} {folder}: embedding and head are tied; expected two matrices")
     if len(tokenizer) > config.vocab_size:
@@ -293,7 +314,9 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
             f"{config.vocab_size} rows; run python extend_vocab.py, which makes both"
         )
     if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{option} {folder}: no *.safetensors in it; expected the weights of a model")
+        raise UserError(
+            f"{option} {folder}: no *.safetensors in it; expected the weights of a model"
+        )
     if args.block_size > config.max_position_embeddings:
         raise UserError(
             f"--block_size {args.block_size}: longer than the model's {config.max_position_embeddings} "
@@ -323,6 +346,8 @@ def cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> di
     """Where segments start in the packed tokens, position_ids (B, T) counting from each document's
     first token; both halves of the heads in a row for S², only the documents if group is None.
     Made on the CPU, so that a GPU never waits to learn the lengths."""
+    import torch
+
     position = position_ids.cpu().clone()
     position[:, 0] = 0  # a row is a document's start for attention, whatever its number
     position = position.flatten()
@@ -339,16 +364,26 @@ def cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> di
     offset = torch.arange(len(start)) - starts.repeat_interleave(lengths)  # within the segment
     place = (lengths[order].cumsum(0) - lengths[order])[order.argsort()]  # of a segment, by length
     inverse = place.repeat_interleave(lengths) + offset
-    return {"order": inverse.argsort(), "inverse": inverse, "runs": list(zip(size.tolist(), count.tolist()))}
+    return {
+        "order": inverse.argsort(),
+        "inverse": inverse,
+        "runs": list(zip(size.tolist(), count.tolist())),
+    }
 
 
 def flash_is_here() -> bool:
     """Whether PyTorch's variable-length flash attention runs on the device at hand."""
+    import torch
+
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def segment_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: dict) -> torch.Tensor:
+def segment_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: dict
+) -> torch.Tensor:
     """Causal attention within each segment; q, k, v: (tokens, heads, D)."""
+    import torch
+
     if "bounds" in cuts:
         import inspect
 
@@ -366,7 +401,7 @@ def segment_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: d
         done = part.stop
         shape = (count, length, *q.shape[1:])
         rows = [x[part].view(shape).transpose(1, 2) for x in (q, k, v)]  # (count, heads, length, D)
-        output = F.scaled_dot_product_attention(*rows, is_causal=True)
+        output = torch.nn.functional.scaled_dot_product_attention(*rows, is_causal=True)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, cuts["inverse"])
 
@@ -376,11 +411,15 @@ def s2_attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention function that Transformers calls: S² in training, each document's full causal
     attention in evaluation, the stock function with a KV cache or a padding mask."""
+    import torch
+
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         from transformers import AttentionInterface
 
         if module.training:
-            raise ValueError("S² attention trains on packed sequences: no padding mask, no KV cache")
+            raise ValueError(
+                "S² attention trains on packed sequences: no padding mask, no KV cache"
+            )
         stock = AttentionInterface()["sdpa"]
         return stock(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     assert dropout == 0.0, "attention dropout is not part of Llama"
@@ -399,7 +438,9 @@ def s2_attention(
         query = query * (scaling * D**0.5)
     odd = H % 2 if group is not None else 0
     if odd:  # an empty head evens the halves out; its output is dropped
-        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
+        query, key, value = (
+            torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value)
+        )
     parts = 1 if group is None else 2
     heads = (H + odd) // parts
 
@@ -461,7 +502,9 @@ def read_texts(path: Path) -> Iterator[str]:
                 yield from batch.column("text").to_pylist()
     except (ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"--dataset {path}: cannot be read ({reason}); expected text in UTF-8") from error
+        raise UserError(
+            f"--dataset {path}: cannot be read ({reason}); expected text in UTF-8"
+        ) from error
 
 
 @dataclass
@@ -493,11 +536,18 @@ def tokenize(files: list[Path], tokenizer: Any, cache: Path) -> Corpus:
 
         building = cache.with_name(f"{cache.name}.{os.getpid()}.building")
         building.mkdir(parents=True, exist_ok=True)
-        bos, eos = ([i] if i is not None else [] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+        bos, eos = (
+            [i] if i is not None else [] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        )
         sizes, texts = [], (text for path in files for text in read_texts(path) if text)
-        with (building / "tokens.bin").open("wb") as out, tqdm(desc="tokenising", unit=" documents") as bar:
+        with (
+            (building / "tokens.bin").open("wb") as out,
+            tqdm(desc="tokenising", unit=" documents") as bar,
+        ):
             while batch := [text for _, text in zip(range(1000), texts)]:
-                for text, ids in zip(batch, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]):
+                for text, ids in zip(
+                    batch, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+                ):
                     out.write(np.array(bos + ids + eos, dtype=dtype).tobytes())
                     sizes.append((len(bos) + len(ids) + len(eos), len(text)))
                 bar.update(len(batch))
@@ -510,7 +560,7 @@ def tokenize(files: list[Path], tokenizer: Any, cache: Path) -> Corpus:
     return Corpus(np.memmap(cache / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
 
 
-class PackedBlocks(torch.utils.data.Dataset):
+class PackedBlocks:
     """The chosen documents in the given order, cut into blocks of exactly block_size tokens. A block
     is looked up, not stored; positions count from 0 in each piece of a document; only the last
     block's end is padded."""
@@ -544,7 +594,9 @@ class PackedBlocks(torch.utils.data.Dataset):
         return {"input_ids": ids, "position_ids": position, "labels": labels}
 
 
-def split_corpus(corpus: Corpus, args: Arguments, padding: int) -> tuple[PackedBlocks, PackedBlocks | None]:
+def split_corpus(
+    corpus: Corpus, args: Arguments, padding: int
+) -> tuple[PackedBlocks, PackedBlocks | None]:
     """Shuffle the documents by seed and hold some out, whole."""
     documents = len(corpus.lengths)
     order = np.random.default_rng(args.seed).permutation(documents)
@@ -563,6 +615,8 @@ class Collate:
     flash: bool
 
     def __call__(self, blocks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+        import torch
+
         batch = {name: torch.from_numpy(np.stack([b[name] for b in blocks])) for name in blocks[0]}
         cuts = {"groups": self.group_size, "documents": None}
         cuts = {n: cut_points(batch["position_ids"], g, self.flash) for n, g in cuts.items()}
@@ -572,27 +626,38 @@ class Collate:
 # --- Model ---------------------------------------------------------------------------------------
 
 
-class TailEmbedding(torch.nn.Module):
+@cache
+def based_on(cls: type, base: type) -> type:
+    """A class below with its base class, which is too slow to import for --help."""
+    return new_class(cls.__name__, (cls, base))
+
+
+class TailEmbedding:
     """An embedding whose last rows are trained: `frozen` (V0, D) in 16 bits, `trained` (V1, D) in
     fp32. Two small lookups; no copy of the matrix."""
 
     def __init__(self, frozen: torch.Tensor, trained: torch.Tensor):
+        import torch
+
         super().__init__()
         self.frozen = torch.nn.Parameter(frozen, requires_grad=False)
         self.trained = torch.nn.Parameter(trained, requires_grad=len(trained) > 0)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        import torch
+        from torch.nn.functional import embedding
+
         first = len(self.frozen)
         if not len(self.trained):
-            return F.embedding(ids, self.frozen)
-        new = F.embedding((ids - first).clamp(min=0), self.trained).to(self.frozen.dtype)
+            return embedding(ids, self.frozen)
+        new = embedding((ids - first).clamp(min=0), self.trained).to(self.frozen.dtype)
         if not first:
             return new
-        old = F.embedding(ids.clamp(max=first - 1), self.frozen)
+        old = embedding(ids.clamp(max=first - 1), self.frozen)
         return torch.where((ids < first).unsqueeze(-1), old, new)  # (B, T, D)
 
 
-class ChunkedLoss(torch.autograd.Function):
+class ChunkedLoss:
     """Sum of the cross entropy of hidden (N, D) against labels (N,), with head rows `frozen` (V0, D)
     and `trained` (V1, D), over chunks of C tokens: (C, V) logits exist where (N, V) would. The
     gradient softmax - onehot needs nothing from above but a factor, so each chunk gives its share of
@@ -600,6 +665,8 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, frozen, trained, labels):
+        import torch
+
         first, dtype = len(frozen), hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
         new = trained.to(dtype)
@@ -618,7 +685,9 @@ class ChunkedLoss(torch.autograd.Function):
                 continue
             slope = logits.sub_(log_sum).exp_().scatter_add_(1, y, -torch.ones_like(kept))
             slope = slope.mul_(kept).to(dtype)
-            d_hidden[start : start + LOSS_CHUNK] = slope[:, :first] @ frozen + slope[:, first:] @ new
+            d_hidden[start : start + LOSS_CHUNK] = (
+                slope[:, :first] @ frozen + slope[:, first:] @ new
+            )
             if d_trained is not None:
                 d_trained += slope[:, first:].T @ x
         ctx.gradients = d_hidden, d_trained
@@ -637,10 +706,11 @@ class TailHead(TailEmbedding):
     in_loss = False
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        import torch
+
         if self.in_loss:
             return hidden
-        new = self.trained.to(hidden.dtype)
-        return torch.cat([F.linear(hidden, self.frozen), F.linear(hidden, new)], dim=-1)
+        return torch.cat([hidden @ self.frozen.T, hidden @ self.trained.to(hidden.dtype).T], dim=-1)
 
     @contextmanager
     def inside_the_loss(self) -> Iterator[None]:
@@ -652,16 +722,37 @@ class TailHead(TailEmbedding):
 
     def loss(self, logits, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
         """Transformers' loss_function: `logits` are the hidden states (B, T, D)."""
+        import torch
+
         hidden, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         with torch.autocast(hidden.device.type, enabled=False):
-            total = ChunkedLoss.apply(hidden, self.frozen, self.trained, targets)
+            total = based_on(ChunkedLoss, torch.autograd.Function).apply(
+                hidden, self.frozen, self.trained, targets
+            )
         items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return total / items
 
 
-def build_model(args: Arguments, training: Any, folder: Path, first_new: int) -> tuple[Any, TailHead]:
+def train_tail(llama: Any, first: int) -> None:
+    """Put TailEmbedding and TailHead in place of a Llama's matrices: rows from `first` on train."""
+    import torch
+
+    def tail(cls: type, weight: torch.Tensor) -> Any:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        parts = weight[:first].detach().clone(), weight[first:].detach().to(wide, copy=True)
+        return based_on(cls, torch.nn.Module)(*parts)
+
+    llama.model.embed_tokens = tail(TailEmbedding, llama.model.embed_tokens.weight)
+    llama.lm_head = tail(TailHead, llama.lm_head.weight)
+    llama.loss_function = llama.lm_head.loss
+
+
+def build_model(
+    args: Arguments, training: Any, folder: Path, first_new: int
+) -> tuple[Any, TailHead]:
     """The base in NF4 with LoRA on its linear layers, trainable rows and norms. (PEFT's
     prepare_model_for_kbit_training would turn embeddings, norms and the residual stream to fp32.)"""
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
@@ -688,20 +779,20 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     set_seed(args.seed)
-    model = get_peft_model(model, LoraConfig(
-        task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout, target_modules=LINEAR_LAYERS,
-    ))
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=LINEAR_LAYERS,
+        ),
+    )
     llama = model.base_model.model
     rows = llama.config.vocab_size
     first = {"new": first_new, "all": 0, "none": rows}[args.train_embeddings]
-
-    def tail(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return weight[:first].detach().clone(), weight[first:].detach().float()
-
-    llama.model.embed_tokens = TailEmbedding(*tail(llama.model.embed_tokens.weight))
-    llama.lm_head = TailHead(*tail(llama.lm_head.weight))
-    llama.loss_function = llama.lm_head.loss
+    train_tail(llama, first)
     if args.train_norms:
         for name, module in model.named_modules():
             if name.endswith(tuple(NORMS)):
@@ -715,6 +806,7 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
 
 def checkpoint_layers(llama: Any, options: dict[str, Any]) -> None:
     """Keep only each layer's input for the backward pass, on the host with {"offload": true}."""
+    import torch
     from torch.autograd.graph import save_on_cpu
     from torch.utils.checkpoint import checkpoint
 
@@ -761,12 +853,15 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     config.modules_to_save = whole or None
     config.save_pretrained(str(folder))
     building = folder / "adapter_model.building"
-    save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, building, {"format": "pt"})
+    save_file(
+        {k: t.detach().contiguous().cpu() for k, t in tensors.items()}, building, {"format": "pt"}
+    )
     building.rename(folder / "adapter_model.safetensors")
 
 
 def load_adapter(model: Any, folder: Path) -> None:
     """Put a checkpoint's weights back, exactly."""
+    import torch
     from safetensors.torch import load_file
 
     saved, tensors = load_file(folder / "adapter_model.safetensors"), adapter_tensors(model)
@@ -795,7 +890,7 @@ class PackedTraining:
 
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
+        if not loss.isfinite():
             self.give_up(f"the loss is {loss.item()}")
         return loss
 
@@ -820,12 +915,16 @@ class PackedTraining:
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Loss per token and bits per character of the documents held out, full attention."""
+        import torch
+
         blocks, size = self.eval_dataset, self.args.per_device_eval_batch_size
         world, rank = self.args.world_size, self.args.process_index
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         for start in range(rank * size, len(blocks), world * size):
-            batch = self.data_collator([blocks[i] for i in range(start, min(start + size, len(blocks)))])
+            batch = self.data_collator(
+                [blocks[i] for i in range(start, min(start + size, len(blocks)))]
+            )
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast(), self.head.inside_the_loss():
                 sums[0] += self.model(**batch, num_items_in_batch=1).loss
@@ -840,13 +939,17 @@ class PackedTraining:
         if self.is_world_process_zero():
             metrics |= self.report.sample(self)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # the stock estimate counts every parameter at each step
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
+        import torch
+
         stop = torch.tensor(len(self.stop), device=self.args.device)
         if self.args.world_size > 1:  # the signal may reach the processes at different steps
             stop = self.accelerator.reduce(stop, "sum")
@@ -860,7 +963,11 @@ class PackedTraining:
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         if self.args.should_save:
-            save_adapter(self.accelerator.unwrap_model(self.model), Path(output_dir), self.record["base"]["model_name_or_path"])
+            save_adapter(
+                self.accelerator.unwrap_model(self.model),
+                Path(output_dir),
+                self.record["base"]["model_name_or_path"],
+            )
 
     def _save_checkpoint(self, model, trial=None, *args, **kwargs) -> None:
         """Trainer's checkpoint, built aside, sealed with the sums of its files, then renamed."""
@@ -869,7 +976,7 @@ class PackedTraining:
         self.accelerator.wait_for_everyone()
         if final.exists():
             return
-        if not all(torch.isfinite(p).all() for p in adapter_tensors(self.model).values()):
+        if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
             self.give_up("weights are no longer finite")
         self.saving = output / "checkpoint.building"
         if self.args.should_save:
@@ -894,10 +1001,13 @@ class PackedTraining:
             if not (full or isinstance(error, OSError)):
                 raise
             last = next(iter(checkpoints(output)), "none")
-            raise OSError(errno.ENOSPC, (
-                f"checkpoint {final} cannot be written ({error}); the last good one is {last}; "
-                "make room and run the same command again"
-            )) from error
+            raise OSError(
+                errno.ENOSPC,
+                (
+                    f"checkpoint {final} cannot be written ({error}); the last good one is {last}; "
+                    "make room and run the same command again"
+                ),
+            ) from error
         finally:
             if self.args.should_save:
                 shutil.rmtree(self.saving, ignore_errors=True)
@@ -916,7 +1026,7 @@ def build_trainer(args, training, model, head, blocks, held_out, record, report,
     if held_out is None:
         training.eval_strategy = "no"
     flash = flash_is_here() and not training.use_cpu and (training.bf16 or training.fp16)
-    trainer = type("PackedTrainer", (PackedTraining, Trainer), {})(
+    trainer = based_on(PackedTraining, Trainer)(
         model=model,
         args=training,
         train_dataset=blocks,
@@ -1028,7 +1138,9 @@ def open_run(args: Arguments, record: dict) -> str | None:
             ) from None
         return None
     except (ValueError, NotADirectoryError) as error:
-        raise UserError(f"--output_dir {output}: not a run's folder ({error}); choose another") from None
+        raise UserError(
+            f"--output_dir {output}: not a run's folder ({error}); choose another"
+        ) from None
     new, before = record["settings"], old.get("settings") or {}
     changed = [n for n in sorted(new | before) if new.get(n) != before.get(n)]
     if changed and old["results"] is None:
@@ -1057,7 +1169,9 @@ def find_checkpoint(args: Arguments, output: Path) -> str | None:
             return str(folder)
         if wanted != "auto":
             raise UserError(f"--resume_from_checkpoint {wanted}: not a whole checkpoint; use auto")
-        print(f"{folder} is broken (not what was written): falling back to the one before", flush=True)
+        print(
+            f"{folder} is broken (not what was written): falling back to the one before", flush=True
+        )
     return None
 
 
@@ -1069,12 +1183,21 @@ def total_steps(sequences: int, training: Any) -> int:
     if training.max_steps > 0:
         return training.max_steps
     batches = math.ceil(sequences / (training.per_device_train_batch_size * training.world_size))
-    return math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
+    return math.ceil(
+        training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps)
+    )
 
 
-def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block: int) -> dict[str, float]:
+def memory_items(
+    config: Any, args: Arguments, first_new: int, batch: int, block: int
+) -> dict[str, float]:
     """Bytes on the GPU at the peak, the backward pass of one layer. Derived from the shapes."""
-    D, I, L, V = config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
+    D, I, L, V = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.vocab_size,
+    )
     kv = config.num_key_value_heads * D // config.num_attention_heads
     shapes = [(D, D), (D, kv), (D, kv), (D, D), (D, I), (D, I), (I, D)]
     linear = L * sum(a * b for a, b in shapes)
@@ -1098,8 +1221,14 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
 
 def print_plan(args: Arguments, training: Any, config: Any, first_new: int, facts: dict) -> None:
     """Sizes, steps, and what fits."""
+    import torch
+
     for name, value in facts.items():
-        print(f"{name.replace('_', ' '):>40}: {value:,}" if isinstance(value, int) else f"{name:>40}: {value}")
+        print(
+            f"{name.replace('_', ' '):>40}: {value:,}"
+            if isinstance(value, int)
+            else f"{name:>40}: {value}"
+        )
 
     def peak(batch: int, block: int) -> float:
         return sum(memory_items(config, args, first_new, batch, block).values())
@@ -1116,10 +1245,14 @@ def print_plan(args: Arguments, training: Any, config: Any, first_new: int, fact
         print("no GPU here: --plan_gpu_gb 24 says what fits on one of 24 GB")
         return
     room = size - 0.8e9  # CUDA's context and fragmentation
-    blocks = [b for b in range(256, config.max_position_embeddings + 1, 256) if peak(batch, b) <= room]
+    blocks = [
+        b for b in range(256, config.max_position_embeddings + 1, 256) if peak(batch, b) <= room
+    ]
     batches = [b for b in range(1, 257) if peak(b, block) <= room]
-    print(f"on {size / 1e9:.0f} GB: at batch {batch} the largest block is {max(blocks, default=0)}; "
-          f"at block {block} the largest batch is {max(batches, default=0)}")
+    print(
+        f"on {size / 1e9:.0f} GB: at batch {batch} the largest block is {max(blocks, default=0)}; "
+        f"at block {block} the largest batch is {max(batches, default=0)}"
+    )
 
 
 # --- Report --------------------------------------------------------------------------------------
@@ -1141,7 +1274,9 @@ class Report:
 
     def rewind(self, step: int) -> None:
         """Forget what a resumed run will write again."""
-        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows() if row["step"] <= step]
+        rows = [
+            json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows() if row["step"] <= step
+        ]
         self.metrics.write_text("".join(rows), encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:
@@ -1163,11 +1298,18 @@ class Report:
         steps = [r["step"] for r in train]
         axes.plot(steps, [r["loss"] for r in train], label="train", linewidth=1)
         if held:
-            axes.plot([r["step"] for r in held], [r["eval_loss"] for r in held], "o-", label="held out")
-        axes.set(ylabel="loss (nats per token)", title=f"block {self.args.block_size}, {self.facts['steps']} steps")
+            axes.plot(
+                [r["step"] for r in held], [r["eval_loss"] for r in held], "o-", label="held out"
+            )
+        axes.set(
+            ylabel="loss (nats per token)",
+            title=f"block {self.args.block_size}, {self.facts['steps']} steps",
+        )
         per_step = train[-1]["tokens_seen"] / max(1, steps[-1])
         if per_step:
-            top = axes.secondary_xaxis("top", (lambda x: x * per_step / 1e6, lambda x: x / per_step * 1e6))
+            top = axes.secondary_xaxis(
+                "top", (lambda x: x * per_step / 1e6, lambda x: x / per_step * 1e6)
+            )
             top.set_xlabel("million tokens seen")
         axes.legend()
         axes.grid(alpha=0.3)
@@ -1182,15 +1324,25 @@ class Report:
 
     def sample(self, trainer: Any) -> dict[str, Any]:
         """What the model writes after a held-out beginning, without touching the run's dice."""
+        import torch
+
         if not self.args.sample_tokens:
             return {}
         device = trainer.args.device
         prompt = torch.tensor([self.prompt], device=device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), trainer.accelerator.autocast():
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            trainer.accelerator.autocast(),
+        ):
             torch.manual_seed(self.args.seed)
             ids = trainer.accelerator.unwrap_model(trainer.model).generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True, do_sample=True,
-                top_p=0.9, max_new_tokens=self.args.sample_tokens, pad_token_id=self.tokenizer.eos_token_id,
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                use_cache=True,
+                do_sample=True,
+                top_p=0.9,
+                max_new_tokens=self.args.sample_tokens,
+                pad_token_id=self.tokenizer.eos_token_id,
             )
         text = self.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
         return {"eval_sample": text, "eval_traditional": traditional_share(text)}
@@ -1200,10 +1352,15 @@ class Report:
         a, rows = self.args, [r for r in self.rows() if "eval_loss" in r]
         table = "\n".join(
             f"| {r.get('epoch', 0):.2f} | {r['step']} | {r['eval_loss']:.4f} | "
-            f"{r['eval_bits_per_character']:.4f} |" for r in rows
+            f"{r['eval_bits_per_character']:.4f} |"
+            for r in rows
         )
         return CARD.format(
-            base=record["base"]["model_name_or_path"], a=a, f=self.facts, r=results, table=table,
+            base=record["base"]["model_name_or_path"],
+            a=a,
+            f=self.facts,
+            r=results,
+            table=table,
             total=a.per_device_train_batch_size * a.gradient_accumulation_steps,
             versions="\n".join(f"- {n} {v}" for n, v in record["versions"].items()),
         )
@@ -1271,7 +1428,9 @@ def check(args: Arguments) -> None:
     if args.block_size < 8:
         raise UserError(f"--block_size {args.block_size}: too short; expected at least 8 tokens")
     if not 2 <= args.group_size <= args.block_size:
-        raise UserError(f"--group_size {args.group_size}: expected 2 to block_size ({args.block_size})")
+        raise UserError(
+            f"--group_size {args.group_size}: expected 2 to block_size ({args.block_size})"
+        )
     if not 0 <= args.eval_fraction < 1:
         raise UserError(f"--eval_fraction {args.eval_fraction}: expected a share, 0 to under 1")
     if args.lora_rank < 1:
@@ -1297,14 +1456,20 @@ def finish(trainer: Any, record: dict, report: Report) -> None:
         "eval_bits_per_character": held[-1]["eval_bits_per_character"] if held else None,
         **report.facts,
     }
-    save_adapter(trainer.accelerator.unwrap_model(trainer.model), output, record["base"]["model_name_or_path"])
+    save_adapter(
+        trainer.accelerator.unwrap_model(trainer.model),
+        output,
+        record["base"]["model_name_or_path"],
+    )
     report.draw()
     if Path(report.args.picture).exists():
         shutil.copy(report.args.picture, output / "trainloss.png")
     (output / "README.md").write_text(report.card(results, record), encoding="utf-8")
     write_json(output / "run.json", record | {"results": results})
-    print(f"done: {results['steps']} steps, loss {results['loss_first']} to {results['loss_last']}; "
-          f"the adapter is in {output}; next: python merge_lora.py")
+    print(
+        f"done: {results['steps']} steps, loss {results['loss_first']} to {results['loss_last']}; "
+        f"the adapter is in {output}; next: python merge_lora.py"
+    )
 
 
 @user_errors()
