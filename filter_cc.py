@@ -1,0 +1,1571 @@
+"""Common Crawl to a clean Traditional Chinese corpus in Taiwan usage.
+
+In: WET, WARC (HTML), JSONL or Parquet files; files, folders, globs, URLs, or a crawl by its name.
+Out: zstd Parquet with text, id, url, date and the scores of every page, stats.json, a dataset card,
+run.json, and the picture pictures/filter.png: pages and bytes that each rule left.
+
+One pass reads and judges. ISA-L inflates a record only as far as its header when the header names
+other languages (Common Crawl's CLD2 labels); numpy counts the scripts of what remains in its bytes;
+FastWARC parses, and rules judge, the few pages that are left: script, length, Taiwan usage, menus
+and footers, repetition (Gopher, Rae et al. 2021), closing punctuation (C4, Raffel et al. 2020;
+FineWeb, Penedo et al. 2024), spam. Personal data become placeholders. Then exact and MinHash
+deduplication (Broder 1997) over all pages. datatrove runs it: tasks, logs, resuming, clusters.
+
+A run of a minute on any CPU (this command was run):
+    python filter_cc.py --input data/sample
+The real run:
+    python filter_cc.py --crawl CC-MAIN-2026-30 --target_size 6GB --workers 8
+"""
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import fsspec  # datatrove, matplotlib and ray are imported where they are used: --help stays quick
+import numpy as np
+from fastwarc.warc import WarcRecord
+from isal.igzip_lib import DECOMP_GZIP, IgzipDecompressor, IsalError
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+# --- Constants -----------------------------------------------------------------------------------
+
+CRAWL_URL = "https://data.commoncrawl.org/"
+WARC_ENDINGS = (".wet", ".wet.gz", ".warc", ".warc.gz")
+ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+NOT_SETTINGS = {
+    "input",
+    "crawl",
+    "limit_files",
+    "workers",
+    "executor",
+    "partition",
+    "time",
+    "picture",
+}
+MAX_TASKS = 256  # deduplication opens one file of every task at once
+BLOCK = 1 << 20  # bytes that a stream gives at a time
+MAX_RECORD = 16 << 20  # bytes; no page of prose is larger
+MAX_HEADER = 2048  # bytes inflated before a record is refused on its header
+FIRST_WAVE = 32  # files read before the yield of a crawl is known (--target_size)
+SCORES = ("han", "traditional", "mainland", "repeated", "distinct", "closing", "spam")
+SHARES = (
+    "min_han max_kana_hangul min_traditional max_broken max_rare max_repeated min_distinct min_closing"
+).split()
+SCRIPTS = ("other", "han", "traditional", "simplified", "rare", "kana", "hangul", "broken")
+
+# Rules in the order in which they are applied; stats.json and the picture follow it.
+RULES = {
+    "language": "the header names languages, and Chinese is not among them",
+    "han": "too few of its letters are Han",
+    "japanese_korean": "kana or hangul",
+    "simplified": "Simplified characters",
+    "mojibake": "broken bytes, or characters that nobody uses",
+    "lines": "menus, footers, share buttons and cookie notices (lines; pages stay)",
+    "length": "too little prose is left",
+    "mainland": "mainland wording in Traditional glyphs",
+    "repetition": "it repeats itself",
+    "punctuation": "hardly a line ends like a sentence",
+    "spam": "gambling, loan, adult and drug vocabulary",
+    "url": "the address is on a block list",
+    "exact_duplicate": "same text as an earlier page",
+    "near_duplicate": "nearly the same text as another page",
+    "target": "beyond the target size",
+}
+
+# Words of menus and footers, for lines that hold no sentence.
+FURNITURE = re.compile(
+    "首頁|主頁|最新消息|關於(我們|本站|本所)|(聯絡|聯繫)(我們|站長)|會員|登入|登出|註冊|購物車|加入好友|追蹤|收藏|"
+    "網站(地圖|導覽)|隱私權?(政策|聲明)?|服務條款|使用條款|免責聲明|常見問(題|答)|回(到)?(最)?(頂|上|首)[頁端方層]?|"
+    "(上|下)一?[頁篇則]|(看|閱讀)更多|更多|延伸閱讀|(相關|熱門|最新|推薦|精選)(文章|新聞|閱讀|商品|關鍵字|標籤|連結|主題)|"
+    "分享(到|至)?|列印|字級|友善列印|訂閱|電子報|粉絲(團|專頁)|按讚|留言|回覆|回應|搜尋|搜索|目前位置|您(的|現在)位置|"
+    "人氣|瀏覽(人次|次數|數)?|點閱(數|率)?|標籤|分類|跳到主要內容(區塊)?|選單|客服(中心)?|訂單查詢|忘記密碼|人才招募|"
+    "發(布|佈|表|文)(日期|時間)|更新(日期|時間)|作者|編輯|上架|排序|複製連結|English|Facebook|FACEBOOK|LINE|Line|Instagram|"
+    "IG|YouTube|Twitter|Threads|Telegram|RSS|App|APP|Email|E-mail|email|TOP|Top|Menu|MENU|Home|HOME|Login|Tags?"
+)
+# Lines that are furniture although they read like a sentence.
+NOTICE = re.compile(
+    r"(?i)版權(所有|為)|著作權(所有|聲明|歸)|©|\(c\) ?(19|20)\d\d|copyright|all rights reserved|請勿(任意)?轉載|"
+    r"未經(授權|許可|同意).{0,8}(轉載|重製|使用)|轉載請|(本|我們的)(網站|站|網頁).{0,6}使用.{0,4}cookie|"
+    r"cookies?.{0,30}(同意|政策|隱私|瀏覽)|同意.{0,12}cookie|最佳瀏覽|瀏覽器.{0,12}(最佳|建議)|建議使用.{0,24}瀏覽|"
+    r"(喜歡|覺得).{0,14}(分享|按讚|訂閱)|歡迎(分享|訂閱|追蹤|按讚|加入)|按讚.{0,8}(粉絲|專頁)|訂閱.{0,8}(電子報|頻道)|"
+    r"(追蹤|加入)我們|點(我|此|這裡)(看|閱讀|前往|了解)|(看|閱讀)更多|延伸閱讀[:：]|^(上|下)一(篇|則|頁)[:：]"
+)
+CONTACT = re.compile(
+    r"(?i)(地址|電話|傳真|信箱|郵箱|e-?mail|tel|fax|服務時間|營業時間|統一編號|統編|客服專線|郵遞區號|"
+    r"服務專線|免付費專線|聯絡人)\s*[:：]"
+)
+SENTENCE = re.compile("[。！？；，…]|[\u3400-\u9fff」）][,.!?;](\\s|$|[\u3400-\u9fff「])")
+CLOSING = tuple("。！？…」』）；：.!?\"')~～")
+SEPARATORS = re.compile("[|｜│>»›＞/／·•．‧★◆■]")
+FUNCTION_WORDS = frozenset(
+    "的了是我你妳他她它在不有這那著也就都而又還說到過裡吧嗎呢啊讓把被與和卻才很"
+)
+
+SPAM = (
+    "娛樂城 百家樂 老虎機 體驗金 線上博弈 博弈網站 運彩投注 首存 首儲 註冊送 現金版 現金網 彩金 六合彩 今彩539 捕魚機 骰寶 "
+    "輪盤 德州撲克 真人荷官 信用版 出金 儲值 老司機 賠率 投注 下注 串關 運彩 必勝法 爆分 外送茶 外約 約妹 茶訊 叫小姐 兼職妹 "
+    "援交 一夜情 定點茶 喝茶 看照約 無碼 A片 成人影片 成人網站 情色 色情影片 做愛 口交 自慰 情趣用品 跳蛋 春藥 壯陽 威而鋼 "
+    "犀利士 必利勁 持久液 催情 借錢 小額借款 小額借錢 急用錢 當日撥款 免留車 免保人 證件借款 票貼 房屋二胎 代書貸款 民間借貸 "
+    "信用瑕疵 當舖 汽車借款 機車借款 融資 代辦 加賴 加LINE 加line 立即領取 代購 高仿 A貨 精仿 代寫論文 代考 刷卡換現金 "
+    "換現金 買粉絲 刷讚 網軍 SEO優化 增高鞋 減肥藥 豐胸 瘦身茶 穩賺 翻倍 帶單 老師帶 保證獲利 飆股 報明牌"
+).split()
+# Mainland words besides those of OpenCC's table, in Traditional glyphs.
+MAINLAND = (
+    "軟件 硬件 視頻 音頻 屏幕 鼠標 網絡 信息 內存 硬盤 U盤 光盤 默認 短信 打印 服務器 數據庫 互聯網 出租車 酸奶 土豆 激光 "
+    "芯片 筆記本電腦 臺式機 台式機 智能手機 充電寶 快遞 外賣 網約車 小哥 點贊 朋友圈 公眾號 立交橋 方便麵 西紅柿 菠蘿 獼猴桃 "
+    "三文魚 公交車 公交 大巴 幼兒園 素質 領導幹部 網友們 小夥伴 攝像頭 操作系統 程序員 殺毒 博客 網吧 網民 水平 渠道 高清 "
+    "緩存 卸載 主板 顯卡 雲盤 雲計算 大數據 人工智能 微信 支付寶 淘寶 下單 門店 質量 性價比 老師傅 師傅 倆 咱們 咱 啥 特別 挺好 "
+    "衛生間 洗手液 創可貼 空調 飲水機 冰箱貼 小區 物業 樓道 單元樓 居委會 戶口 高考 中考 大學生活動 學習班 班主任 本科生 研究生院 "
+    "知識產權 互聯網絡 運營 運營商 落地 打造 賦能 抓手 接地氣 給力 靠譜 忽悠 山寨 土豪 屌絲 吐槽 立馬 貌似 牛逼"
+).split()
+TAIWAN = (
+    "軟體 硬體 影片 影音 螢幕 滑鼠 網路 資訊 記憶體 硬碟 隨身碟 光碟 預設 簡訊 列印 伺服器 資料庫 網際網路 計程車 優格 馬鈴薯 "
+    "雷射 晶片 筆記型電腦 智慧型手機 行動電源 宅配 外送 按讚 交流道 泡麵 番茄 鳳梨 奇異果 鮭魚 公車 捷運 幼稚園 品質 程式 "
+    "作業系統 工程師 防毒 部落格 網咖 網友 水準 管道 高畫質 快取 主機板 雲端 人工智慧 專案 檔案 資料夾 數位 解析度 社群 "
+    "里長 國小 國中 機車 便當 便利商店 超商 健保 統一發票 民國 縣市 鄉鎮 阿嬤 阿公 腳踏車 研究所 透過 部落 志工 營運"
+).split()
+# Words of OpenCC's table that Taiwan uses as well, and compounds in which a mainland word hides.
+SHARED = set(
+    "支持 程序 社區 菜單 公元 地址 參數 函數 循環 智能 用戶 界面 算法 聯繫 訪問 連接 項目 消息 文件 數據 數字 模擬 類型 設備 設置 聲明 "
+    "保存 打開 運行 對象 圖像 高級 高端 發佈 發送 性能 查找 分區 交互 局部 內核 光標 字體 自行車 實例 集成 通信 代碼 權限 指針 調度 "
+    "腳本 註銷 搜索 插件 添加 壁紙 滾動條 映射 蹦極 兼容 宏 塑料 後綴 前綴 像素 優化 幾率 採樣 接口 擴展 枚舉 概率 矢量 窗口 向量 "
+    "超聲波 硅 端口 隊列 宏函數 變量 線程 禁用 擴展名 散列 溢出 持久性 涼菜 相冊 磁盤 緩存 登錄 遠程 連接器 鏡像 鏈接 黑客 點擊 "
+    "音頻 仿真 元音 輔音 全局 公元紀年 低級 多態 外置 內置 加納 孤獨症 字段 字符 存儲 導入 導出 截取 時鐘頻率 桌面型 模塊 比特 綁定 "
+    "聲卡 調試 預設 預處理器 進程 進制 信號 信道 串口 任務欄 二極管 圖庫 實時 重載 通道 弗吉尼亞 帕勞 歐拉 萬象 印度 組件 訴訟程序 "
+    "司法程序 支持者 正當程序 程序正義 程序不正義 處理程序 方程式 軟體動物 海內存知己 演算法 移動 大數據 目標代碼 乍得 也門 性價比 "
+    "水平 渠道 師傅 特別 質量 空調 落地 打造 老師傅 挺好 山寨 吐槽 貌似 大巴 幼兒園 素質 快遞 咱 咱們 啥 高清 主板 本科生 戶口 運營 "
+    "電視頻道 衛視頻道 影視頻道 感激光 相信息 本土豆 印度 打印度 小區域 網路信息 標誌信息 土豆腐 強硬件 貝多 凱奇 薩提 福雷 拉莫 "
+    "回調 拋出 拷貝 掛斷 刷新 批量 控件 複印 過程 遞歸 鏈表 重裝 註冊機 網關 網卡 聯繫歷史 金屬氧化物半導體 喬治亞 諾蘭 奶酪 冰棍".split()
+)
+
+# Personal data and what stands in its place. Digits and letters around them must end first.
+PRIVATE = (
+    (re.compile(r"(?<![\w.+-])[\w.+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+", re.ASCII), "[EMAIL]"),
+    (
+        re.compile(
+            r"(?<![\d.])((25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(25[0-5]|2[0-4]\d|1?\d?\d)(?![\d.]\d|\d)"
+        ),
+        "[IP]",
+    ),
+    (re.compile(r"(?<![A-Za-z0-9])[A-Z][1289A-D]\d{8}(?!\d)"), "[ID]"),
+    (
+        re.compile(
+            r"(?<![\d-])((\+|00)886[-\s]?(\(0\))?|\(?0)"  # country code or trunk prefix
+            r"(9\d{2}[-\s.]?\d{3}[-\s.]?\d{3}|[2-8]\d{0,2}\)?[-\s.]?\d{3,4}[-\s.]?\d{4}|800[-\s]?\d{3}[-\s]?\d{3})"
+            r"([-\s]*(#|轉|分機)\s*\d{1,5})?(?![\d-]*\d)"
+        ),
+        "[PHONE]",
+    ),
+)
+
+# --- Arguments -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Arguments:
+    """Every option of the command line; the help text is the documentation."""
+
+    input: list[str] = field(
+        default_factory=lambda: ["data/sample"],
+        metadata={
+            "help": "Files, folders, globs or fsspec URLs (s3://, https://) of .wet[.gz], .warc[.gz], .jsonl[.gz|.zst] or .parquet."
+        },
+    )
+    crawl: str | None = field(
+        default=None,
+        metadata={"help": "Common Crawl to read instead, such as CC-MAIN-2026-30; None: --input."},
+    )
+    limit_files: int | None = field(
+        default=None, metadata={"help": "Read only so many files; None: all."}
+    )
+    output_dir: str = field(
+        default="data/cc_filtered", metadata={"help": "Folder for the corpus; made if missing."}
+    )
+    target_size: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stop at so much text, such as 500MB or 6GB (UTF-8); None: read everything."
+        },
+    )
+    executor: Literal["local", "ray", "slurm"] = field(
+        default="local", metadata={"help": "datatrove executor that runs the tasks."}
+    )
+    workers: int = field(default=1, metadata={"help": "Tasks at a time."})
+    tasks: int | None = field(
+        default=None,
+        metadata={"help": f"Groups of files; None: one per file, at most {MAX_TASKS}."},
+    )
+    save_rejected: bool = field(
+        default=False,
+        metadata={
+            "help": "Write refused pages to rejected/<rule>/ in the output folder, to read and tune."
+        },
+    )
+    min_han: float = field(default=0.5, metadata={"help": "Least share of Han among the letters."})
+    max_kana_hangul: float = field(
+        default=0.2,
+        metadata={"help": "Largest share of kana and hangul among the East Asian letters."},
+    )
+    min_traditional: float = field(
+        default=0.9,
+        metadata={
+            "help": "Least share of Traditional among the characters that differ (OpenCC's tables)."
+        },
+    )
+    max_broken: float = field(
+        default=0.002,
+        metadata={"help": "Largest share of broken characters (U+FFFD, private use)."},
+    )
+    max_rare: float = field(
+        default=0.1,
+        metadata={"help": "Largest share of Han outside Big5 level 1, the 5,401 that are in use."},
+    )
+    min_length: int = field(
+        default=200,
+        metadata={"help": "Least number of Han characters left after the lines are cleaned."},
+    )
+    max_mainland: float = field(
+        default=3.0,
+        metadata={"help": "Largest number of mainland words, less Taiwan words, per 1,000 Han."},
+    )
+    max_repeated: float = field(
+        default=0.2,
+        metadata={"help": "Largest share of characters in 10-grams seen before (Gopher)."},
+    )
+    min_distinct: float = field(
+        default=0.4,
+        metadata={"help": "Least share of distinct 2-grams in the first 1,000 characters."},
+    )
+    min_closing: float = field(
+        default=0.3,
+        metadata={
+            "help": "Least share of characters in lines that end like a sentence (C4, FineWeb)."
+        },
+    )
+    max_spam: float = field(
+        default=8.0, metadata={"help": "Largest number of spam words per 1,000 Han."}
+    )
+    url_lists: bool = field(
+        default=False, metadata={"help": "Refuse addresses on datatrove's block lists as well."}
+    )
+    minhash_buckets: int = field(
+        default=20, metadata={"help": "MinHash bands: more find more near duplicates."}
+    )
+    minhash_rows: int = field(
+        default=8, metadata={"help": "MinHash values in a band: more make the match stricter."}
+    )
+    partition: str = field(default="cpu", metadata={"help": "Slurm partition."})
+    time: str = field(default="08:00:00", metadata={"help": "Slurm time limit of a task."})
+    picture: str = field(
+        default="pictures/filter.png", metadata={"help": "Where to draw what each rule left."}
+    )
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults, and keep the manual's line breaks."""
+
+
+def parse_args(argv: list[str] | None) -> Arguments:
+    """Read the command line (None: sys.argv); an unknown option ends the program with exit code 2."""
+    parser = HfArgumentParser(
+        Arguments,
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
+    )
+    args, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
+    return args
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the argument, its value, what was expected, what to do."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """End mistakes and refusals in one line: exit code 2 for a UserError, 1 for a full or read-only
+    disk, 130 for Ctrl-C. Anything else is our bug and keeps its traceback."""
+    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+    try:
+        yield
+        return
+    except UserError as error:
+        message, code = f"error: {error}", 2
+    except KeyboardInterrupt:
+        message, code = "interrupted; run the same command again to go on", 130
+    except Exception as error:
+        if getattr(error, "errno", None) not in refusals and "No space left" not in str(error):
+            raise
+        message, code = f"error: {error}", 1
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+# --- Records out of damaged files ----------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """What a task read, refused and kept: for progress, stats.json and the log; one file a task."""
+
+    path: str
+    pages: Counter = field(default_factory=Counter)  # rule, "read" or "kept" -> pages
+    bytes: Counter = field(default_factory=Counter)  # the same -> bytes of UTF-8
+    damage: Counter = field(default_factory=Counter)  # kind -> how often
+    files: int = 0
+    saved: float = 0.0
+
+    def count(self, name: str, size: int) -> None:
+        self.pages[name] += 1
+        self.bytes[name] += size
+
+    def save(self, every: float = 0.0) -> None:
+        """Write the counts; with `every`, only if so many seconds have passed since the last time."""
+        if time.monotonic() - self.saved >= every:
+            self.saved = time.monotonic()
+            counters = {name: getattr(self, name) for name in ("pages", "bytes", "damage")}
+            write_whole(
+                Path(self.path), json.dumps({"files": self.files} | counters, sort_keys=True)
+            )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that no half of it is ever seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Inflater:
+    """File-like view of the gzip member that `data` and then `stream` hold. After its end, `rest`
+    is what followed it, and `whole` says whether its end was there and its checksum right."""
+
+    def __init__(self, data: bytes, stream=None):
+        self.inflate, self.data, self.stream = IgzipDecompressor(DECOMP_GZIP), data, stream
+        self.rest, self.whole = b"", False
+
+    def read(self, size: int = BLOCK) -> bytes:
+        with contextlib.suppress(IsalError):
+            while not self.inflate.eof:
+                given = b""
+                if self.inflate.needs_input:
+                    given, self.data = (
+                        self.data or (self.stream.read(BLOCK) if self.stream else b""),
+                        b"",
+                    )
+                    if not given:
+                        return b""
+                    self.rest = given
+                if out := self.inflate.decompress(given, size):
+                    return out
+            self.rest, self.whole = self.inflate.unused_data, True
+        return b""
+
+
+class Window:
+    """The part of a stream that is being looked at: `data` from `at` on."""
+
+    def __init__(self, stream):
+        self.stream, self.data, self.at, self.more = stream, b"", 0, True
+
+    def fill(self, size: int) -> int:
+        """Have `size` bytes ahead, fewer only at the end of the stream; return how many."""
+        while self.more and len(self.data) - self.at < size:
+            block = self.stream.read(BLOCK)
+            self.data, self.at, self.more = self.data[self.at :] + block, 0, bool(block)
+        return len(self.data) - self.at
+
+    def find_record(self) -> int:
+        """Go to the next record header or the end; return how many bytes of rubbish lay before."""
+        rubbish = 0
+        while self.fill(7) >= 7:
+            start = self.data.find(b"WARC/1.", self.at)
+            stop = start if start >= 0 else len(self.data) - 6
+            rubbish += len(self.data[self.at : stop].strip())
+            self.at = stop
+            if start >= 0:
+                break
+        else:
+            rubbish += len(self.data[self.at :].strip())
+            self.at = len(self.data)
+        return rubbish
+
+
+def content_length(lower_header: bytes) -> int | None:
+    """Return the length that a WARC header (in lower case) gives, None if it gives none."""
+    at = lower_header.find(b"\ncontent-length:")
+    value = lower_header[at + 16 : at + 48].split(b"\n")[0].strip() if at >= 0 else b""
+    return int(value) if value.isdigit() else None
+
+
+def plain_records(stream, damage) -> Iterator[bytes]:
+    """Cut records out of WARC bytes; where a length is wrong, go on at the next record's header."""
+    window, lost = Window(stream), False
+    while True:
+        if window.find_record() and not lost:
+            damage("foreign bytes")
+        if window.fill(1 << 16) < 7:
+            return
+        data, at = window.data, window.at
+        end = data.find(b"\r\n\r\n", at)
+        length = content_length(data[at:end].lower()) if end >= 0 else None
+        total = end + 4 - at + (length or 0)
+        kind = None
+        if length is None:
+            kind = "record without a length"
+        elif length > MAX_RECORD:
+            kind = "oversized record"
+        elif window.fill(total + 12) < total:
+            kind = "truncated record"
+        else:
+            after = window.data[window.at + total : window.at + total + 11].lstrip(b"\r\n")
+            if not b"WARC/1.".startswith(after[:7]):
+                kind = "record with a wrong length"
+        if lost := kind is not None:
+            damage(kind)
+            window.at += 7  # past this header's WARC/1., to the next
+        else:
+            yield window.data[window.at : window.at + total]
+            window.at += total
+
+
+def find_member(data: bytes, start: int) -> int:
+    """Return where the next gzip member starts at or after `start`, -1 if that is not in sight."""
+    while 0 <= (at := data.find(b"\x1f\x8b\x08", start)) <= len(data) - 9:
+        if data[at + 3] < 32 and data[at + 8] in (0, 2, 4):
+            return at
+        start = at + 1
+    return -1
+
+
+def first_record(piece: bytes, wanted) -> bytes | None:
+    """Return the record of a healthy member that holds just one; b"" if `wanted` refuses its header,
+    in which case the rest is not even inflated; None if the member is anything else. Its last four
+    bytes, the inflated size, must agree with the record's own length."""
+    with contextlib.suppress(IsalError):
+        inflate = IgzipDecompressor(DECOMP_GZIP)
+        head = inflate.decompress(piece, MAX_HEADER)
+        end = head.find(b"\r\n\r\n")
+        lower = head[:end].lower()
+        length = content_length(lower) if end > 0 and head.startswith(b"WARC/1.") else None
+        if length is not None and end + 8 + length == int.from_bytes(piece[-4:], "little"):
+            if not wanted(lower, length):
+                return b""
+            if length <= MAX_RECORD:
+                record = head if inflate.eof else head + inflate.decompress(b"")
+                return record if inflate.eof else None
+    return None
+
+
+def gzip_records(stream, wanted, damage) -> Iterator[bytes]:
+    """Cut records out of gzip members, which the magic bytes divide: damage ends with its member."""
+
+    def lost(piece: bytes) -> Iterator[bytes]:
+        damage("damaged gzip member")
+        yield from plain_records(Inflater(piece), lambda kind: None)
+
+    data, at, more, short = b"", 0, True, b""
+    while True:
+        cut = find_member(data, at + 1)
+        if cut < 0 and more and len(data) - at <= MAX_RECORD:
+            block = stream.read(BLOCK)
+            data, at, more = data[at:] + block, 0, bool(block)
+            continue
+        if cut < 0 and more:  # too large to hold: look through it as it is inflated
+            inflater = Inflater(data[at:], stream)
+            yield from plain_records(inflater, damage)
+            if not inflater.whole:
+                damage("damaged gzip member")
+            data, at = inflater.rest, 0
+            continue
+        piece, at = data[at : cut if cut >= 0 else None], cut if cut >= 0 else len(data)
+        record = first_record(piece, wanted) if piece else b""
+        if record is None:  # several records, wrong lengths, damage, or cut where no member starts
+            for member in [short + piece, piece] if short else [piece]:
+                inflater = Inflater(member)
+                while inflater.read():
+                    pass
+                if inflater.whole:
+                    break
+            if short and (not inflater.whole or member is piece):
+                yield from lost(short)
+            short = b"" if inflater.whole else piece
+            if inflater.whole:
+                if inflater.rest.strip(b"\0"):
+                    damage("foreign bytes")
+                yield from plain_records(Inflater(member), damage)
+            continue
+        if short:
+            yield from lost(short)
+            short = b""
+        if record:
+            yield record
+        if not piece:
+            return
+
+
+# --- Pages out of records ------------------------------------------------------------------------
+
+
+def read_pages(stream, tally: Tally, damage, limits: Arguments) -> Iterator[dict]:
+    """Yield the pages of a WET or WARC stream that neither their header nor their bytes refuse; with
+    --save_rejected the refused ones as well, with the rule under "refused"."""
+
+    def wanted(header: bytes, length: int) -> bool:
+        if b"\nwarc-type: conversion" not in header:
+            return b"\nwarc-type: response" in header
+        if limits.save_rejected or not foreign_language(header):
+            return True
+        tally.count("read", length)
+        tally.count("language", length)
+        return False
+
+    start = stream.read(BLOCK)
+    whole = Rewound(start, stream)
+    if start.startswith(b"\x1f\x8b"):
+        records = gzip_records(whole, wanted, damage)
+    else:
+        records = (record for record in plain_records(whole, damage))
+    for data in records:
+        header, _, page = data.partition(b"\r\n\r\n")
+        lower = header.lower()
+        if not wanted(lower, len(page)):
+            continue
+        try:
+            record = WarcRecord.from_bytes(data)
+            page = html_page(record) if b"\nwarc-type: response" in lower else record.reader.read()
+            headers = record.headers
+            found = {
+                "id": headers.get("WARC-Record-ID") or "",
+                "url": headers.get("WARC-Target-URI") or "",
+                "date": headers.get("WARC-Date") or "",
+            }
+        except (OSError, ValueError, LookupError):
+            damage("record that does not parse")
+            continue
+        if page is None:
+            continue
+        tally.count("read", len(page))
+        refused = "language" if foreign_language(lower) else refuse_bytes(page, limits)
+        if refused and not limits.save_rejected:
+            tally.count(refused, len(page))
+            continue
+        yield found | {"text": page.decode("utf-8", errors="replace"), "refused": refused}
+
+
+def foreign_language(lower_header: bytes) -> bool:
+    """Tell whether the header names the page's languages and Chinese is not among them."""
+    at = lower_header.find(b"\nwarc-identified-content-language:")
+    return at >= 0 and b"zho" not in lower_header[at + 1 :].partition(b"\n")[0]
+
+
+def html_page(record: WarcRecord) -> bytes | None:
+    """Return the main text of an HTML response as UTF-8, None if it is not HTML or has no Han."""
+    from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
+    record.parse_http(auto_decode="all")
+    if "html" not in (record.http_content_type or "html"):
+        return None
+    html = record.reader.read()
+    encoding = record.http_charset or detect_encoding(html, from_html_meta=True)
+    text = extract_plain_text(
+        bytes_to_str(html, encoding, errors="replace"),
+        preserve_formatting=True,
+        main_content=True,
+        list_bullets=False,
+        alt_texts=False,
+        comments=False,
+    )
+    return text.encode("utf-8", errors="replace")
+
+
+class Rewound:
+    """A stream with its first bytes put back."""
+
+    def __init__(self, start: bytes, stream):
+        self.start, self.stream = start, stream
+
+    def read(self, size: int) -> bytes:
+        start, self.start = self.start, b""
+        return start or self.stream.read(size)
+
+
+# --- Verdicts ------------------------------------------------------------------------------------
+
+
+@lru_cache(1)
+def script_table() -> np.ndarray:
+    """Return the number in SCRIPTS of every code point up to U+FFFF.
+
+    OpenCC's tables say which characters only Traditional or only Simplified text has. A Simplified
+    form that Big5 holds as well (后, 里, 台) says nothing. Big5 level 1 (lead bytes A4 to C6) is the
+    5,401 characters that Taiwan's schools and newspapers use.
+    """
+    from opencc import OpenCC
+
+    table = np.zeros(1 << 16, np.uint8)
+    table[0x3040:0x3100] = SCRIPTS.index("kana")
+    table[0xAC00:0xD7A4] = table[0x1100:0x1200] = SCRIPTS.index("hangul")
+    table[0xE000:0xF900] = table[0xFFFD] = SCRIPTS.index("broken")
+    han = [chr(code) for code in range(0x4E00, 0xA000)]
+    simple, traditional = (
+        OpenCC(name).convert("\n".join(han)).split("\n") for name in ("t2s", "s2t")
+    )
+    for char, to_simple, to_traditional in zip(han, simple, traditional, strict=True):
+        big5 = char.encode("big5", errors="ignore")
+        if to_simple != char:
+            script = "traditional"
+        elif to_traditional != char and not big5:
+            script = "simplified"
+        else:
+            script = "han" if big5 and big5[0] <= 0xC6 else "rare"
+        table[ord(char)] = SCRIPTS.index(script)
+    table[0x3400:0x4E00] = table[0xF900:0xFB00] = SCRIPTS.index("rare")
+    return table
+
+
+def count_scripts(page: bytes) -> dict[str, int]:
+    """Count the characters of UTF-8 bytes by script, without decoding: three bytes, one character."""
+    codes = np.frombuffer(page, np.uint8)
+    at = np.flatnonzero((codes[:-2] >= 0xE0) & (codes[:-2] < 0xF0))
+    first, second, third = (codes[at + i].astype(np.uint16) for i in range(3))
+    points = (first & 15) << 12 | (second & 63) << 6 | (third & 63)
+    counts = dict(
+        zip(
+            SCRIPTS,
+            np.bincount(script_table()[points], minlength=len(SCRIPTS)).tolist(),
+            strict=True,
+        )
+    )
+    latin = np.count_nonzero((codes | 32) - np.uint8(97) < 26) + np.count_nonzero(
+        (codes >= 0xC3) & (codes < 0xE0)
+    )
+    han = sum(counts[name] for name in ("han", "traditional", "simplified", "rare"))
+    return counts | {
+        "all_han": han,
+        "letters": han + counts["kana"] + counts["hangul"] + int(latin),
+    }
+
+
+def refuse_scripts(counts: dict[str, int], limits: Arguments) -> str | None:
+    """Return the rule that refuses a page for its scripts."""
+    han, other = counts["all_han"], counts["kana"] + counts["hangul"]
+    if other > limits.max_kana_hangul * (han + other):
+        return "japanese_korean"
+    telling = counts["traditional"] + counts["simplified"]
+    if counts["traditional"] < limits.min_traditional * telling:
+        return "simplified"
+    return None
+
+
+def refuse_bytes(page: bytes, limits: Arguments) -> str | None:
+    """Return the rule that refuses a page for its bytes. E4 to E9 begin nearly all Han; a page may be
+    menus in English before its lines are cleaned, so that little of it need be Han here."""
+    if page.isascii():
+        return "han"
+    leads = np.count_nonzero(np.frombuffer(page, np.uint8) - np.uint8(0xE4) < 6)
+    if leads < limits.min_length or 3 * leads < 0.4 * limits.min_han * len(page):
+        return "han"
+    return refuse_scripts(count_scripts(page), limits)
+
+
+@lru_cache(1)
+def word_finder():
+    """Return an automaton that finds mainland, Taiwan and spam words, the longest first.
+
+    OpenCC's TWPhrases pair mainland words in Traditional glyphs with Taiwan's."""
+    import ahocorasick
+    import opencc
+
+    folder = Path(opencc.__file__).parent / "clib"
+    table = subprocess.run(
+        [folder / "bin" / "opencc_dict", "-f", "ocd2", "-t", "text", "-o", "/dev/stdout"]
+        + ["-i", folder / "share" / "opencc" / "TWPhrases.ocd2"],
+        capture_output=True, check=True, encoding="utf-8",
+    ).stdout  # fmt: skip
+    to_taiwan = opencc.OpenCC("t2tw").convert
+    words = dict.fromkeys(TAIWAN, "taiwan")
+    for line in table.splitlines():
+        mainland, _, values = line.partition("\t")
+        if mainland not in values.split() and len(mainland) > 1:
+            words[to_taiwan(mainland)] = "mainland"
+    words |= (
+        dict.fromkeys(MAINLAND, "mainland")
+        | dict.fromkeys(SHARED, "")
+        | dict.fromkeys(SPAM, "spam")
+    )
+    finder = ahocorasick.Automaton()
+    for word, kind in words.items():
+        finder.add_word(word, (kind, word))
+    finder.make_automaton()
+    return finder
+
+
+def clean_lines(text: str) -> str:
+    """Return the lines that are prose, headings or verse; menus, footers and notices go."""
+    lines = [" ".join(line.split()) for line in text.split("\n")]
+    kinds = [line_kind(line) for line in lines if line]
+    lines = [line for line in lines if line]
+    kept, at = [], 0
+    while at < len(lines):
+        if kinds[at] == "prose":
+            kept.append(lines[at])
+            at += 1
+            continue
+        stop = at
+        while stop < len(lines) and kinds[stop] != "prose":
+            stop += 1
+        kept += block_lines(lines[at:stop], kinds[at:stop], stop < len(lines))
+        at = stop
+    return "\n".join(kept)
+
+
+def line_kind(line: str) -> str:
+    """Return "prose" for a line that holds a sentence, "furniture", or "short" for what may be a
+    heading, a verse or a menu: its neighbours tell."""
+    if NOTICE.search(line) and len(line) < 120:
+        return "furniture"
+    contacts = len(CONTACT.findall(line))
+    if contacts > 1 and len(line) < 300:
+        return "furniture"
+    if SENTENCE.search(line):
+        return "furniture" if contacts and len(line) < 60 else "prose"
+    if len(line) > 60 and line.endswith(CLOSING):
+        return "prose"
+    words = sum(len(match[0]) for match in FURNITURE.finditer(line))
+    bare = len(re.sub(r"[\s\W\d]", "", line))
+    if contacts or not bare or words >= 0.4 * bare or len(SEPARATORS.findall(line)) > 1:
+        return "furniture"
+    return "short"
+
+
+def block_lines(lines: list[str], kinds: list[str], before_prose: bool) -> list[str]:
+    """Return what to keep of lines between prose: a heading and a byline, or verse."""
+    short = [line for line, kind in zip(lines, kinds, strict=True) if kind == "short"]
+    letters = "".join(short)
+    if len(short) > 3 and len(short) == len(set(short)):
+        if sum(char in FUNCTION_WORDS for char in letters) >= 0.06 * len(letters):
+            return short  # verse and talk have grammar, menus only names
+    if not before_prose:
+        return []
+    if "furniture" in kinds or len(short) > 3:
+        return short[-1:] if kinds[-1] == "short" and len(short[-1]) > 5 else []
+    return short
+
+
+def judge(text: str, limits: Arguments) -> tuple[str, dict[str, float], str | None]:
+    """Return a page's prose, its scores, and the rule that refuses it (None: the page is good)."""
+    text = text.replace("\r", "\n").replace("\u3000", " ")
+    counts = count_scripts(text.encode("utf-8", errors="replace"))
+    han = counts["all_han"]
+    if refused := refuse_scripts(counts, limits):
+        return text, {}, refused
+    if counts["broken"] > limits.max_broken * len(text) or counts["rare"] > limits.max_rare * han:
+        return text, {}, "mojibake"
+
+    text = clean_lines(text)
+    counts = count_scripts(text.encode("utf-8", errors="replace"))
+    han = counts["all_han"]
+    if han < limits.min_length:
+        return text, {}, "length"
+    found = Counter(kind for _, (kind, _) in word_finder().iter_long(text))
+    telling = counts["traditional"] + counts["simplified"]
+    scores = {
+        "han": han / counts["letters"],
+        "traditional": counts["traditional"] / max(1, telling),
+        "mainland": 1000 * (found["mainland"] - found["taiwan"]) / han,
+        "repeated": repeated_share(text),
+        "distinct": distinct_share(text),
+        "closing": closing_share(text),
+        "spam": 1000 * found["spam"] / han,
+    }
+    refused = refuse_scripts(counts, limits) or next(
+        (rule for rule, broken in {
+            "han": scores["han"] < limits.min_han,
+            "mainland": scores["mainland"] > limits.max_mainland,
+            "repetition": scores["repeated"] > limits.max_repeated or scores["distinct"] < limits.min_distinct,
+            "punctuation": scores["closing"] < limits.min_closing,
+            "spam": scores["spam"] > limits.max_spam,
+        }.items() if broken),
+        None,
+    )  # fmt: skip
+    for pattern, placeholder in PRIVATE:
+        text = pattern.sub(placeholder, text)
+    return text, scores, refused
+
+
+def repeated_share(text: str, size: int = 10) -> float:
+    """Return the share of characters that lie in a 10-gram seen before (Gopher, Rae et al. 2021)."""
+    grams = shingles(text, size)
+    if not grams.size:
+        return 0.0
+    _, first = np.unique(grams, return_index=True)
+    again = np.ones(len(grams), bool)
+    again[first] = False
+    covered = np.convolve(again, np.ones(size)) > 0
+    return float(covered.mean())
+
+
+def distinct_share(text: str) -> float:
+    """Return the share of distinct 2-grams in the first 1,000 characters: word salad has few."""
+    grams = shingles(text[:1000], 2)
+    return len(np.unique(grams)) / max(1, len(grams))
+
+
+def closing_share(text: str) -> float:
+    """Return the share of characters that stand in lines which end like a sentence."""
+    lines = text.split("\n")
+    return sum(len(line) for line in lines if line.endswith(CLOSING)) / max(1, sum(map(len, lines)))
+
+
+def shingles(text: str, size: int) -> np.ndarray:
+    """Return a 64-bit hash of every run of `size` characters, white space left out."""
+    codes = np.frombuffer("".join(text.split()).encode("utf-32-le", errors="replace"), np.uint32)
+    hashes = np.zeros(max(0, len(codes) - size + 1), np.uint64)
+    for i in range(size):
+        hashes = (hashes ^ codes[i : i + len(hashes)]) * np.uint64(0x9E3779B97F4A7C15)
+        hashes ^= hashes >> np.uint64(32)
+    return hashes
+
+
+# --- Blocks for datatrove ------------------------------------------------------------------------
+
+
+@lru_cache(1)
+def blocks() -> SimpleNamespace:
+    """Return our pipeline steps; defined here because datatrove is imported only when it runs."""
+    from datatrove.data import Document
+    from datatrove.io import get_datafolder
+    from datatrove.pipeline.base import PipelineStep
+    from datatrove.pipeline.dedup import MinhashDedupSignature
+    from datatrove.pipeline.filters.base_filter import BaseFilter
+    from datatrove.pipeline.readers import JsonlReader, ParquetReader
+    from datatrove.pipeline.readers.base import BaseDiskReader
+    from datatrove.utils.logging import logger
+
+    class CrawlReader(BaseDiskReader):
+        """Reads WET and WARC with ISA-L and FastWARC, rows with datatrove's own readers."""
+
+        name = "Luojiu crawl reader"
+
+        def __init__(self, paths_file: str, tallies: str, limits: Arguments):
+            super().__init__("/", paths_file, add_file_path=False)
+            self.tallies, self.limits, self.tally = tallies, limits, None
+
+        def run(self, data=None, rank: int = 0, world_size: int = 1):
+            self.tally = Tally(self.tallies.format(rank))
+            for document in super().run(data, rank, world_size):
+                document.metadata["tally"] = self.tally
+                yield document
+                self.tally.save(every=1.0)
+            self.tally.save()
+
+        def read_file(self, filepath: str):
+            def damage(kind: str) -> None:
+                self.tally.damage[kind] += 1
+                logger.warning(f"{filepath}: {kind}")
+
+            try:
+                for page in self.read_pages(filepath, damage):
+                    if page["text"]:
+                        known = {
+                            name: str(page.get(name) or "") for name in ("url", "date", "refused")
+                        }
+                        yield Document(page["text"], str(page["id"]), metadata=known)
+            except (OSError, EOFError, ValueError, zlib.error) as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:
+                    raise
+                damage("unreadable file")
+                logger.warning(f"{filepath}: {type(error).__name__}: {error}")
+            self.tally.files += 1
+            self.tally.save(every=1.0)
+
+        def read_pages(self, path: str, damage) -> Iterator[dict]:
+            if not path.endswith(ROW_ENDINGS):
+                with fsspec.open(path, "rb") as stream:
+                    yield from read_pages(stream, self.tally, damage, self.limits)
+                return
+            folder, _, name = path.rpartition("/")
+            reader = ParquetReader if path.endswith(".parquet") else JsonlReader
+            for document in reader(folder).read_file(name):
+                self.tally.count("read", len(document.text.encode("utf-8", errors="replace")))
+                yield {"text": document.text, "id": document.id} | {
+                    name: document.metadata.get(name) for name in ("url", "date")
+                }
+
+    class Verdicts(BaseFilter):
+        """Cleans a page, scores it and refuses it by the first rule that it breaks."""
+
+        name = "Luojiu verdicts"
+
+        def __init__(self, limits: Arguments, url_filter=None, exclusion_writer=None):
+            super().__init__(exclusion_writer)
+            self.limits, self.url_filter = limits, url_filter
+
+        def filter(self, doc):
+            tally = doc.metadata.pop("tally")
+            before, refused = (
+                len(doc.text.encode("utf-8", errors="replace")),
+                doc.metadata.pop("refused"),
+            )
+            if not refused:
+                text, scores, refused = judge(doc.text, self.limits)
+                if not refused and self.url_filter and doc.metadata["url"]:
+                    refused = "url" if self.url_filter.filter(doc) is not True else None
+                doc.metadata |= scores
+            if refused:
+                tally.count(refused, before)
+                return False, refused
+            doc.text = text
+            after = len(text.encode("utf-8", errors="replace"))
+            tally.count("kept", after)
+            tally.bytes["lines"] += before - after
+            return True
+
+    class KeptReader(ParquetReader):
+        """Reads what a task of the first pass kept; it wrote no file if that was nothing."""
+
+        def read_file(self, filepath: str):
+            if self.data_folder.isfile(filepath):
+                yield from super().read_file(filepath)
+
+    class Meter(PipelineStep):
+        """Counts the pages that pass."""
+
+        type, name = "Meter", "Luojiu meter"
+
+        def __init__(self, tallies: str):
+            super().__init__()
+            self.tallies = tallies
+
+        def run(self, data, rank: int = 0, world_size: int = 1):
+            tally = Tally(self.tallies.format(rank))
+            for document in data:
+                tally.count("kept", len(document.text.encode("utf-8", errors="replace")))
+                yield document
+            tally.save()
+
+    class CharacterSignatures(MinhashDedupSignature):
+        """datatrove's first MinHash stage on runs of characters, where it has words.
+
+        A value is the upper half of a * shingle + b modulo 2^64 (multiply-shift, Dietzfelbinger et
+        al. 1997), which numpy does without a division."""
+
+        def __init__(self, folder: str, config):
+            PipelineStep.__init__(self)  # datatrove's own would want a word tokenizer
+            self.output_folder, self.config = get_datafolder(folder), config
+            self.num_hashes = config.num_buckets * config.hashes_per_bucket
+            self._parameters, self.skip_existing_sigs = None, False
+
+        def get_shingles(self, text: str) -> np.ndarray:
+            return np.unique(shingles(text, self.config.n_grams)).reshape(-1, 1)
+
+        def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
+            a, b = (part | np.uint64(1) for part in self.parameters)
+            lowest = np.full(self.num_hashes, np.iinfo(np.uint64).max)
+            for start in range(0, len(shingles), 256):  # a block that stays in the cache
+                values = shingles[start : start + 256] * a + b
+                np.minimum(lowest, values.min(axis=0), out=lowest)
+            return [
+                part.tolist() for part in np.split(lowest >> np.uint64(32), self.config.num_buckets)
+            ]
+
+    return SimpleNamespace(**{k: v for k, v in locals().items() if isinstance(v, type)})
+
+
+class TaskLock:
+    """First step of every pipeline: wait until the task of a killed run has let go of its files."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def __call__(self, data=None, rank: int = 0, world_size: int = 1):
+        os.makedirs(self.folder, exist_ok=True)
+        self.file = open(f"{self.folder}/{rank:05d}", "w")
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        return data
+
+
+# --- Stages --------------------------------------------------------------------------------------
+
+
+def content(document) -> str:
+    """Return what two exact duplicates have in common."""
+    return document.text
+
+
+def judging(args: Arguments, work: Path, wave: int, files: list[str]) -> list[tuple]:
+    """Return the stage that reads the files of a wave and keeps the good pages."""
+    from datatrove.pipeline.filters import URLFilter
+    from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
+
+    listing = work / f"inputs_{wave:02d}.txt"
+    write_whole(listing, "\n".join(files))
+    rejected = f"{args.output_dir}/rejected"
+    name = "${filter_reason}/" + f"{wave:02d}_${{rank}}.jsonl"
+    writer = JsonlWriter(rejected, name, compression=None) if args.save_rejected else None
+    steps = [
+        blocks().CrawlReader(str(listing), f"{work}/tally/judge_{wave:02d}_{{:05d}}.json", args),
+        blocks().Verdicts(args, URLFilter() if args.url_lists else None, writer),
+        ParquetWriter(
+            f"{work}/kept", f"{wave:02d}_${{rank}}.parquet", "zstd",
+            expand_metadata=True, schema=schema(), max_file_size=-1,
+        ),
+    ]  # fmt: skip
+    return [(f"judge_{wave:02d}", steps, task_count(args, files))]
+
+
+def task_count(args: Arguments, files: list[str]) -> int:
+    """Return the number of tasks. Not the workers' number: the corpus must not depend on that."""
+    return min(len(files), args.tasks or MAX_TASKS)
+
+
+def schema():
+    """Return the columns of the corpus."""
+    import pyarrow as pa
+
+    texts = [pa.field(name, pa.string()) for name in ("text", "id", "url", "date")]
+    return pa.schema(texts + [pa.field(name, pa.float32()) for name in SCORES])
+
+
+def deduplication(args: Arguments, work: Path, kept: list[str], turn: int) -> list[tuple]:
+    """Return the stages that find duplicates over all kept files and write what remains."""
+    from datatrove.pipeline import dedup
+    from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
+    from datatrove.utils.hashing import HashConfig
+
+    place = f"{work}/dedup_{turn:02d}"
+    listing = Path(place) / "kept.txt"
+    write_whole(listing, "\n".join(kept))
+    exact = dedup.ExactDedupConfig(content, hash_config=HashConfig(precision=64))
+    minhash = dedup.MinhashConfig(
+        n_grams=5,
+        num_buckets=args.minhash_buckets,
+        hashes_per_bucket=args.minhash_rows,
+        hash_config=HashConfig(precision=32),
+    )
+    Path(place, "exact_found").mkdir(parents=True, exist_ok=True)
+
+    def rejected(rule: str):
+        folder = f"{args.output_dir}/rejected/{rule}"
+        return (
+            JsonlWriter(folder, "${rank}.jsonl", compression=None) if args.save_rejected else None
+        )
+
+    def kept_reader():
+        return blocks().KeptReader(f"{work}/kept", str(listing))
+
+    def exact_filter(writer=None):
+        return dedup.ExactDedupFilter(f"{place}/exact_found", exact, writer)
+
+    many, buckets = len(kept), args.minhash_buckets
+    return [
+        ("exact_hashes", [kept_reader(), dedup.ExactDedupSignature(f"{place}/exact", exact)], many),
+        ("exact_found", [dedup.ExactFindDedups(f"{place}/exact", f"{place}/exact_found", exact)], 1),
+        (
+            "signatures",
+            [
+                kept_reader(),
+                exact_filter(),
+                blocks().CharacterSignatures(f"{place}/signatures", minhash),
+            ],
+            many,
+        ),
+        (
+            "buckets",
+            [dedup.MinhashDedupBuckets(f"{place}/signatures", f"{place}/pairs", config=minhash)],
+            buckets,
+        ),
+        ("clusters", [dedup.MinhashDedupCluster(f"{place}/pairs", f"{place}/removed", minhash)], 1),
+        (
+            "write",
+            [
+                kept_reader(),
+                exact_filter(rejected("exact_duplicate")),
+                blocks().Meter(f"{place}/tally/exact_{{:05d}}.json"),
+                dedup.MinhashDedupFilter(f"{place}/removed", rejected("near_duplicate")),
+                blocks().Meter(f"{place}/tally/near_{{:05d}}.json"),
+                ParquetWriter(
+                    f"{place}/final", "${rank}.parquet", "zstd",
+                    expand_metadata=True, schema=schema(), max_file_size=-1,
+                ),
+            ],
+            many,
+        ),
+    ]  # fmt: skip
+
+
+def run_stages(stages: list[tuple], args: Arguments, work: Path, prefix: str, files: int) -> bool:
+    """Run the stages one after another on the chosen executor; what an earlier run finished stays.
+    False if Slurm has been given jobs that have still to run."""
+    executor = None
+    for name, steps, tasks in stages:
+        folder = work / "logs" / f"{prefix}{name}"
+        steps = [TaskLock(f"{work}/locks/{prefix}{name}"), *steps]
+        executor = make_executor(args, steps, tasks, folder, executor)
+        if args.executor == "slurm":
+            continue
+        with progress(executor, name, work if name.startswith("judge") else None, files):
+            executor.run()
+        if failed := executor.get_incomplete_ranks():
+            raise RuntimeError(
+                f"{len(failed)} of {tasks} tasks of {name} failed; see {folder}/logs"
+            )
+    if args.executor == "slurm" and executor.get_incomplete_ranks():
+        executor.run()
+        return False
+    return True
+
+
+def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depends):
+    """Return datatrove's executor for one stage."""
+    import dill
+
+    dill.settings["recurse"] = True  # workers get our functions by value: __main__ is not theirs
+    common = {
+        "pipeline": steps,
+        "tasks": tasks,
+        "workers": args.workers,
+        "logging_dir": str(folder),
+    }
+    if args.executor == "slurm":
+        from datatrove.executor import SlurmPipelineExecutor
+
+        return SlurmPipelineExecutor(
+            **common,
+            time=args.time,
+            partition=args.partition,
+            job_name=f"luojiu_{folder.name}",
+            depends=depends,
+        )
+    if args.executor == "ray":
+        import ray
+        from datatrove.executor.ray import RayPipelineExecutor
+
+        if not ray.is_initialized():
+            local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": args.workers}
+            ray.init(log_to_driver=False, **local)
+        return RayPipelineExecutor(**common)
+    from datatrove.executor import LocalPipelineExecutor
+
+    class QuietExecutor(LocalPipelineExecutor):
+        """datatrove's log goes to its files only; the console has the progress bar."""
+
+        def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
+            with contextlib.redirect_stderr(Silence()):
+                return super()._run_for_rank(rank, local_rank, node_rank)
+
+    return QuietExecutor(**common)
+
+
+class Silence:
+    """A console that shows nothing."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+@contextmanager
+def progress(executor, name: str, work: Path | None, files: int) -> Iterator[None]:
+    """Show a bar while a stage runs: tasks, and for the first pass files, MB/s and pages kept."""
+    from datatrove.utils.logging import logger
+
+    logger.remove()
+    ended = threading.Event()
+    bar = tqdm(
+        total=files if work else executor.world_size, desc=name, unit="file" if work else "task"
+    )
+    before = read_tallies(work / "tally").bytes["read"] if work else 0
+
+    def watch() -> None:
+        start, last = time.monotonic(), False
+        while not last:
+            last = ended.wait(0.5)
+            if work:
+                tally = read_tallies(work / "tally")
+                speed = (tally.bytes["read"] - before) / 1e6 / (time.monotonic() - start)
+                bar.n = tally.files
+                bar.set_postfix_str(f"{speed:.0f} MB/s, {tally.pages['kept']:,} pages kept")
+            else:
+                bar.n = executor.world_size - len(executor.get_incomplete_ranks())
+            bar.refresh()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        bar.close()
+
+
+def read_tallies(folder: Path, pattern: str = "*.json") -> Tally:
+    """Return the sum of the counts that tasks wrote."""
+    total = Tally("")
+    for path in sorted(folder.glob(pattern)):
+        part = json.loads(path.read_text())
+        total.files += part["files"]
+        for name in ("pages", "bytes", "damage"):
+            getattr(total, name).update(part[name])
+    return total
+
+
+# --- Input and output ----------------------------------------------------------------------------
+
+
+def parse_size(text: str | None) -> int | None:
+    """Return the bytes of a size such as 500MB or 6GB (decimal), None for None."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?i)\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text)
+    if not match or not float(match[1]):
+        raise UserError(f"--target_size {text}: not a size; expected one such as 500MB or 6GB")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def list_inputs(args: Arguments) -> list[str]:
+    """Return the files to read, in a fixed order."""
+    if args.crawl:
+        files = crawl_files(args.crawl)
+    else:
+        files = list(dict.fromkeys(name for given in args.input for name in expand_input(given)))
+    if args.limit_files is not None:
+        files = files[: args.limit_files]
+    return files
+
+
+def crawl_files(crawl: str) -> list[str]:
+    """Return the URLs of a crawl's WET files, from its wet.paths.gz."""
+    listing = f"{CRAWL_URL}crawl-data/{crawl}/wet.paths.gz"
+    try:
+        with fsspec.open(listing, "rt", compression="gzip") as lines:
+            return [CRAWL_URL + line.strip() for line in lines if line.strip()]
+    except Exception as error:  # each file system of fsspec has its own
+        raise UserError(
+            f"--crawl {crawl}: cannot read {listing} ({type(error).__name__}); expected a crawl's name such as"
+            " CC-MAIN-2026-30 and a way to the internet; check both, or give files with --input"
+        ) from error
+
+
+def expand_input(given: str) -> list[str]:
+    """Return the files that one --input names: a file, a folder, a glob, or a URL."""
+    endings = WARC_ENDINGS + ROW_ENDINGS
+    expected = f"expected files that end in {', '.join(endings)}"
+    system, path = fsspec.core.url_to_fs(given)
+    remote = "://" in given
+    try:
+        if any(sign in given for sign in "*?["):
+            names = sorted(system.glob(path))
+        elif remote and path.endswith(endings):
+            return [given]
+        elif system.isdir(path):
+            names = sorted(name for name in system.ls(path, detail=False) if name.endswith(endings))
+        else:
+            names = [path] if system.exists(path) else []
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"--input {given}: cannot be listed ({error}); {expected}; check the address"
+        ) from error
+    if not names:
+        what = "holds no such files" if Path(given).is_dir() else "does not exist"
+        raise UserError(f"--input {given}: {what}; {expected}; check the path")
+    for name in names:
+        if not name.endswith(endings):
+            raise UserError(f"--input {given}: {Path(name).name} has another ending; {expected}")
+    return [system.unstrip_protocol(name) if remote else name for name in names]
+
+
+def publish(args: Arguments, work: Path, turn: int) -> dict:
+    """Put the finished corpus into the output folder, cut at the target size; return its counts."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    output, left = Path(args.output_dir), parse_size(args.target_size)
+    place = work / f"dedup_{turn:02d}"
+    pages = size = characters = 0
+    for old in output.glob("*.parquet"):
+        old.unlink()
+    for path in sorted((place / "final").glob("*.parquet")):
+        table = pq.read_table(path)
+        sizes = np.cumsum(pc.binary_length(table["text"].cast(pa.binary())).to_numpy())
+        if left is not None and size + sizes[-1] > left:
+            table = table.slice(0, int(np.searchsorted(sizes, left - size)) + 1)
+        temporary = output / f".{path.name}"
+        pq.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, output / path.name)
+        pages += len(table)
+        size += int(sizes[len(table) - 1])
+        characters += pc.sum(pc.utf8_length(table["text"])).as_py()
+        if left is not None and size >= left:
+            break
+    judged = read_tallies(work / "tally")
+    exact = read_tallies(place / "tally", "exact_*.json")
+    near = read_tallies(place / "tally", "near_*.json")
+    left_after = {"read": (judged.pages["read"], judged.bytes["read"])}
+    pages_left, bytes_left = left_after["read"]
+    for rule in list(RULES)[:-3]:
+        pages_left -= judged.pages[rule]
+        bytes_left -= judged.bytes[rule]
+        left_after[rule] = (pages_left, bytes_left)
+    for rule, tally in (("exact_duplicate", exact), ("near_duplicate", near)):
+        left_after[rule] = (tally.pages["kept"], tally.bytes["kept"])
+    left_after["target"] = (pages, size)
+    return {
+        "files": judged.files,
+        "pages_read": judged.pages["read"],
+        "bytes_read": judged.bytes["read"],
+        "pages": pages,
+        "characters": characters,
+        "bytes": size,
+        "damage": dict(sorted(judged.damage.items())),
+        "left_after": {
+            rule: {"pages": number, "bytes": amount}
+            for rule, (number, amount) in left_after.items()
+        },
+    }
+
+
+def draw_funnel(results: dict, path: Path) -> None:
+    """Draw pages and bytes that were left after each rule, on a logarithmic scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    left = results["left_after"]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, unit in zip(figure.subplots(1, 2, sharey=True), ("pages", "bytes"), strict=True):
+        values = [counts[unit] for counts in left.values()]
+        axis.barh(list(left), values, color="#4c72b0" if unit == "pages" else "#55a868")
+        axis.set_xscale("symlog")
+        axis.set_xlim(0, 8 * max(values[0], 1))
+        axis.set_xlabel(f"{unit} left")
+        axis.spines[["top", "right"]].set_visible(False)
+        for row, value in enumerate(values):
+            axis.text(value * 1.1 + 0.1, row, f"{value:,}", va="center", fontsize=8)
+        axis.invert_yaxis() if unit == "pages" else None
+    figure.suptitle("What each rule left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def write_card(args: Arguments, results: dict) -> None:
+    """Write the dataset card."""
+    source = args.crawl or ", ".join(args.input)
+    rows = "\n".join(
+        f"| {rule} | {RULES.get(rule, 'everything read')} | {left['pages']:,} | {left['bytes']:,} |"
+        for rule, left in results["left_after"].items()
+    )
+    write_whole(
+        Path(args.output_dir, "README.md"),
+        f"""---
+language: [zh]
+task_categories: [text-generation]
+configs:
+- config_name: default
+  data_files: "*.parquet"
+---
+# Traditional Chinese web text in Taiwan usage
+
+{results["pages"]:,} pages, {results["characters"]:,} characters, {results["bytes"]:,} bytes of UTF-8,
+made from {source} by `filter_cc.py` of Luojiu. Columns: `text`, `id`, `url`, `date`, and the scores
+{", ".join(f"`{name}`" for name in SCORES)}. run.json holds the settings, stats.json the counts.
+
+| after the rule | which refuses | pages left | bytes left |
+| --- | --- | --- | --- |
+{rows}
+
+E-mail and IP addresses, telephone numbers and national ids are placeholders: [EMAIL], [IP], [PHONE], [ID].
+Pages from Common Crawl remain their authors' work; its terms of use apply:
+https://commoncrawl.org/terms-of-use
+""",
+    )
+
+
+@contextmanager
+def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
+    """Hold the output folder: one run at a time, always with the same settings."""
+    output = Path(args.output_dir)
+    work = output / ".work"
+    known = work / "settings.json"
+    if not known.exists() and any(output.glob("*.parquet")):
+        raise UserError(
+            f"--output_dir {output}: holds Parquet files of another program; expected a new folder"
+            " or one of this script's; choose another"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--output_dir {output}: another run is writing here; expected a folder to itself;"
+                " wait for it or choose another"
+            ) from error
+        settings = {k: v for k, v in asdict(args).items() if k not in NOT_SETTINGS} | {
+            "files": files
+        }
+        if known.exists():
+            before = json.loads(known.read_text())
+            if differing := [name for name in settings if settings[name] != before.get(name)]:
+                name = differing[0]
+                shown = (
+                    "" if name == "files" else f" ({before.get(name)} before, {settings[name]} now)"
+                )
+                raise UserError(
+                    f"--output_dir {output}: begun with another --{name}{shown}; expected the same"
+                    " settings; choose another folder or delete this one"
+                )
+        else:
+            write_whole(known, json.dumps(settings, ensure_ascii=False))
+        yield work
+
+
+def filter_files(args: Arguments, files: list[str], work: Path) -> int | None:
+    """Judge the files, deduplicate what is kept; with a target size wave by wave until it is there.
+    Return the number of the last deduplication, None if Slurm has still to work."""
+    target = parse_size(args.target_size)
+    wanted, done, kept, wave, turn = target, 0, [], 0, 0
+    while True:
+        stages = []
+        while done < len(files) and (not done or not stages and has_kept(work) < wanted):
+            size = len(files)
+            if target is not None:  # so many files as the yield so far lets expect
+                size = FIRST_WAVE
+                if done:
+                    size = math.ceil(done * min(4, 1.1 * wanted / max(1, has_kept(work)) - 1))
+            chosen = files[done : done + max(1, size)]
+            stages += judging(args, work, wave, chosen)
+            kept += [f"{wave:02d}_{rank:05d}.parquet" for rank in range(task_count(args, chosen))]
+            done += len(chosen)
+            wave += 1
+            if target is not None:
+                if not run_stages(stages, args, work, "", done):
+                    return None
+                stages = []
+        stages += deduplication(args, work, kept, turn)
+        if not run_stages(stages, args, work, f"{turn:02d}_", len(files)):
+            return None
+        final = read_tallies(work / f"dedup_{turn:02d}" / "tally", "near_*.json").bytes["kept"]
+        if target is None or final >= target or done == len(files):
+            return turn
+        wanted = 1.1 * has_kept(work) * target / max(1, final)
+        turn += 1
+
+
+def has_kept(work: Path) -> int:
+    """Return the bytes that all finished waves kept."""
+    return read_tallies(work / "tally").bytes["kept"]
+
+
+def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
+    """Write stats.json, the card, the picture and, last, run.json; tidy up and print the counts."""
+    stats = json.dumps(results, indent=2)
+    write_whole(Path(args.output_dir, "stats.json"), stats)
+    write_card(args, results)
+    draw_funnel(results, Path(args.picture))
+    packages = ("datatrove", "fastwarc", "isal", "numpy", "opencc", "pyarrow", "resiliparse")
+    run = {
+        "script": "filter_cc.py",
+        "arguments": asdict(args),
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
+        "results": results | {"seconds": round(seconds, 1)},
+    }
+    write_whole(Path(args.output_dir, "run.json"), json.dumps(run, indent=2, ensure_ascii=False))
+    tidy(work)
+    for rule, left in results["left_after"].items():
+        print(f"{rule:16} {left['pages']:>12,} pages {left['bytes']:>16,} bytes left")
+    for kind, times in results["damage"].items():
+        print(f"damage: {kind}: {times:,} (named in {work}/logs)")
+    print(
+        f"{results['pages']:,} pages, {results['characters']:,} characters in {args.output_dir},"
+        f" {seconds:.0f} s; what each rule left: {args.picture}",
+        flush=True,
+    )
+
+
+def tidy(work: Path) -> None:
+    """Remove what only an unfinished run needs; the logs stay."""
+    for path in [work / "kept", work / "tally", work / "locks", *work.glob("dedup_*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check(args: Arguments) -> None:
+    """Find mistakes before any work."""
+    parse_size(args.target_size)
+    for name in ("workers", "limit_files", "tasks", "minhash_buckets", "minhash_rows"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: expected at least 1; leave it out for the default")
+    for name in SHARES:
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(
+                f"--{name} {getattr(args, name)}: expected a share from 0 to 1; change it"
+            )
+    if Path(args.output_dir).is_file():
+        raise UserError(
+            f"--output_dir {args.output_dir}: is a file; expected a folder; choose another"
+        )
+
+
+# --- Main ----------------------------------------------------------------------------------------
+
+
+@user_errors()
+def main(argv: list[str] | None = None) -> None:
+    """Filter web pages into a corpus."""
+    args = parse_args(argv)
+    check(args)
+    files = list_inputs(args)
+    with claimed(args, files) as work:
+        if Path(args.output_dir, "run.json").exists():
+            tidy(work)
+            print(f"already done: {args.output_dir} (run.json has the settings)")
+            return
+        start = time.monotonic()
+        turn = filter_files(args, files, work)
+        if turn is None:
+            print("jobs submitted; run the same command again when Slurm has ended them")
+            return
+        results = publish(args, work, turn)
+        report(args, results, work, time.monotonic() - start)
+
+
+if __name__ == "__main__" and "__file__" in globals():  # a pasted notebook cell only defines
+    main()
