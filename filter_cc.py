@@ -44,7 +44,7 @@ from typing import Literal
 import fsspec  # datatrove, matplotlib and ray are imported where they are used: --help stays quick
 import numpy as np
 from fastwarc.warc import WarcRecord
-from isal.igzip_lib import DECOMP_GZIP, IgzipDecompressor, IsalError
+from isal import igzip_lib
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -371,11 +371,11 @@ class Inflater:
     is what followed it, and `whole` says whether its end was there and its checksum right."""
 
     def __init__(self, data: bytes, stream=None):
-        self.inflate, self.data, self.stream = IgzipDecompressor(DECOMP_GZIP), data, stream
+        self.inflate, self.data, self.stream = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), data, stream
         self.rest, self.whole = b"", False
 
     def read(self, size: int = BLOCK) -> bytes:
-        with contextlib.suppress(IsalError):
+        with contextlib.suppress(igzip_lib.IsalError):
             while not self.inflate.eof:
                 given = b""
                 if self.inflate.needs_input:
@@ -472,8 +472,8 @@ def first_record(piece: bytes, wanted) -> bytes | None:
     """Return the record of a healthy member that holds just one; b"" if `wanted` refuses its header,
     in which case the rest is not even inflated; None if the member is anything else. Its last four
     bytes, the inflated size, must agree with the record's own length."""
-    with contextlib.suppress(IsalError):
-        inflate = IgzipDecompressor(DECOMP_GZIP)
+    with contextlib.suppress(igzip_lib.IsalError):
+        inflate = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
         head = inflate.decompress(piece, MAX_HEADER)
         end = head.find(b"\r\n\r\n")
         lower = head[:end].lower()
