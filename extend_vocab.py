@@ -491,9 +491,24 @@ def train_pieces(documents: list, args: Arguments, wanted: int) -> list[str]:
     trained.ParseFromString(model.getvalue())
     pieces = [piece.piece for piece in trained.pieces if piece.type == NORMAL]
     merged = [piece for piece in pieces if len(piece) > 1]
-    # Frequencies fall along the list; what occurs only once is no piece but an accident.
-    once = bisect_left(merged, True, key=lambda p: lines.count(p.replace(SPACE, " ")) < 2)
-    return merged[:once] + [piece for piece in pieces if len(piece) == 1 and piece != SPACE]
+    return merged[: first_singleton(merged, lines)] + [
+        p for p in pieces if len(p) == 1 and p != SPACE
+    ]
+
+
+def first_singleton(pieces: list[str], text: str) -> int:
+    """Where the pieces begin that the text has only once, which are accidents and no words.
+
+    The trainer's frequencies fall along the list: before that place every piece occurs twice, and
+    after it some still seem to, inside others, but hardly fifty in a row.
+    """
+
+    def once(start: int) -> int | None:
+        block = enumerate(pieces[start : start + 50], start)
+        return next((i for i, p in block if text.count(p.replace(SPACE, " ")) < 2), None)
+
+    start = bisect_left(range(len(pieces)), True, key=lambda start: once(start) is not None)
+    return len(pieces) if start == len(pieces) else once(start)
 
 
 def merge_pieces(base, candidates: list[str], vocab_size: int):

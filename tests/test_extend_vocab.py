@@ -1,0 +1,690 @@
+"""extend_vocab.py: ids kept, pieces alive, runtimes agreed, rows exact, refusals clear."""
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import extend_vocab as script
+
+BASE_SIZE, NEW_SIZE = 359, 6239  # odd on purpose; 5,401 characters and some 400 words are new
+HIDDEN = 36
+
+# --- Material ------------------------------------------------------------------------------------
+
+
+def words(seed: int, count: int = 900) -> list[str]:
+    """Made-up words of two to four characters, the same for the same seed."""
+    chance = random.Random(seed)
+    common = script.BIG5_LEVEL_1[:1200]
+    return ["".join(chance.choices(common, k=chance.choice([2, 2, 3, 4]))) for _ in range(count)]
+
+
+def write_corpus(path: Path, seed: int = 0, lines: int = 800) -> Path:
+    """Lines of words that are the rarer the later they stand in the list, some ASCII among them."""
+    chance, vocabulary = random.Random(seed), words(seed)
+    ranks = [1 / (rank + 10) for rank in range(len(vocabulary))]
+    rows = []
+    for _ in range(lines):
+        row = chance.choices(vocabulary, ranks, k=chance.randint(8, 20))
+        row.insert(3, chance.choice(["，", "。", " GPU ", "2026", "\u3000", "👍"]))
+        rows.append("".join(row))
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+def train_base(**changes) -> bytes:
+    """A SentencePiece model with the settings of Llama 2's, on a little English."""
+    chance, text = random.Random(0), BytesIO()
+    stems = ["token", "model", "train", "layer", "the", "of", "and", "text", "return", "self"]
+    lines = [" ".join(chance.choices(stems, k=12)) + ", 3 x\n    y" for _ in range(300)]
+    settings = {
+        "model_type": "bpe",
+        "vocab_size": BASE_SIZE,
+        "byte_fallback": True,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "minloglevel": 2,
+        "required_chars": "中文的一",
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=text, **settings | changes
+    )
+    return text.getvalue()
+
+
+def write_base(folder: Path, tied: bool = False, dtype=torch.bfloat16, shard: str = "1GB") -> Path:
+    """A small random Llama as its publisher would lay it out."""
+    torch.manual_seed(0)
+    tokenizer = train_base()
+    config = LlamaConfig(
+        vocab_size=sentencepiece.SentencePieceProcessor(model_proto=tokenizer).get_piece_size(),
+        hidden_size=HIDDEN,
+        intermediate_size=52,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    model.generation_config.temperature, model.generation_config.do_sample = 0.6, True
+    model.save_pretrained(folder, max_shard_size=shard)
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+    (folder / "LICENSE.txt").write_text("terms\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_base(tmp_path_factory.mktemp("vocab") / "base")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("vocab") / "corpus.txt")
+
+
+@pytest.fixture(scope="module")
+def extended(base, corpus, tmp_path_factory) -> Path:
+    """A finished run with the default settings on the small base."""
+    home = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        script.main(options(base, corpus, "--eval_loss", "yes"))
+    return home / "outputs" / "extended"
+
+
+def options(base: Path, corpus: Path, *more: object) -> list[str]:
+    start = [
+        "--base_model",
+        base,
+        "--corpus",
+        corpus,
+        "--vocab_size",
+        NEW_SIZE,
+        "--eval_loss",
+        "no",
+    ]
+    return [str(word) for word in (*start, *more)]
+
+
+def proto(folder: Path) -> ModelProto:
+    model = ModelProto()
+    model.ParseFromString((folder / "tokenizer.model").read_bytes())
+    return model
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()
+    }
+
+
+def refusal(capsys, *argv: object, code: int = 2) -> str:
+    """What the script says when it refuses: one line, and the exit code of a user's mistake."""
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(word) for word in argv])
+    assert stop.value.code == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# --- The tokenizer -------------------------------------------------------------------------------
+
+
+def test_the_base_keeps_its_ids_and_everything_has_the_asked_size(base, extended):
+    old, new = proto(base).pieces, proto(extended).pieces
+    size = len(old)
+    assert [(p.piece, p.score, p.type) for p in new[:size]] == [
+        (p.piece, p.score, p.type) for p in old
+    ]
+    assert len(new) == NEW_SIZE
+    assert len({p.piece for p in new}) == NEW_SIZE
+    assert len(AutoTokenizer.from_pretrained(extended)) == NEW_SIZE
+    assert json.loads((extended / "config.json").read_text())["vocab_size"] == NEW_SIZE
+    assert weights(extended)[script.EMBEDDING].shape == (NEW_SIZE, HIDDEN)
+    assert weights(extended)[script.HEAD].shape == (NEW_SIZE, HIDDEN)
+
+
+def test_new_scores_are_distinct_falling_and_above_the_base(base, extended):
+    size = len(proto(base).pieces)
+    scores = [piece.score for piece in proto(extended).pieces]
+    assert scores[size:] == sorted(set(scores[size:]), reverse=True)
+    assert min(scores[size:]) > max(scores[:size])
+
+
+def test_every_new_piece_is_alive_inside_a_text(base, extended):
+    """Apart from the script's own count: an ASCII sign keeps the prefix space from the piece."""
+    tokenizer = sentencepiece.SentencePieceProcessor(str(extended / "tokenizer.model"))
+    size = len(proto(base).pieces)
+    for number in range(size, NEW_SIZE):
+        surface = tokenizer.id_to_piece(number).replace("▁", " ")
+        assert tokenizer.encode(f"={surface}")[-1] == number
+        assert not any("!" <= sign <= "~" for sign in surface)
+
+
+def test_all_of_big5_level_1_is_in(extended):
+    assert len(script.BIG5_LEVEL_1) == 5401
+    assert (script.BIG5_LEVEL_1[0], script.BIG5_LEVEL_1[-1]) == ("一", "籲")
+    assert set(script.BIG5_LEVEL_1) <= {piece.piece for piece in proto(extended).pieces}
+
+
+def test_transformers_and_sentencepiece_agree_and_give_the_text_back(extended):
+    chance = random.Random(5)
+    signs = [
+        *words(0, 300),
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "a",
+        "the ",
+        " token",
+        "42",
+        "，",
+        "😀",
+        "é",
+        "ㄅ",
+    ]
+    texts = ["".join(chance.choices(signs, k=chance.randint(1, 40))) for _ in range(2000)]
+    texts += [" 中", "  中", "中 ", "中  \n\n  文", ""]
+    ours = sentencepiece.SentencePieceProcessor(str(extended / "tokenizer.model"))
+    theirs = AutoTokenizer.from_pretrained(extended)
+    for text in texts:
+        ids = ours.encode(text)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert theirs.decode(ids) == ours.decode(ids) == text
+    assert theirs("中")["input_ids"][0] == theirs.bos_token_id == 1
+
+
+def test_a_saved_and_loaded_tokenizer_gives_the_same_ids(extended, tmp_path):
+    AutoTokenizer.from_pretrained(extended).save_pretrained(tmp_path)
+    text = "  中" + "".join(words(0, 50)) + " the token"
+    one, two = (AutoTokenizer.from_pretrained(folder)(text) for folder in (extended, tmp_path))
+    assert one["input_ids"] == two["input_ids"]
+
+
+def test_a_dead_candidate_makes_way_for_the_next():
+    base = ModelProto()
+    base.ParseFromString(train_base())
+    candidates = [
+        "乙丙",
+        "甲乙丙丁",
+        "戊己",
+        "庚辛",
+        "甲",
+        "乙",
+        "丙",
+        "丁",
+        "戊",
+        "己",
+        "庚",
+        "辛",
+    ]
+    model, dead = script.merge_pieces(base, candidates, len(base.pieces) + 10)
+    assert dead == ["甲乙丙丁"]  # only 乙丙 forms first, then 甲乙 and 丙丁 would be needed
+    new = [piece.piece for piece in model.pieces][len(base.pieces) :]
+    assert new == ["乙丙", "戊己", *"甲乙丙丁戊己庚辛"]
+
+
+def test_equal_scores_would_leave_dead_pieces():
+    """The usual recipe, and the reason for ours: with equal scores the leftmost pair goes first."""
+    base = ModelProto()
+    base.ParseFromString(train_base())
+    size, candidates = len(base.pieces), ["乙丙", "乙丙丁", "甲乙丙丁", "甲乙", *"甲乙丙丁"]
+    model, dead = script.merge_pieces(base, candidates, size + len(candidates))
+    assert dead == [] == script.dead_pieces(model, size)
+    for piece in model.pieces[size:]:
+        piece.score = 0
+    assert script.dead_pieces(model, size) == ["甲乙丙丁"]
+
+
+def test_pieces_that_occur_once_are_left_out():
+    text = "甲乙，甲乙丙。甲乙丙丁戊己庚辛壬癸"
+    assert script.first_singleton(["甲乙", "甲乙丙", "丁戊", "己庚"], text) == 2
+    assert script.first_singleton(["甲乙", "甲乙丙"], text) == 2
+    assert script.first_singleton([], text) == 0
+
+
+def test_variant_glyphs_become_taiwans_but_common_characters_stay():
+    assert script.standard_glyphs("爲了山峯裏的羣衆") == "為了山峰裡的群眾"
+    assert script.standard_glyphs("空氣污染、祕密、嘴脣") == "空氣污染、祕密、嘴脣"
+
+
+def test_segments_hold_no_ascii_and_are_short():
+    text = "中文abc，再 中文\n" + "長" * 2500 + " 3.5 \u2581尾"
+    found = list(script.segments(text))
+    assert found == ["中文", "，再 中文", "長" * 1000, "長" * 1000, "長" * 500 + " ", "尾"]
+
+
+def test_weights_decide_whose_words_get_in(tmp_path, base):
+    one = write_corpus(tmp_path / "one.txt", seed=1)
+    two = write_corpus(tmp_path / "two.txt", seed=2)
+
+    def share_of_two(weight: float) -> float:
+        args = script.Arguments(corpus=[str(one), str(two)], corpus_weight=[1, weight])
+        train, _ = script.read_texts(args, {str(one): [one], str(two): [two]})
+        pieces = script.train_pieces(train, args, 100)
+        top = [piece for piece in pieces if len(piece) > 1][:300]
+        return sum(any(piece in word for word in words(2)) for piece in top) / len(top)
+
+    assert share_of_two(0.1) < 0.4 < 0.6 < share_of_two(10)
+
+
+def test_the_report_is_on_text_that_was_not_trained_on(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.txt", lines=500)
+    args = script.Arguments(corpus=[str(corpus)], corpus_weight=[1])
+    train, held_out = script.read_texts(args, {str(corpus): [corpus]})
+    assert len(train) == 490 and len(held_out) == 10
+    assert not {text for _, text in train} & set(held_out)
+
+
+def test_text_parquet_and_jsonl_read_alike(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = ["第一篇，文字。", "第二篇 text"]
+    (tmp_path / "a.txt").write_text("\n".join(texts), encoding="utf-8")
+    lines = [json.dumps({"text": text, "id": 1}) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    for path in script.find_texts(str(tmp_path), "--corpus"):
+        assert list(script.documents(path, "--corpus")) == texts
+
+
+# --- The model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_mean_subtoken_is_the_mean_of_the_spelling_rows(dtype):
+    torch.manual_seed(1)
+    matrix = torch.randn(37, 11, dtype=torch.float64).to(dtype)
+    chance = random.Random(1)
+    spelling = [chance.choices(range(37), k=chance.randint(1, 48)) for _ in range(2051)]
+    rows = torch.cat(list(script.new_rows(matrix, spelling, "mean_subtoken", 0.02, 0)))
+    assert rows.shape == (2051, 11) and rows.dtype == dtype
+    for row, ids in zip(rows, spelling, strict=True):
+        total = torch.zeros(11, dtype=torch.float64)
+        for number in ids:
+            total += matrix[number].double()
+        expected = total / len(ids)
+        # one rounding of the result: half a unit in the last place, and fp32's sums below that
+        assert torch.all((row.double() - expected).abs() <= ulp(dtype) * expected.abs() + 2e-6)
+
+
+def ulp(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2 * 1.001
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """Half the distance of the numbers next to zero (6e-8 in fp16)."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+
+
+def test_mean_is_the_mean_of_all_rows_and_random_has_the_configs_width():
+    torch.manual_seed(2)
+    matrix = torch.randn(1501, 7)
+    mean = torch.cat(list(script.new_rows(matrix, [[0]] * 1030, "mean", 0.02, 0)))
+    assert torch.equal(mean, matrix.double().mean(0).float().expand(1030, 7))
+    draw = [
+        torch.cat(list(script.new_rows(matrix, [[0]] * 5001, "random", 0.3, s))) for s in (0, 0, 1)
+    ]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+    assert draw[0].std().item() == pytest.approx(0.3, rel=0.02)
+    assert abs(draw[0].mean().item()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("tied", "dtype", "shard"),
+    [(False, torch.bfloat16, "1GB"), (False, torch.float16, "40KB"), (True, torch.float32, "40KB")],
+)
+def test_only_embedding_and_head_change(tied, dtype, shard, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = write_base(tmp_path / "base", tied, dtype, shard)
+    script.main(options(base, corpus))
+    result = tmp_path / "outputs" / "extended"
+    old, new = weights(base), weights(result)
+    size = len(proto(base).pieces)
+    assert old.keys() == new.keys() and (script.HEAD in new) == (not tied)
+    spelling = script.spellings(proto(base), [p.piece for p in proto(result).pieces][size:])
+    for name, tensor in new.items():
+        assert torch.equal(tensor[: len(old[name])], old[name])
+        if name in (script.EMBEDDING, script.HEAD):
+            rows = [sum(old[name][i].double() for i in ids) / len(ids) for ids in spelling]
+            expected = torch.stack(rows)
+            error = (tensor[size:].double() - expected).abs()
+            assert torch.all(error <= ulp(dtype) * expected.abs() + smallest(dtype) + 1e-8)
+        else:
+            assert tensor.shape == old[name].shape
+    names = [path.name for path in sorted(base.glob("*.safetensors"))]
+    assert [path.name for path in sorted(result.glob("*.safetensors"))] == names
+    if len(names) > 1:
+        index = json.loads((result / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in new.values())
+        assert index["weight_map"].keys() == new.keys()
+    generation = "generation_config.json"
+    assert (result / generation).read_bytes() == (base / generation).read_bytes()
+    assert (result / "LICENSE.txt").is_file()  # Llama 2's terms travel with its weights
+
+
+def test_the_model_loads_and_scores_old_tokens_as_before(base, extended):
+    size, ids = len(proto(base).pieces), torch.tensor([[1, 300, 358, 7, 299]])
+    old, new = (AutoModelForCausalLM.from_pretrained(f, dtype="float32") for f in (base, extended))
+    with torch.no_grad():
+        one, two = (model(input_ids=ids).logits for model in (old, new))
+    assert two.shape[-1] == NEW_SIZE
+    torch.testing.assert_close(two[..., :size], one, rtol=0, atol=1e-6)
+
+
+def test_the_report_says_what_was_done(extended):
+    run = json.loads((extended / "run.json").read_text())
+    assert run["script"] == "extend_vocab.py" and run["arguments"]["init"] == "mean_subtoken"
+    results = run["results"]
+    assert (results["base_vocab_size"], results["vocab_size"]) == (BASE_SIZE, NEW_SIZE)
+    assert results["extended"]["characters_per_token"] > results["base"]["characters_per_token"]
+    assert results["extended"]["byte_token_share"] < 0.1 < results["base"]["byte_token_share"]
+    assert [v for k, v in results["proof"].items() if k != "texts_compared"] == [0] * 5
+    losses = results["bits_per_character_before_training"]
+    assert set(losses) == {"base", *script.INITS} and all(
+        0 < bits < 100 for bits in losses.values()
+    )
+    assert (extended.parent.parent / "pictures" / "vocab.png").stat().st_size > 10_000
+
+
+def test_bits_per_character_equal_a_plain_loop(base):
+    """By hand: BOS before each window, the softmax over the first rows only."""
+    llama = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    tokenizer = script.processor(proto(base))
+    texts, rows, nats = ["the token of 中文", "xy" * 350], BASE_SIZE - 1, 0.0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert max(ids) < rows
+        for first in range(0, len(ids), script.LOSS_WINDOW):
+            window = [1, *ids[first : first + script.LOSS_WINDOW]]
+            with torch.no_grad():
+                logits = llama(input_ids=torch.tensor([window])).logits[0]
+            for position, target in enumerate(window[1:]):
+                scores = logits[position, :rows]
+                nats -= (scores[target] - scores.exp().sum().log()).item()
+    expected = nats / torch.log(torch.tensor(2.0)).item() / sum(map(len, texts))
+    with torch.no_grad():
+        found = script.bits_per_character(llama, tokenizer, texts, 1, rows)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+# --- Refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--corpus", "nothing.txt", "no text there"),
+        ("--corpus", "data/cc_filtered", "run python filter_cc.py first"),
+        ("--corpus", "empty", "no text there"),
+        ("--corpus", "ascii.txt", "holds no text but ASCII"),
+        ("--corpus", "latin.txt", "cannot be read (UnicodeDecodeError"),
+        ("--corpus", "broken.jsonl", "cannot be read (JSONDecodeError"),
+        ("--corpus", "no_text.jsonl", "cannot be read (KeyError"),
+        ("--corpus", "broken.parquet", "cannot be read (ArrowInvalid"),
+        ("--corpus_weight", "0", "expected 1 numbers above 0"),
+        ("--vocab_size", "359", "expected more than the base's 359"),
+        ("--vocab_size", "900", "or more, for the base's 359 pieces"),
+        ("--max_chars", "3", "expected 1000 or more"),
+        ("--output_dir", "ascii.txt", "is a file"),
+        ("--output_dir", "data", "holds something else"),
+        ("--base_model", "nowhere/at/all", "no such folder"),
+        ("--base_model", "outputs/other", "run python extend_vocab.py first"),
+        ("--base_model", "data", "no config.json in it"),
+        (
+            "--base_model",
+            "some-owner/some-model",
+            "data/sample/tiny-llama tries the whole pipeline",
+        ),
+    ],
+)
+def test_wrong_values(option, value, said, base, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").write_text("precious")
+    (tmp_path / "ascii.txt").write_text("only ascii\n" * 9)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    (tmp_path / "no_text.jsonl").write_text('{"content": "a"}\n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
+    line = refusal(capsys, *options(base, corpus, option, value))
+    assert line.startswith(f"error: {option} ") and said in line
+    assert not (tmp_path / "outputs").exists()
+    assert (tmp_path / "data" / "mine").read_text() == "precious"
+
+
+def test_an_unknown_option_ends_with_code_2(base, corpus, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(options(base, corpus, "--vocab-sice", "3"))
+    assert stop.value.code == 2 and "unknown option: --vocab-sice" in capsys.readouterr().err
+
+
+def test_too_large_a_vocabulary_says_how_many_there_are_and_so_many_work(
+    base, corpus, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    line = refusal(capsys, *options(base, corpus, "--vocab_size", 50_000))
+    most = int(line.split("the corpus yields ")[1].split()[0])
+    assert NEW_SIZE < most < 50_000
+    script.main(options(base, corpus, "--vocab_size", most))
+    assert len(proto(tmp_path / "outputs" / "extended").pieces) == most
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Make of a good base one that must be refused."""
+    tokenizer, shard = folder / "tokenizer.model", folder / "model.safetensors"
+    config = json.loads((folder / "config.json").read_text())
+    if how == "no tokenizer.model":
+        tokenizer.unlink()
+    elif how == "not sentencepiece":
+        tokenizer.write_bytes(b"\xff\xffIQ== 0\n")
+    elif how == "unigram":
+        tokenizer.write_bytes(train_base(model_type="unigram", vocab_size=290))
+    elif how == "normalises":
+        tokenizer.write_bytes(train_base(normalization_rule_name="nmt_nfkc"))
+    elif how == "padded rows":
+        config["vocab_size"] += 3
+    elif how == "quantised":
+        config["quantization_config"] = {"quant_method": "gptq"}
+    elif how == "bin only":
+        shard.rename(folder / "pytorch_model.bin")
+    elif how == "cut short":
+        shard.write_bytes(shard.read_bytes()[:-5])
+    elif how == "not safetensors":
+        shard.write_bytes(b"\x10\0\0\0\0\0\0\0{'not': json!}  ")
+    elif how == "no head":
+        tensors = load_file(shard)
+        del tensors[script.HEAD]
+        save_file(tensors, shard)
+    elif how == "shard missing":
+        index = {"weight_map": {script.EMBEDDING: "model-00002-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif how == "config cut short":
+        (folder / "config.json").write_text('{"vocab_size": ')
+        return
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("no tokenizer.model", "tokenizer.model is missing"),
+        ("not sentencepiece", "not SentencePiece's"),
+        ("unigram", "expected SentencePiece BPE"),
+        ("normalises", "expected SentencePiece BPE"),
+        ("padded rows", "expected the same number everywhere"),
+        ("quantised", "is quantised"),
+        ("bin only", "save_pretrained"),
+        ("cut short", "is cut short"),
+        ("not safetensors", "is not a safetensors file"),
+        ("no head", "expected the same number everywhere"),
+        ("shard missing", "model-00002-of-00002.safetensors is missing"),
+        ("config cut short", "config.json is not JSON"),
+    ],
+)
+def test_bases_that_cannot_be_extended(how, said, base, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, tmp_path / "base")
+    spoil(tmp_path / "base", how)
+    line = refusal(capsys, *options(tmp_path / "base", corpus))
+    assert "--base_model" in line and said in line
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_failed_proof_writes_nothing(base, corpus, tmp_path, monkeypatch, capsys):
+    """With the merges in the order of ids, as Transformers itself would put them."""
+    monkeypatch.chdir(tmp_path)
+    write = script.write_tokenizer
+
+    def reversed_merges(folder: Path, *rest) -> None:
+        write(folder, *rest)
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content["model"]["merges"].reverse()
+        (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+    monkeypatch.setattr(script, "write_tokenizer", reversed_merges)
+    line = refusal(capsys, *options(base, corpus))
+    assert "proof failed, nothing was written: texts_differing" in line
+    assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def test_a_full_disk_ends_with_code_1(base, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+    assert "GB" in refusal(capsys, *options(base, corpus), code=1)
+    assert list((tmp_path / "outputs").iterdir()) == []
+
+
+# --- Runs ----------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_kept_and_another_needs_overwrite(
+    base, corpus, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    script.main(options(base, corpus))
+    run = tmp_path / "outputs" / "extended" / "run.json"
+    before = run.stat().st_mtime_ns
+    capsys.readouterr()
+    script.main(options(base, corpus))
+    assert capsys.readouterr().out.startswith("already done: outputs/extended")
+    assert run.stat().st_mtime_ns == before
+
+    line = refusal(capsys, *options(base, corpus, "--init", "mean"))
+    assert "other settings (--init)" in line and "--overwrite" in line
+    script.main(options(base, corpus, "--init", "mean", "--overwrite"))
+    assert json.loads(run.read_text())["arguments"]["init"] == "mean"
+    assert [path.name for path in run.parent.parent.iterdir()] == ["extended"]
+
+    other = write_corpus(tmp_path / "corpus.txt", seed=3, lines=900)
+    script.main(options(base, other, "--init", "mean", "--overwrite"))
+    write_corpus(other, seed=3, lines=901)
+    assert "the files it reads" in refusal(capsys, *options(base, other, "--init", "mean"))
+
+
+KILLED = """
+import os, signal, sys
+import extend_vocab
+extend_vocab.sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+extend_vocab.main(sys.argv[1:])
+"""
+
+
+def test_killed_in_the_middle_leaves_nothing_that_looks_whole(base, corpus, tmp_path, monkeypatch):
+    root = Path(script.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *options(base, corpus)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    outputs = tmp_path / "outputs"
+    assert [path.name for path in outputs.iterdir()] == ["extended.tmp"]
+    assert (outputs / "extended.tmp" / "model.safetensors").is_file()  # it was in the middle
+    monkeypatch.chdir(tmp_path)
+    script.main(options(base, corpus))
+    assert [path.name for path in outputs.iterdir()] == ["extended"]
+
+
+def test_two_runs_give_the_same_bytes(base, corpus, extended, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script.main(options(base, corpus))
+    for name in ("tokenizer.model", "tokenizer.json", "model.safetensors", "config.json"):
+        one, two = ((f / name).read_bytes() for f in (extended, Path("outputs/extended")))
+        assert hashlib.sha256(one).digest() == hashlib.sha256(two).digest(), name
+
+
+def test_hongloumeng_is_fetched_without_the_licence(tmp_path, monkeypatch):
+    page = tmp_path / "pg24264.txt"
+    page.write_text(
+        "\ufeffThe Project Gutenberg eBook\n*** START OF THE PROJECT GUTENBERG EBOOK 24264 ***\n\n"
+        "紅樓夢\n第一回\n\n*** END OF THE PROJECT GUTENBERG EBOOK 24264 ***\nlicence\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(script, "HONGLOUMENG_URL", page.as_uri())
+    monkeypatch.chdir(tmp_path)
+    assert script.find_texts(script.HONGLOUMENG, "--corpus") == [Path(script.HONGLOUMENG)]
+    assert Path(script.HONGLOUMENG).read_text(encoding="utf-8") == "紅樓夢\n第一回\n"
+
+
+def test_hongloumeng_out_of_reach(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "HONGLOUMENG_URL", (tmp_path / "not-there.txt").as_uri())
+    line = refusal(capsys, *options(base, Path(script.HONGLOUMENG)))
+    assert "could not be fetched" in line and "not-there.txt" in line
+    assert not Path(script.HONGLOUMENG).exists()
+
+
+# --- Real material -------------------------------------------------------------------------------
+
+
+def test_hongloumeng_on_llama_2(shared_data, tmp_path, monkeypatch):
+    """61,388 pieces, all alive, one answer from both runtimes on all paragraphs, the figures."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1}
+    config = LlamaConfig(vocab_size=32000, num_hidden_layers=1, **sizes)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained("base")
+    shutil.copy(shared_data / "llama2-tokenizer.model", "base/tokenizer.model")
+    drcd = shared_data / "drcd_dev.jsonl"
+    words = ["--base_model", "base", "--corpus", shared_data / "hongloumeng.txt"]
+    words += ["--eval_text", drcd, "--eval_loss", "no"]
+    script.main([str(word) for word in words])
+    results = json.loads(Path("outputs/extended/run.json").read_text())["results"]
+    assert results["vocab_size"] == len(proto(Path("outputs/extended")).pieces) == 61_388
+    assert results["extended"]["characters_per_token"] >= 1.09
+    assert results["extended"]["byte_token_share"] <= 0.006
+    ours = sentencepiece.SentencePieceProcessor("outputs/extended/tokenizer.model")
+    theirs = AutoTokenizer.from_pretrained("outputs/extended")
+    for path in (drcd, shared_data / "cmrc_trial.jsonl"):
+        texts = list(script.documents(path, "--corpus"))
+        assert theirs(texts, add_special_tokens=False)["input_ids"] == ours.encode(texts)
+
+
+def test_our_count_of_dead_pieces_is_the_published_one(shared_data):
+    """Of Chinese-LLaMA-2's pieces 657 are dead: a count made apart from this script."""
+    model = ModelProto()
+    model.ParseFromString((shared_data / "chinese-llama-2-tokenizer.model").read_bytes())
+    assert len(script.dead_pieces(model, 32_000)) == 657
