@@ -78,6 +78,21 @@ BIG5_LEVEL_1 = [
     if lead < 0xC6 or trail < 0x7F
 ]
 
+TRAINER = {  # SentencePiece's own defaults elsewhere; the text arrives in segments, see there
+    "model_type": "bpe",
+    "input_format": "tsv",
+    "hard_vocab_limit": False,
+    "required_chars": "".join(BIG5_LEVEL_1),
+    "character_coverage": 0.99999,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "max_sentence_length": 1 << 16,
+    "shuffle_input_sentence": False,
+    "num_threads": 1,
+    "minloglevel": 2,
+}
+
 # Texts on which tokenizers are known to part ways; every run proves itself on them.
 HARD_TEXTS = [
     "",
@@ -451,11 +466,12 @@ def segments(text: str) -> Iterator[str]:
                 yield run[start : start + 1000]
 
 
-def train_pieces(documents: list, args: Arguments, wanted: int) -> list[str]:
+def train_pieces(documents: list, args: Arguments, wanted: int, **changes) -> list[str]:
     """Candidates for new pieces as SentencePiece ranks them, single characters last.
 
     Weights enter as sentence frequencies. The trainer is asked for more than wanted, since some
     candidates will be in the base already, and gives fewer where the corpus holds no more.
+    Changes to TRAINER are for experiments.
     """
     import sentencepiece
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -469,23 +485,9 @@ def train_pieces(documents: list, args: Arguments, wanted: int) -> list[str]:
         if not table.stat().st_size:
             raise UserError(f"--corpus {' '.join(args.corpus)}: holds no text but ASCII")
         print("training SentencePiece BPE", flush=True)
+        settings = TRAINER | {"split_by_unicode_script": args.split_by_unicode_script} | changes
         sentencepiece.SentencePieceTrainer.train(
-            input=str(table),
-            input_format="tsv",
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=wanted + 20_000,
-            hard_vocab_limit=False,
-            required_chars="".join(BIG5_LEVEL_1),
-            character_coverage=0.99999,
-            split_by_unicode_script=args.split_by_unicode_script,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            max_sentence_length=1 << 16,
-            shuffle_input_sentence=False,
-            num_threads=1,
-            minloglevel=2,
+            input=str(table), model_writer=model, vocab_size=wanted + 20_000, **settings
         )
         lines = table.read_text(encoding="utf-8")
     trained.ParseFromString(model.getvalue())

@@ -1,0 +1,351 @@
+"""What the extended tokenizer and the new rows are worth, measured on real text.
+
+    python benchmarks/bench_vocab.py              # about ten minutes: tables 1 and 2
+    python benchmarks/bench_vocab.py --full       # and table 3, which needs 45 GB of disk
+
+1. Characters per token, byte tokens and dead pieces for Llama 2, Chinese-LLaMA-2 and ours, by
+   corpus and weight; then what was tried and not kept.
+2. Bits per character before training, for each --init, on a small Llama that was trained first,
+   with Llama 2's tokenizer, on English and Chinese.
+3. A 13.5 GB model with Llama 2 7B's shapes resized: time as a ratio to `cp -r`, peak memory.
+
+Results go to benchmarks/results/vocab.json, table by table, so each can be measured alone (--only).
+"""
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+RESULTS = ROOT / "benchmarks" / "results" / "vocab.json"
+WORK = ROOT / "outputs" / "bench_vocab"
+NEW_PIECES, TRAINED_ARTICLES, SEED = 29_388, 300, 0
+sys.path.insert(0, str(ROOT))
+
+import extend_vocab as script  # noqa: E402
+
+# --- Material ------------------------------------------------------------------------------------
+
+
+def read(name: str) -> list[str]:
+    return list(script.documents(DATA / name, "--corpus"))
+
+
+def load(name: str):
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto()
+    model.ParseFromString((DATA / name).read_bytes())
+    return model
+
+
+# --- 1. The tokenizer ----------------------------------------------------------------------------
+
+
+def tokenizers() -> list[dict]:
+    """Rows of figures, on all of DRCD and on the 83 articles that nothing was trained on."""
+    llama, novel, drcd = (
+        load("llama2-tokenizer.model"),
+        read("hongloumeng.txt"),
+        read("drcd_dev.jsonl"),
+    )
+    modern, unseen = drcd[:TRAINED_ARTICLES], drcd[TRAINED_ARTICLES:]
+    rows = []
+
+    def row(name: str, model) -> None:
+        dead = len(script.dead_pieces(model, 32_000))
+        figures = {"all_drcd": script.measure(model, drcd)} if "modern" not in name else {}
+        figures["unseen_83"] = script.measure(model, unseen)
+        rows.append({"what": name, "pieces": len(model.pieces), "dead": dead} | figures)
+        columns = [
+            f"{f['characters_per_token']:.3f} {f['byte_token_share']:6.2%}"
+            for f in figures.values()
+        ]
+        print(
+            f"{name:58}{len(model.pieces):7,}{dead:5}  " + "   ".join(f"{c:>13}" for c in columns),
+            flush=True,
+        )
+
+    def ours(name: str, weights: list[float], change: dict | None = None) -> None:
+        train = [
+            (w, t) for w, texts in zip(weights, (novel, modern), strict=True) for t in texts if w
+        ]
+        pieces = script.train_pieces(train, script.Arguments(), NEW_PIECES, **change or {})
+        row(name, script.merge_pieces(llama, pieces, 61_388)[0])
+
+    row("Llama 2", llama)
+    row("Chinese-LLaMA-2 (Simplified)", load("chinese-llama-2-tokenizer.model"))
+    ours("novel alone (default)", [1, 0])
+    script_rule = {"split_by_unicode_script": True}
+    ours("novel alone, split_by_unicode_script", [1, 0], script_rule)
+    for weight in (1, 2, 4, 8, 16, 32):
+        ours(f"novel + modern, weight 1 {weight}", [1, weight])
+    ours("modern alone", [0, 1])
+    for weight in (1, 4, 8):
+        ours(
+            f"novel + modern, weight 1 {weight}, split_by_unicode_script", [1, weight], script_rule
+        )
+    for length in (3, 4, 8, 32):
+        ours(
+            f"novel + modern, weight 1 8, pieces up to {length}",
+            [1, 8],
+            {"max_sentencepiece_length": length},
+        )
+    for share in (1.0, 0.9999, 0.9995):
+        ours(f"novel + modern, weight 1 8, coverage {share}", [1, 8], {"character_coverage": share})
+    return rows
+
+
+# --- 2. The rows ---------------------------------------------------------------------------------
+
+
+def starting_losses(minutes: float) -> dict:
+    """Train a small Llama with Llama 2's tokenizer for some minutes, then extend it three ways."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(SEED)
+    llama, novel, drcd = (
+        load("llama2-tokenizer.model"),
+        read("hongloumeng.txt"),
+        read("drcd_dev.jsonl"),
+    )
+    modern, unseen = drcd[:TRAINED_ARTICLES], drcd[TRAINED_ARTICLES:]
+    with gzip.open(
+        DATA / "labelled.wet.gz", "rt", encoding="utf-8", errors="replace", newline=""
+    ) as file:
+        records = file.read().split("WARC/1.0\r\n")
+    english = [
+        r.split("\r\n\r\n", 1)[1] for r in records if re.search(r"URI: https://[^/]+/en/", r)
+    ]
+    chance = random.Random(SEED)
+    texts = (
+        modern + ["\n".join(novel[i : i + 20]) for i in range(0, len(novel), 20)] + english[:150]
+    )
+    chance.shuffle(texts)
+    encode = script.processor(llama).encode
+    stream = torch.tensor([i for ids in encode(texts) for i in (1, *ids)])
+    print(f"training on {len(stream):,} tokens, {minutes} minutes", flush=True)
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, max_position_embeddings=1024, **sizes))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    start, step, losses = time.monotonic(), 0, []
+    while (spent := (time.monotonic() - start) / 60 / minutes) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * max(0.05, 1 - spent)
+        places = torch.randint(len(stream) - 257, (8,)).tolist()
+        batch = torch.stack([stream[place : place + 257] for place in places])
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        losses.append(loss.item())
+        if step % 100 == 0:
+            print(f"  step {step}, loss {sum(losses[-100:]) / 100:.3f}", flush=True)
+    folder = WORK / "trained"
+    model.save_pretrained(folder)
+    shutil.copy(DATA / "llama2-tokenizer.model", folder / "tokenizer.model")
+    write_jsonl(WORK / "modern.jsonl", modern)
+    write_jsonl(WORK / "unseen.jsonl", unseen)
+    words = ["--base_model", folder, "--corpus", DATA / "hongloumeng.txt", WORK / "modern.jsonl"]
+    words += ["--corpus_weight", 1, 8, "--eval_text", WORK / "unseen.jsonl", "--eval_loss", "yes"]
+    words += ["--output_dir", WORK / "extended", "--overwrite"]
+    subprocess.run(
+        [sys.executable, ROOT / "extend_vocab.py", *map(str, words)], cwd=WORK, check=True
+    )
+    report = json.loads((WORK / "extended" / "run.json").read_text())["results"]
+    training = {"minutes": minutes, "steps": step, "tokens": step * 8 * 256, **sizes}
+    training |= {"loss_first": losses[0], "loss_last_100": sum(losses[-100:]) / 100}
+    return {
+        "training": training,
+        "bits_per_character": report["bits_per_character_before_training"],
+    }
+
+
+def write_jsonl(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# --- 3. The model --------------------------------------------------------------------------------
+
+
+def write_7b(folder: Path) -> int:
+    """Llama 2 7B's tensors in bf16, random, in shards of four layers; its size in bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, inner, layers = 4096, 11_008, 32
+    noise = torch.randn(16 << 20).to(torch.bfloat16)
+
+    def tensor(*shape: int):
+        count = torch.Size(shape).numel()
+        return noise.repeat(-(-count // len(noise)))[:count].view(shape).clone()
+
+    def layer(i: int) -> dict:
+        attention = {f"self_attn.{p}_proj": (hidden, hidden) for p in "qkvo"}
+        mlp = {
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+        norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+        return {f"model.layers.{i}.{n}.weight": s for n, s in (attention | mlp | norms).items()}
+
+    shapes = [{script.EMBEDDING: (32_000, hidden)}]
+    shapes += [
+        {k: v for i in range(first, first + 4) for k, v in layer(i).items()}
+        for first in range(0, layers, 4)
+    ]
+    shapes[1] |= shapes.pop(0)
+    shapes[-1] |= {"model.norm.weight": (hidden,), script.HEAD: (32_000, hidden)}
+    folder.mkdir(parents=True)
+    weight_map, total = {}, 0
+    for number, shard in enumerate(shapes, 1):
+        name = f"model-{number:05}-of-{len(shapes):05}.safetensors"
+        tensors = {key: tensor(*shape) for key, shape in shard.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(t.nbytes for t in tensors.values())
+    script.write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32_000,
+        "dtype": "bfloat16",
+    }
+    config |= {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+    }
+    script.write_json(folder / "config.json", config)
+    shutil.copy(DATA / "llama2-tokenizer.model", folder / "tokenizer.model")
+    return total
+
+
+def timed(command: list) -> tuple[float, float]:
+    """Wall seconds of a command and its peak memory in GB (its own maximum, not its siblings')."""
+    start = time.monotonic()
+    pid = os.spawnvp(os.P_NOWAIT, str(command[0]), [str(word) for word in command])
+    _, status, usage = os.wait4(pid, 0)
+    assert status == 0, command
+    return time.monotonic() - start, usage.ru_maxrss / 1e6
+
+
+def resize(rounds: int = 2) -> dict:
+    """Extend and copy in turn; both wait until everything is on the disk."""
+    import torch
+    from safetensors import safe_open
+
+    base, result, copy = WORK / "base7b", WORK / "extended7b", WORK / "copy7b"
+    for folder in (base, result, copy):
+        shutil.rmtree(folder, ignore_errors=True)
+    size = write_7b(base)
+    words = [
+        "--base_model",
+        base,
+        "--corpus",
+        DATA / "hongloumeng.txt",
+        "--eval_loss",
+        "no",
+        "--output_dir",
+        result,
+    ]
+    rows = []
+    for _ in range(rounds):
+        shutil.rmtree(copy, ignore_errors=True)
+        os.sync()
+        copy_seconds, _ = timed(["sh", "-c", f"cp -r {base} {copy} && sync {copy}/*"])
+        shutil.rmtree(copy)
+        shutil.rmtree(result, ignore_errors=True)
+        os.sync()
+        seconds, peak = timed([sys.executable, ROOT / "extend_vocab.py", *words])
+        rows.append(
+            {
+                "extend_seconds": seconds,
+                "copy_seconds": copy_seconds,
+                "ratio": seconds / copy_seconds,
+                "peak_gb": peak,
+            }
+        )
+        print(rows[-1], flush=True)
+    differing = 0
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(path, "pt") as old, safe_open(result / path.name, "pt") as new:
+            for name in old.keys():  # noqa: SIM118
+                one, two = old.get_tensor(name), new.get_tensor(name)
+                differing += not torch.equal(two[: len(one)], one)
+    for folder in (base, result):
+        shutil.rmtree(folder)
+    return {"base_bytes": size, "rounds": rows, "tensors_differing": differing}
+
+
+# --- Main ----------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="resize a 13.5 GB model too (45 GB of disk)"
+    )
+    parser.add_argument("--only", choices=["tokenizers", "rows", "resize"], help="one table alone")
+    parser.add_argument("--minutes", type=float, default=8, help="training time for table 2")
+    args = parser.parse_args()
+    if not DATA.is_dir():
+        sys.exit(f"no real material: {DATA} is missing")
+    tables = {
+        "tokenizers": tokenizers,
+        "rows": lambda: starting_losses(args.minutes),
+        "resize": resize,
+    }
+    chosen = [args.only] if args.only else [*tables][: 3 if args.full else 2]
+    done = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"results": {}}
+    packages = ("torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "opencc")
+    commit = subprocess.check_output(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True
+    ).strip()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    for name in chosen:
+        print(f"--- {name}", flush=True)
+        done["results"][name] = {
+            "commit": commit,
+            "date": str(date.today()),
+            "versions": {package: version(package) for package in packages},
+            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB, no GPU",
+            "seed": SEED,
+            "command": " ".join(["python", "benchmarks/bench_vocab.py", *sys.argv[1:]]),
+            "results": tables[name](),
+        }
+        RESULTS.parent.mkdir(exist_ok=True)
+        script.write_json(RESULTS, done)
+    shutil.rmtree(WORK, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
