@@ -175,7 +175,8 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
             "remove_unused_columns": False,  # it would drop the cut points before the collator
             "label_names": ["labels"],
             "ddp_find_unused_parameters": False,
-            "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
+            "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
             "save_strategy": "steps",
         }
     )
@@ -891,11 +892,11 @@ class PackedTraining:
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite():
-            self.give_up(f"the loss is {loss.item()}")
+            self.give_up(self.state.global_step + 1, f"the loss is {loss.item()}")
         return loss
 
-    def give_up(self, reason: str) -> None:
-        step = self.state.global_step + 1
+    def give_up(self, step: int, reason: str) -> None:
+        print(file=sys.stderr)  # below the progress bar
         raise UserError(
             f"step {step}: {reason}; the last checkpoint is from before. Try a lower --learning_rate "
             f"(now {self.args.learning_rate:g}), --warmup_steps 100 or a lower --max_grad_norm, and "
@@ -911,7 +912,8 @@ class PackedTraining:
             self.worse = self.worse + 1 if logs["loss"] > self.lowest + 2 else 0
             self.lowest = min(self.lowest, logs["loss"])
             if self.worse > 1:
-                self.give_up(f"the loss explodes ({logs['loss']:.2f} after {self.lowest:.2f})")
+                explosion = f"the loss explodes ({logs['loss']:.2f} after {self.lowest:.2f})"
+                self.give_up(self.state.global_step, explosion)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Loss per token and bits per character of the documents held out, full attention."""
@@ -977,7 +979,7 @@ class PackedTraining:
         if final.exists():
             return
         if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
-            self.give_up("weights are no longer finite")
+            self.give_up(self.state.global_step, "weights are no longer finite")
         self.saving = output / "checkpoint.building"
         if self.args.should_save:
             shutil.rmtree(self.saving, ignore_errors=True)
@@ -1001,6 +1003,7 @@ class PackedTraining:
             if not (full or isinstance(error, OSError)):
                 raise
             last = next(iter(checkpoints(output)), "none")
+            print(file=sys.stderr)
             raise OSError(
                 errno.ENOSPC,
                 (

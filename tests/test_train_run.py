@@ -1,0 +1,425 @@
+"""Whole runs: exact resume, stops, broken checkpoints, refusals, plan, charts, several processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import train_pt
+
+TINY = ROOT / "data" / "sample" / "tiny-llama"
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A little text: 24 documents of several lengths, some 33 blocks of 32 tokens."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    words = "春天的花開在山上，人們從早到晚走過河邊的小路，看見雲影與水光。".split("，")
+    rows = [{"text": f"第{n}篇。" + words[n % 3] * (n % 4 + 1)} for n in range(24)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def command(text, tmp_path, monkeypatch):
+    """The options of a run of 12 steps, a pass and a half, into a folder of this test."""
+    monkeypatch.chdir(tmp_path)
+
+    def build(*options: object, name: str = "pt") -> list[str]:
+        words = {
+            "--model_name_or_path": TINY,
+            "--dataset": text,
+            "--output_dir": name,
+            "--base_vocab_size": 800,
+            "--block_size": 32,
+            "--per_device_train_batch_size": 2,
+            "--gradient_accumulation_steps": 2,
+            "--max_steps": 12,
+            "--save_steps": 5,
+            "--eval_steps": 4,
+            "--logging_steps": 1,
+            "--learning_rate": 0.01,
+            "--sample_tokens": 4,
+        }
+        return [str(w) for pair in words.items() for w in pair] + [str(o) for o in options]
+
+    return build
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+class Killed(BaseException):
+    """Ends a run as kill -9 does: nothing is saved."""
+
+
+def at_step(monkeypatch, step: int, action) -> None:
+    """Do something once in a run, after the given step."""
+    log = train_pt.PackedTraining.log
+
+    def watch(self, logs, *args, **kwargs):
+        log(self, logs, *args, **kwargs)
+        if self.state.global_step == step and "loss" in logs:
+            monkeypatch.setattr(train_pt.PackedTraining, "log", log)
+            action()
+
+    monkeypatch.setattr(train_pt.PackedTraining, "log", watch)
+
+
+def kill():
+    raise Killed
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("stop", "step", "options"),
+    [
+        (kill, 8, []),  # goes on from step 5
+        (kill, 11, ["--lora_dropout", "0.3"]),  # from step 10, in the second pass
+        (kill, 7, ["--optim", "adamw_8bit", "--lora_dropout", "0.3"]),
+        (kill, 7, ["--optim", "paged_adamw_8bit"]),
+        (terminate, 7, ["--lora_dropout", "0.3"]),
+        (terminate, 3, ["--optim", "adamw_8bit", "--activation_checkpointing", "true"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
+    stop, step, options, command, monkeypatch, capsys
+):
+    train_pt.main(command(*options, name="whole"))
+    at_step(monkeypatch, step, stop)
+    with pytest.raises((Killed, SystemExit)) as stopped:
+        train_pt.main(command(*options))
+    if stop is terminate:
+        assert stopped.value.code == 143
+        assert f"stopped at step {step + 1} and saved" in capsys.readouterr().out
+        assert Path(f"pt/checkpoint-{step + 1}").is_dir()
+    assert not Path("pt/adapter_model.safetensors").exists(), "looks finished"
+    train_pt.main(command(*options))
+    assert same(weights("pt"), weights("whole"))
+    steps = [json.loads(line) for line in open("pt/metrics.jsonl")]
+    assert [r["step"] for r in steps if "loss" in r] == list(range(1, 13))
+
+
+def test_kill_9_and_ctrl_c_on_the_real_program(command):
+    train_pt.main(command(name="whole"))
+    program = [sys.executable, str(ROOT / "train_pt.py"), *command("--save_steps", "1")]
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        saved = len(list(Path("pt").glob("checkpoint-*")))
+        running = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        deadline = time.time() + 120
+        before = set(Path("pt").glob("checkpoint-*"))
+        while set(Path("pt").glob("checkpoint-*")) <= before and time.time() < deadline:
+            time.sleep(0.05)
+        running.send_signal(number)
+        output = running.communicate()[0]
+        assert running.returncode == code, output
+        assert "Traceback" not in output, (output, saved)
+    train_pt.main(command("--save_steps", "1"))
+    assert same(weights("pt"), weights("whole"))
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(command, monkeypatch, capsys):
+    train_pt.main(command(name="whole"))
+    at_step(monkeypatch, 11, kill)
+    with pytest.raises(Killed):
+        train_pt.main(command())
+    optimizer = Path("pt/checkpoint-10/optimizer.pt")
+    content = bytearray(optimizer.read_bytes())
+    content[len(content) // 2] ^= 1
+    optimizer.write_bytes(content)
+    train_pt.main(command())
+    assert "checkpoint-10 is broken" in capsys.readouterr().out
+    assert same(weights("pt"), weights("whole"))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(command, monkeypatch, capsys):
+    train_pt.main(command(name="whole"))
+    save = torch.save
+
+    def full(thing, path, *args, **kwargs):
+        if "checkpoint-10" in str(path):
+            raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+        save(thing, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(SystemExit) as stopped:
+            train_pt.main(command())
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "checkpoint-10 cannot be written" in message
+    assert "the last good one is pt/checkpoint-5" in message
+    assert [p.name for p in Path("pt").glob("checkpoint*")] == ["checkpoint-5"]
+    train_pt.main(command())
+    assert same(weights("pt"), weights("whole"))
+
+
+def spoil_the_loss(monkeypatch, step: int, factor: float) -> None:
+    """From the given step on (two forward passes each), the loss is multiplied."""
+    loss, calls = train_pt.TailHead.loss, []
+
+    def spoilt(self, *args, **kwargs):
+        calls.append(1)
+        return loss(self, *args, **kwargs) * (factor if len(calls) > 2 * (step - 1) else 1)
+
+    monkeypatch.setattr(train_pt.TailHead, "loss", spoilt)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [(float("nan"), "step 4: the loss is nan"), (3, "step 5: the loss explodes (")],
+)
+def test_a_loss_gone_wrong_stops_with_step_and_advice(
+    factor, message, command, monkeypatch, capsys
+):
+    spoil_the_loss(monkeypatch, 4, factor)
+    with pytest.raises(SystemExit) as stopped:
+        train_pt.main(command("--eval_strategy", "no"))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2
+    assert error.startswith(f"error: {message}")
+    assert "--learning_rate (now 0.01)" in error
+
+
+def test_the_same_run_again_is_done_and_another_is_moved_aside(command, capsys):
+    train_pt.main(command("--max_steps", "2"))
+    first = weights("pt")
+    train_pt.main(command("--max_steps", "2"))
+    assert "already done" in capsys.readouterr().out
+    train_pt.main(command("--max_steps", "3"))
+    assert "moved to pt.1" in capsys.readouterr().out
+    assert same(weights("pt.1"), first)
+    assert not same(weights("pt"), first)
+
+
+def test_an_unfinished_run_with_other_settings_is_refused_by_name(command, monkeypatch, capsys):
+    at_step(monkeypatch, 6, kill)
+    with pytest.raises(Killed):
+        train_pt.main(command())
+    with pytest.raises(SystemExit) as stopped:
+        train_pt.main(command("--learning_rate", "0.02"))
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert "learning_rate was 0.01, now 0.02" in message
+    assert "--output_dir" in message
+    train_pt.main(command("--logging_steps", "2"))  # what changes no result may change
+
+
+def copy_of_tiny(folder: Path, **changes) -> Path:
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--no_such_option", "1"], "unknown option: --no_such_option"),
+        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--model_name_or_path", "outputs/extended"], "run python extend_vocab.py first"),
+        (["--model_name_or_path", "."], "no config.json"),
+        (["--dataset", "data/cc_filtered"], "run python filter_cc.py first"),
+        (["--block_size", "4"], "--block_size 4: too short"),
+        (["--block_size", "8192"], "longer than the model's 4096 positions"),
+        (["--group_size", "33"], "--group_size 33: expected 2 to block_size"),
+        (["--eval_fraction", "2"], "--eval_fraction 2.0"),
+        (["--lora_rank", "0"], "--lora_rank 0"),
+        (["--activation_checkpointing_kwargs", "offload"], "expected a JSON object"),
+        (["--train_embeddings", "none"], "rows 800 to 999 of embedding and head are new"),
+        (["--resume_from_checkpoint", "nowhere"], "not a whole checkpoint"),
+        (["--optim", "adam_of_tomorrow"], "adam_of_tomorrow"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(options, reason, command, capsys):
+    Path("pt").mkdir()
+    if "--resume_from_checkpoint" in options:
+        record = {"results": None, "settings": None}
+        args, training = train_pt.parse_args(command(*options))
+        files = train_pt.text_files(args.dataset)
+        record = train_pt.describe_run(args, training, TINY, 800, train_pt.dataset_key(files, TINY))
+        train_pt.write_json(Path("pt/run.json"), record)
+    with pytest.raises(SystemExit) as stopped:
+        train_pt.main(command(*options))
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "gpt2"}, "Llama's architecture"),
+        ({"tie_word_embeddings": True}, "tied"),
+        ({"vocab_size": 900}, "the tokenizer has 1000 pieces and the model only 900 rows"),
+    ],
+)
+def test_a_base_that_cannot_be_trained_is_refused(change, reason, command, tmp_path, capsys):
+    base = copy_of_tiny(tmp_path / "base", **change)
+    with pytest.raises(SystemExit) as stopped:
+        train_pt.main(command("--model_name_or_path", base))
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_not_written_to(command, capsys):
+    Path("pt").mkdir()
+    Path("pt/thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        train_pt.main(command())
+    assert stopped.value.code == 2
+    assert "holds files, but no run" in capsys.readouterr().err
+
+
+def test_new_rows_come_from_the_record_of_extend_vocab(command, tmp_path, capsys):
+    base = copy_of_tiny(tmp_path / "base")
+    (base / "run.json").write_text(json.dumps({"results": {"base_vocab_size": 900}}))
+    words = command("--model_name_or_path", base)
+    del words[words.index("--base_vocab_size") : words.index("--base_vocab_size") + 2]
+    train_pt.main([*words, "--max_steps", "1"])
+    config = json.loads(Path("pt/adapter_config.json").read_text())
+    assert config["trainable_token_indices"]["lm_head"] == list(range(900, 1000))
+
+
+def test_the_plan_counts_the_steps_of_the_card(monkeypatch):
+    """落九's card: 92,928 sequences of 2,048 tokens, 8 x 4, three epochs: 8,712 steps."""
+    args, training = train_pt.parse_args([])
+    assert train_pt.total_steps(92_928, training) == 8712
+    assert args.group_size == 512
+
+
+@pytest.mark.parametrize("sequences", [1, 7, 12, 13, 25])
+@pytest.mark.parametrize("epochs", [1, 1.5, 3])
+def test_the_plan_counts_steps_as_trainer_does(sequences, epochs):
+    words = "--per_device_train_batch_size 4 --gradient_accumulation_steps 3 --eval_strategy no"
+    _, training = train_pt.parse_args([*words.split(), "--num_train_epochs", str(epochs)])
+    from transformers import Trainer
+
+    model = torch.nn.Linear(1, 1)
+    trainer = Trainer(model=model, args=training, train_dataset=[{"x": 0}] * sequences)
+    expected = trainer.set_initial_training_values(training, trainer.get_train_dataloader())[-1]
+    assert train_pt.total_steps(sequences, training) == expected
+
+
+def test_the_plan_trains_nothing_and_says_what_fits(command, capsys):
+    train_pt.main(command("--plan", "--plan_gpu_gb", "24"))
+    output = capsys.readouterr().out
+    assert "documents: 24" in output
+    assert "steps: 12" in output
+    assert "the largest block is 4096" in output
+    assert not Path("pt").exists()
+
+
+def test_the_estimate_of_fixed_memory_is_what_the_model_takes(command, capsys):
+    args, training = train_pt.parse_args(command("--optim", "adamw_torch"))
+    folder, config, _, first_new = train_pt.load_base(args)
+    model, _ = train_pt.build_model(args, training, folder, first_new)
+    items = train_pt.memory_items(config, args, first_new, 1, 32)
+    trained = sum(p.numel() for p in train_pt.adapter_tensors(model).values())
+    norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
+    planned = items["trained rows, gradient, optimizer"] + items["LoRA, gradient, optimizer"]
+    assert planned == 16 * (trained - norms)
+    frozen = sum(p.numel() for n, p in model.named_parameters() if n.endswith("frozen"))
+    assert items["frozen rows of embedding and head"] == 2 * frozen
+
+
+def test_what_a_run_leaves_to_see(command):
+    train_pt.main(command())
+    rows = [json.loads(line) for line in open("pt/metrics.jsonl")]
+    held = [r for r in rows if "eval_loss" in r]
+    assert [r["step"] for r in held] == [4, 8, 12]
+    assert all(r["eval_bits_per_character"] > 0 and "eval_sample" in r for r in held)
+    train = [r for r in rows if "loss" in r]
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert train[0]["tokens_seen"] == pytest.approx(4 * 32, abs=32)
+    assert Path("pictures/trainloss.png").read_bytes()[:4] == b"\x89PNG"
+    card = Path("pt/README.md").read_text()
+    assert f"{held[-1]['eval_loss']:.4f}" in card
+    assert "learning_rate: 0.01" in card
+    record = json.loads(Path("pt/run.json").read_text())
+    assert record["results"]["steps"] == 12
+    assert record["base"] == {
+        "model_name_or_path": str(TINY),
+        "fingerprint": train_pt.fingerprint(TINY),
+    }
+    assert record["quantization"]["blocksize"] == 64
+    for checkpoint in ("checkpoint-10", "checkpoint-12"):
+        assert json.loads(Path("pt", checkpoint, "run.json").read_text())["base"] == record["base"]
+
+
+def test_bits_per_character_are_those_of_each_document_alone(command, text):
+    """A float64-free formula by hand: the mean loss of whole documents, over their characters."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = ["--block_size", "512", "--quantization", "none", "--bf16", "false"]
+    train_pt.main(command(*options, "--max_steps", "1", "--learning_rate", "1e-9", "--eval_steps", "1"))
+    row = [json.loads(line) for line in open("pt/metrics.jsonl")][1]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    args, _ = train_pt.parse_args(command(*options))
+    corpus = train_pt.tokenize([text], tokenizer, Path("cache"))
+    _, held = train_pt.split_corpus(corpus, args, 0)
+    bits, characters = 0.0, 0
+    for start in held.starts:
+        n = list(corpus.lengths.cumsum() - corpus.lengths).index(start)
+        ids = torch.tensor(corpus.tokens[start : start + corpus.lengths[n]].astype(int))
+        with torch.no_grad():
+            bits += model(input_ids=ids[None], labels=ids[None]).loss.item() * (len(ids) - 1)
+        characters += corpus.characters[n]
+    expected = bits / torch.log(torch.tensor(2.0)).item() / characters
+    assert row["eval_bits_per_character"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_share_of_traditional_characters():
+    assert train_pt.traditional_share("說話的時間") == 1.0
+    assert train_pt.traditional_share("说话的时间") == 0.0
+    assert train_pt.traditional_share("的") is None
+
+
+def test_wandb_takes_the_run_offline(command, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    program = [sys.executable, str(ROOT / "train_pt.py")]
+    subprocess.run([*program, *command("--report_to", "wandb", "--max_steps", "2")], check=True)
+    runs = list(Path("wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(runs) == 1
+    assert b"bits_per_character" in runs[0].read_bytes()
+
+
+def test_two_processes_lose_as_one_with_the_same_global_batch(command):
+    options = ["--max_steps", "5", "--quantization", "none", "--bf16", "false"]
+    train_pt.main(command(*options, name="one"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = command(*options, "--per_device_train_batch_size", "1", "--ddp_backend", "gloo", name="two")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, str(ROOT / "train_pt.py"), *words],
+        capture_output=True, text=True, env=environment, check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def losses(name: str, key: str) -> list[float]:
+        rows = [json.loads(line) for line in open(f"{name}/metrics.jsonl")]
+        return [row[key] for row in rows if key in row]
+
+    assert losses("two", "loss") == pytest.approx(losses("one", "loss"), rel=1e-5)
+    assert losses("two", "eval_loss") == pytest.approx(losses("one", "eval_loss"), rel=1e-5)
