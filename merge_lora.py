@@ -1,33 +1,32 @@
-"""A LoRA adapter and its base to one usable model, bit for bit what was trained, on a laptop.
+"""A LoRA adapter and its base to one usable model: exactly what was trained, on a laptop.
 
-In: an adapter's folder (outputs/pt, a checkpoint in it, any PEFT LoRA adapter, or a hub id). It names
-its base; --base_model says otherwise. Out, in outputs/merged: safetensors (sharded, with an index),
-config, generation config, tokenizer (tokenizer.model byte for byte: Transformers 5 leaves it out when
-it saves, and llama.cpp then splits most lines wrongly without a word), a model card and run.json.
+In: an adapter's folder (outputs/pt, a checkpoint in it, any PEFT LoRA adapter, or a hub id). It
+names its base; --base_model says otherwise. Out, in outputs/merged: safetensors (sharded, with an
+index), config, generation config, model card, run.json and the tokenizer, with tokenizer.model byte
+for byte (saved by Transformers 5 it is left out, and llama.cpp then mis-tokenises without a word).
 
-Streaming: no model is built. Each tensor flows from the base's file to the merged file in blocks of
-rows, so memory stays at a few hundred MB for any size, most of it PyTorch itself, and the time is near
-that of a copy. Blocks are read and written as plain bytes: the safetensors package writes a file only
-from tensors that are all in memory, and pages of its memory map would count as ours. The format is an
-8-byte length, a JSON header and the tensors.
+Streaming: no model is built. Tensors flow from file to file in blocks of rows, so memory stays at a
+few hundred MB for any size, most of it PyTorch itself, and time is near that of a copy. The bytes
+are read and written here: the safetensors package writes only what is whole in memory, and a memory
+map's pages count as ours. The format is a length (8 bytes), a JSON header, and the tensors.
 
-Exact: the result equals PEFT 0.21's merge_and_unload on CPU bit for bit. PEFT takes A and B to fp32,
-    delta = (B @ A) * scaling            # (out, r) @ (r, in), fp32
+Exact: equal to PEFT 0.21's merge_and_unload on CPU, bit for bit. Like PEFT we take A and B to fp32,
+    delta = (B @ A) * scaling            # (out, r) @ (r, in)
     W     = round(W + delta)             # one rounding, at the sum
-and a product's rows do not depend on one another, so blocks of rows give the same bits (except for a
-block of a single row, which BLAS hands to another kernel; there is none here). DoRA (Liu et al., 2024,
-section 4) then scales each row to its trained length; modules_to_save and trainable_token_indices
-replace whole tensors and rows. What cannot be merged exactly is refused by name.
+and rows of a product do not depend on one another, so blocks have the same bits (but for a block of
+one row, which BLAS gives to another kernel; there are none). DoRA (Liu et al., 2024, section 4)
+scales each row to its trained length; modules_to_save replaces tensors, trainable_token_indices
+rows. What cannot be merged exactly is refused by name.
 
-An adapter trained on a 4-bit base (QLoRA; train_pt.py writes down how) learned to mend that base's
-rounding, so it is merged into what it saw: the base quantised and dequantised, in 16 bits. The
-original is one option away, and is a slightly different model. See --merge_into.
+An adapter trained on a 4-bit base (QLoRA; Dettmers et al., 2023) has learned to live with that
+base's rounding. It is merged into what it saw, the base quantised and dequantised, and not into
+the original, which makes a slightly different model. See --merge_into.
 
-A run of seconds on any CPU (this command was run):
-    python merge_lora.py --adapter outputs/pt --verify
-The real run, after train_pt.py:
-    python merge_lora.py
-Cost: see benchmarks/bench_merge.py, which measures it beside PEFT and cp.
+A run of seconds on any CPU (this command was run, after the demo):
+    python merge_lora.py --verify
+The real run:
+    python merge_lora.py --dtype bf16
+Cost: python benchmarks/bench_merge.py measures it beside PEFT and beside cp.
 """
 
 import argparse
@@ -42,62 +41,84 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-if TYPE_CHECKING:  # PyTorch takes a second to import: the functions that use it import it
-    import torch
+if TYPE_CHECKING:  # torch, peft, ... take seconds: the functions that use them import them
+    from torch import Tensor
 
 # --- Constants -----------------------------------------------------------------------------------
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names, PyTorch's
-ITEM_SIZE = {"BF16": 2, "F16": 2, "F32": 4}  # bytes
-BLOCK = 1 << 21  # values in a block of rows: 8 MB in fp32, a few of which are alive at a time
+SIZES = {"BF16": 2, "F16": 2, "F32": 4}  # bytes
+BLOCK = 1 << 19  # values in a block of rows: 2 MB in fp32, small enough for a core's cache
+WORKERS = 3  # tensors under way at a time: some compute while another writes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-# What an adapter tensor is called: base_model.model.<module>.<part>
-ADAPTER_NAME = re.compile(
+ADAPTER_NAME = re.compile(  # base_model.model.<module>.<what it is>
     r"base_model\.model\.(.+?)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?"
     r"|token_adapter\.trainable_tokens_delta|(?:base_layer\.)?weight|bias)"
 )
-
-# Fields of adapter_config.json that do not change the merged weights, or that are read here. Any
-# other field that is set names a variant of LoRA that this script does not know, and is refused.
+# Fields of adapter_config.json that are read here or do not change the merged weights. Any other
+# that is set names a kind of LoRA that this script does not know.
 KNOWN_FIELDS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "task_type", "trainable_token_indices", "use_dora", "use_rslora",
-}  # fmt: skip
-# Initialisations that leave the base as it was. PiSSA, OLoRA, LoftQ, ... change it while they start.
-HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-
-TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
+    *(
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "ensure_weight_tying",
+        "eva_config",
+    ),
+    *(
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "r",
+    ),
+    *(
+        "lora_dropout",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "rank_pattern",
+    ),
+    *("qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "use_dora"),
+    *("trainable_token_indices", "use_rslora"),
+}
+# These leave the base as it was; PiSSA, OLoRA, LoftQ and others change it before training begins.
+KNOWN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+TOKENIZER_FILES = [
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja"),
+]
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # Llama 2's licence travels with its weights
-
-# QLoRA (Dettmers et al., 2023), for --merge_into dequantized when the adapter does not say how.
-NF4 = {
-    "quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": "bfloat16",
+NF4 = {  # QLoRA's settings, for --merge_into dequantized when the adapter does not tell its own
+    "quant_type": "nf4",
+    "double_quant": True,
+    "blocksize": 64,
+    "compute_dtype": "bfloat16",
     "skip_modules": ["lm_head"],
-}  # fmt: skip
-
+}
 # The opening of 紅樓夢 (public domain), which --verify reads when no file is named.
 PASSAGE = (
-    "此開卷第一回也。作者自云：因曾歷過一番夢幻之後，故將真事隱去，而借「通靈」之說，撰此《石頭記》一書也。"
-    "故曰「甄士隱」云云。但書中所記何事何人？自又云：「今風塵碌碌，一事無成，忽念及當日所有之女子，"
-    "一一細考較去，覺其行止見識，皆出於我之上。何我堂堂鬚眉，誠不若彼裙釵哉？實愧則有餘，悔又無益之大無可如何之日也！"
+    "此開卷第一回也。作者自云：因曾歷過一番夢幻之後，故將真事隱去，而借「通靈」之說，撰此"
+    "《石頭記》一書也。故曰「甄士隱」云云。但書中所記何事何人？自又云：「今風塵碌碌，一事"
+    "無成，忽念及當日所有之女子，一一細考較去，覺其行止見識，皆出於我之上。何我堂堂鬚眉，"
+    "誠不若彼裙釵哉？實愧則有餘，悔又無益之大無可如何之日也！」"
 )
+AGAIN = "copy or download it again"
+INEXACT = "cannot be merged exactly"
 
 # --- Arguments -----------------------------------------------------------------------------------
 
@@ -112,54 +133,47 @@ class Arguments:
 
     adapter: str = field(
         default="outputs/pt",
-        metadata={
-            "help": "The adapter: train_pt.py's output, a checkpoint in it, a PEFT folder or a hub id."
-        },
+        metadata={"help": "The adapter: train_pt.py's output or a checkpoint in it, or a hub id."},
     )
     base_model: str | None = field(
         default=None,
         metadata={
-            "help": "The model to merge into, a folder or hub id; None takes the one the adapter names."
+            "help": "Model to merge into, folder or hub id; None: the one the adapter names."
         },
     )
     output_dir: str = field(
         default="outputs/merged",
-        metadata={
-            "help": "Folder for the merged model; an earlier one is replaced when this one is whole."
-        },
+        metadata={"help": "Folder for the merged model; replaces an earlier one once it is whole."},
     )
     merge_into: Literal["dequantized", "original"] | None = field(
         default=None,
         metadata={
-            "help": "The base as its 4-bit copy held it, or as it is on disk; None: dequantized when the "
-            "adapter's run.json says that it was trained on a 4-bit base, else original."
+            "help": "The base as its 4-bit copy holds it, or as it is on disk; None: dequantized "
+            "if the adapter's run.json tells of a 4-bit base, else original."
         },
     )
     dtype: Literal["bf16", "fp16", "fp32"] | None = field(
-        default=None,
-        metadata={"help": "Number format of the merged weights; None keeps the base's."},
+        default=None, metadata={"help": "Number format of all merged weights; None: the base's."}
     )
     max_shard_size: float = field(
-        default=5.0, metadata={"help": "Largest safetensors file in GB; a larger model is split."}
+        default=5.0, metadata={"help": "Largest safetensors file in GB; more makes another file."}
     )
     verify: str | None = field(
         default=None,
         metadata={
             "nargs": "?",
             "const": PASSAGE,
-            "help": "After merging, run base + adapter and then the merged model on this UTF-8 text file "
-            "(without a value: the opening of 紅樓夢) and print their mean KL divergence and bits per "
-            "character. It holds one whole model in memory at a time. None: do not.",
+            "help": "UTF-8 text on which to compare base + adapter with the merged model (mean KL, "
+            "bits per character), one whole model in memory at a time; the option without a value "
+            "takes the opening of 紅樓夢; None: no comparison.",
         },
     )
     verify_tokens: int = field(
-        default=512, metadata={"help": "How many tokens of the text --verify reads."}
+        default=512, metadata={"help": "How many tokens of that text are read at most."}
     )
     push_to_hub: str | None = field(
         default=None,
-        metadata={
-            "help": "Hub repository (user/name) to upload to, private if new; None: stay local."
-        },
+        metadata={"help": "Hub repository (user/name) to upload to, private if new; None: none."},
     )
 
 
@@ -211,53 +225,39 @@ def user_errors() -> Iterator[None]:
 
 
 def find_model(name_or_path: str, option: str) -> Path:
-    """The local folder of a model: a folder with a config.json as it is, else the hub's snapshot."""
-    folder = Path(name_or_path).expanduser()
+    """The local folder of a model: a folder with config.json as it is, else the hub's snapshot."""
+    given, folder = f"{option} {name_or_path}", Path(name_or_path).expanduser()
     if (folder / "config.json").is_file():
         return folder
     if folder.exists():
-        raise UserError(
-            f"{option} {name_or_path}: no config.json in it; expected a model's folder (config.json, "
-            "*.safetensors, tokenizer.model) or a hub id such as meta-llama/Llama-2-7b-hf"
-        )
+        raise UserError(f"{given}: no config.json in it; expected a model's folder or a hub id")
     if folder.parts[:1] == ("outputs",):
-        raise UserError(
-            f"{option} {name_or_path}: there is no such folder; run python extend_vocab.py first"
-        )
+        raise UserError(f"{given}: no such folder; run python extend_vocab.py first")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) or folder.parent.is_dir():
-        raise UserError(
-            f"{option} {name_or_path}: there is no such folder; expected a model's folder or a hub id "
-            "such as meta-llama/Llama-2-7b-hf"
-        )
+        raise UserError(f"{given}: no such folder; expected a model's folder or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "LICENSE*", "USE_POLICY*"]
     try:
-        folder = Path(
-            snapshot_download(name_or_path, allow_patterns=wanted, ignore_patterns=["*/*"])
-        )
+        snapshot = snapshot_download(name_or_path, allow_patterns=wanted, ignore_patterns="*/*")
     except (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        gated = isinstance(error, GatedRepoError)
-        reason = (
-            "the model is gated" if gated else "the hub does not hand it out or is out of reach"
-        )
+        reason = "gated" if isinstance(error, GatedRepoError) else "missing or the hub out of reach"
         raise UserError(
-            f"{option} {name_or_path}: {reason}; accept the licence on "
+            f"{given}: the model is {reason}; accept the licence on "
             f"https://huggingface.co/{name_or_path}, run hf auth login and try again; without it, "
             f"{option} data/sample/tiny-llama tries the whole pipeline"
         ) from error
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{option} {name_or_path}: the repository has no config.json; not a model")
-    return folder
+    if not (Path(snapshot) / "config.json").is_file():
+        raise UserError(f"{given}: the repository has no config.json; expected a model")
+    return Path(snapshot)
 
 
 def find_adapter(name_or_path: str) -> Path:
     """The local folder of an adapter; without one, the error says what to run or to pass."""
     folder, shown = Path(name_or_path).expanduser(), f"--adapter {name_or_path}"
-    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path):
-        if folder.parts[0] == "outputs":
-            raise UserError(f"{shown}: there is no such folder; run python train_pt.py first")
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) and folder.parts[0] != "outputs"
+    if is_id and not folder.exists():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -266,24 +266,21 @@ def find_adapter(name_or_path: str) -> Path:
             folder = Path(snapshot_download(name_or_path, allow_patterns=wanted))
         except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
             raise UserError(
-                f"{shown}: no such folder, and the hub does not hand it out or is out of reach; run "
-                "python train_pt.py first, or hf auth login if the adapter is private"
+                f"{shown}: no such folder, and the hub does not hand it out or is out of reach; "
+                "run python train_pt.py first, or hf auth login for a private adapter"
             ) from error
     if not (folder / "adapter_config.json").is_file():
         found = [path.parent for path in folder.glob("checkpoint-*/adapter_config.json")]
         if found:
             last = max(found, key=lambda path: int(path.name.rpartition("-")[2]))
             raise UserError(
-                f"{shown}: training has not finished here; pass a checkpoint: --adapter {last}"
+                f"{shown}: training is not finished; pass --adapter {last} for its last state"
             )
-        raise UserError(
-            f"{shown}: no adapter_config.json; expected a PEFT LoRA adapter; run python train_pt.py first"
-        )
+        wanted = "no adapter_config.json there; expected a PEFT LoRA adapter"
+        raise UserError(f"{shown}: {wanted}; run python train_pt.py first")
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"{shown}: no adapter_model.safetensors; expected weights as safetensors; save the adapter "
-            "again with save_pretrained of a current PEFT"
-        )
+        wanted = "no adapter_model.safetensors there"
+        raise UserError(f"{shown}: {wanted}; save the adapter again with a current PEFT")
     return folder
 
 
@@ -300,12 +297,25 @@ class Stored:
     shape: tuple[int, ...]
 
     @property
-    def columns(self) -> int:
-        return self.shape[-1]
-
-    @property
     def rows(self) -> int:  # a vector is one row
         return math.prod(self.shape[:-1])
+
+    def block(self, begin: int, end: int) -> "Tensor":
+        """Rows begin to end, in memory of their own."""
+        import torch
+
+        rows = torch.empty((end - begin, self.shape[-1]), dtype=getattr(torch, DTYPES[self.dtype]))
+        data = rows.view(torch.uint8).numpy()
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start + begin * self.shape[-1] * SIZES[self.dtype])
+            if file.readinto(data) != data.nbytes:
+                raise UserError(f"{self.path}: it ended early; is something writing to it? {AGAIN}")
+        return rows
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Bounds that split the rows evenly into blocks of about BLOCK values, at least 2 rows."""
+        count = min(-(-math.prod(self.shape) // BLOCK), self.rows // 2) or 1
+        return list(pairwise(self.rows * i // count for i in range(count + 1)))
 
 
 def fingerprint(folder: Path) -> str:
@@ -325,114 +335,79 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path, option: str) -> dict:
-    """A JSON object, or an error that names the option the file came by."""
+def load_json(path: Path, shown: str) -> dict:
+    """A JSON object, or an error that names the option by which the file came."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
     except ValueError:  # not UTF-8, or not JSON
-        pass
-    raise UserError(
-        f"{option}: {path} is no JSON object; the file is broken; copy or download it again"
-    )
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{shown}: {path} is broken; expected a JSON object; {AGAIN}")
+    return found
 
 
-def read_header(path: Path, option: str) -> dict[str, Stored]:
-    """The tensors of one safetensors file, in the order of their bytes; all of them must be there."""
+def read_header(path: Path, shown: str) -> dict[str, Stored]:
+    """The tensors of one safetensors file, in the order of their bytes; all must be there."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(length)) if 0 < length <= size else None
+            header = json.loads(file.read(length)) if length <= size else None
         except ValueError:
             header = None
     if not isinstance(header, dict):
-        raise UserError(
-            f"{option}: {path} is no safetensors file; it is broken; copy or download it again"
-        )
+        raise UserError(f"{shown}: {path} is broken; expected a safetensors file; {AGAIN}")
     header.pop("__metadata__", None)
     entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     due = 8 + length + max((entry["data_offsets"][1] for _, entry in entries), default=0)
     if size != due:
-        raise UserError(
-            f"{option}: {path} has {size:,} bytes; expected {due:,} by its header; it is truncated or "
-            "broken; copy or download it again"
-        )
+        raise UserError(f"{shown}: {path} has {size:,} bytes; expected {due:,}; truncated? {AGAIN}")
+    for name, entry in entries:
+        if entry["dtype"] not in DTYPES:
+            found = f"{name} in {path} is stored as {entry['dtype']}; expected BF16, F16 or F32"
+            raise UserError(f"{shown}: {found}; pass the model as it was before quantisation")
     return {
-        name: Stored(path, 8 + length + e["data_offsets"][0], e["dtype"], tuple(e["shape"]))
-        for name, e in entries
+        name: Stored(
+            path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
+        )
+        for name, entry in entries
     }
 
 
-def read_folder(folder: Path, option: str) -> dict[str, Stored]:
-    """The tensors of a model: model.safetensors, or the shards that the index names."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
+def read_folder(folder: Path, shown: str) -> dict[str, Stored]:
+    """The tensors of a model: of model.safetensors, or of the shards that the index names."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file() and not (folder / names[0]).is_file():
-        names = sorted(set(read_json(index, option).get("weight_map", {}).values()))
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{option}: {folder / missing[0]} is missing; expected the model's weights as safetensors; "
-            "copy or download it again"
-        )
+        names = sorted(set(load_json(index, shown).get("weight_map", {}).values()))
     tensors = {}
     for name in names:
-        tensors.update(read_header(folder / name, option))
+        if not (folder / name).is_file():
+            raise UserError(f"{shown}: {folder / name} is missing; expected safetensors; {AGAIN}")
+        tensors |= read_header(folder / name, shown)
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
 
 
-def read_rows(tensor: Stored, begin: int, end: int) -> "torch.Tensor":
-    """Rows begin to end, in memory of our own."""
-    import torch
-
-    rows = torch.empty((end - begin, tensor.columns), dtype=getattr(torch, DTYPES[tensor.dtype]))
-    data = rows.view(torch.uint8).numpy()
-    with tensor.path.open("rb", buffering=0) as file:
-        file.seek(tensor.start + begin * tensor.columns * ITEM_SIZE[tensor.dtype])
-        if file.readinto(data) != data.nbytes:
-            raise UserError(
-                f"{tensor.path} ended early while it was read; is something writing to it?"
-            )
-    return rows
-
-
-def row_blocks(tensor: Stored) -> list[tuple[int, int]]:
-    """Split a tensor's rows evenly into blocks of at most about BLOCK values and at least 2 rows: a
-    product with one row goes to another BLAS kernel, whose last bit may differ."""
-    count = min(-(-tensor.rows * tensor.columns // BLOCK), tensor.rows // 2) or 1
-    bounds = [tensor.rows * i // count for i in range(count + 1)]
-    return list(zip(bounds, bounds[1:], strict=False))
-
-
-def read_base(
-    args: Arguments, lora_config: dict, run: dict
-) -> tuple[Path, dict, dict[str, Stored]]:
-    """The base's folder, config and tensors; it must be the model that the adapter was trained on."""
-    name = args.base_model or lora_config.get("base_model_name_or_path")
+def find_base(args: Arguments, lora: dict, run: dict) -> tuple[Path, dict, dict[str, Stored]]:
+    """The base's folder, config and tensors; it must be the model the adapter was trained on."""
+    name = args.base_model or lora.get("base_model_name_or_path")
     if not name:
         raise UserError(f"--adapter {args.adapter}: it names no base; pass --base_model")
-    shown = f"--base_model {name}"
-    revision = lora_config.get("revision") or "main"
+    shown, revision = f"--base_model {name}", lora.get("revision") or "main"
     if not args.base_model and revision != "main" and not Path(name).exists():
-        raise UserError(
-            f"{shown}: the adapter wants revision {revision}; download it and pass its folder"
-        )
+        raise UserError(f"{shown}: wanted is revision {revision}; download it and pass its folder")
     folder = find_model(name, "--base_model")
-    config = read_json(folder / "config.json", shown)
+    config = load_json(folder / "config.json", shown)
     if config.get("quantization_config"):
+        raise UserError(f"{shown}: it is quantised; pass the 16-bit model that it was made from")
+    tensors, trained_on = read_folder(folder, shown), run.get("base", {})
+    if EMBEDDING not in tensors:
         raise UserError(
-            f"{shown}: it is quantised; expected 16 or 32 bits; pass the model it was made from"
+            f"{shown}: no {EMBEDDING} in it; expected a Llama or a model laid out like it"
         )
-    tensors = read_folder(folder, shown)
-    for key, tensor in tensors.items():
-        check_dtype(key, tensor, shown)
-    trained_on = run.get("base", {})
     if trained_on.get("fingerprint") not in (None, fingerprint(folder)):
+        was = f"the adapter was trained on other weights, {trained_on['model_name_or_path']}"
         raise UserError(
-            f"{shown}: the adapter of another model; it was trained on {trained_on['model_name_or_path']} "
-            "with other weights; pass that model with --base_model, or train again"
+            f"{shown}: {was}; this is the adapter of another model; pass that --base_model"
         )
     return folder, config, tensors
 
@@ -451,90 +426,63 @@ class Part:
     b: Stored | None = None  # (out, r)
     scaling: float = 1.0
     magnitude: Stored | None = None  # DoRA: (out,)
-    replaced: Stored | None = None  # rows that take the place of the source's,
+    new: Stored | None = None  # rows that take the place of the source's,
     indices: list[int] = field(default_factory=list)  # and where they go
     quantized: bool = False  # take the source as its 4-bit copy holds it
 
     @property
     def nbytes(self) -> int:
-        return self.source.rows * self.source.columns * ITEM_SIZE[self.dtype]
+        return math.prod(self.source.shape) * SIZES[self.dtype]
+
+
+def finite(rows: "Tensor") -> bool:
+    """No NaN, no infinity; the sum tells in one pass, unless it overflows by itself."""
+    return math.isfinite(rows.sum().item()) or bool(rows.isfinite().all())
 
 
 def check_adapter(config: dict, tensors: dict[str, Stored], shown: str) -> None:
-    """Refuse, by name, what cannot be merged exactly."""
-    import torch
-
+    """Refuse, by name, what cannot be merged exactly, and what is broken."""
+    odd = {key: value for key, value in config.items() if value and key not in KNOWN_FIELDS}
+    if odd.get("bias") == "none":
+        del odd["bias"]
+    if odd.pop("init_lora_weights", None) not in KNOWN_INITS:
+        odd["init_lora_weights"] = config["init_lora_weights"]
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{shown}: peft_type {config.get('peft_type')}; expected LORA")
-    bias = {"bias": config.get("bias", "none")} if config.get("bias", "none") != "none" else {}
-    other = {
-        key: value for key, value in config.items() if value and key not in KNOWN_FIELDS | {"bias"}
-    }
-    if config.get("init_lora_weights", True) not in HARMLESS_INITS:
-        other["init_lora_weights"] = config["init_lora_weights"]
-    for key, value in {**bias, **other}.items():
-        raise UserError(
-            f"{shown}: {key} = {value} in adapter_config.json cannot be merged exactly here; merge it "
-            "with PEFT's merge_and_unload"
-        )
+        odd["peft_type"] = config.get("peft_type")
+    for key, value in odd.items():
+        raise UserError(f"{shown}: {key} = {value} {INEXACT} here; use PEFT's merge_and_unload")
     for name, tensor in tensors.items():
         if not ADAPTER_NAME.fullmatch(name):
-            raise UserError(
-                f"{shown}: tensor {name} is of a kind that cannot be merged exactly here; merge it with "
-                "PEFT's merge_and_unload"
-            )
-        check_dtype(name, tensor, shown)
-        for begin, end in row_blocks(tensor):
-            if not torch.isfinite(read_rows(tensor, begin, end)).all():
-                raise UserError(
-                    f"{shown}: tensor {name} has NaN or infinite values; training went astray; pass an "
-                    "earlier checkpoint"
-                )
+            raise UserError(f"{shown}: {name} {INEXACT} here; use PEFT's merge_and_unload")
+        if not all(finite(tensor.block(*bounds)) for bounds in tensor.blocks()):
+            found = f"tensor {name} has NaN or infinite values"
+            raise UserError(f"{shown}: {found}; training went astray; pass an earlier checkpoint")
 
 
-def check_dtype(name: str, tensor: Stored, shown: str) -> None:
-    if tensor.dtype not in DTYPES:
-        raise UserError(
-            f"{shown}: tensor {name} is stored as {tensor.dtype}; expected BF16, F16 or F32; pass the "
-            "model as it was before quantisation"
-        )
-
-
-def pattern_value(patterns: dict, module: str, default: float) -> float:
-    """alpha_pattern and rank_pattern: the first pattern that fits the end of the module's name."""
-    fits = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+def pattern_value(patterns: dict | None, module: str, default: float) -> float:
+    """rank_pattern and alpha_pattern: the first pattern that fits the end of the module's name."""
+    fits = (v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
     return next(fits, default)
 
 
 def token_indices(config: dict, module: str) -> list[int]:
     """The rows that trainable_token_indices names for a module; a bare list is the embedding's."""
     named = config.get("trainable_token_indices") or {}
-    if isinstance(named, list):
-        named = {"embed_tokens": named}
+    named = {"embed_tokens": named} if isinstance(named, list) else named
     return next((rows for key, rows in named.items() if f".{module}".endswith(f".{key}")), [])
 
 
 def make_plan(
-    base: dict[str, Stored],
-    adapter: dict[str, Stored],
-    config: dict,
-    model_config: dict,
-    shown: str,
+    base: dict[str, Stored], adapter: dict[str, Stored], lora: dict, config: dict, shown: str
 ) -> dict[str, Part]:
-    """Lay the adapter over the base. The model's config follows where the adapter changes it."""
+    """Lay the adapter over the base; the model's config follows where the adapter changes it."""
     parts = {name: Part(name, tensor, tensor.dtype) for name, tensor in base.items()}
-    tied = model_config.get("tie_word_embeddings", HEAD not in base)
-    changed = {f"{ADAPTER_NAME.fullmatch(name)[1]}.weight" for name in adapter}
-    if tied and {EMBEDDING, HEAD} & changed:
-        saved = [f".{module}" for module in config.get("modules_to_save") or []]
-        if any(
-            f".{name}".endswith(f"{module}.weight")
-            for name in (EMBEDDING, HEAD)
-            for module in saved
-        ):
-            # PEFT trained copies of its own: the two part unless it was told to keep them tied
-            tied = model_config["tie_word_embeddings"] = bool(config.get("ensure_weight_tying"))
-            parts.setdefault(HEAD, Part(HEAD, base[EMBEDDING], base[EMBEDDING].dtype))
+    tied = config.get("tie_word_embeddings", HEAD not in base)
+    saved = tuple(f".{module}.weight" for module in lora.get("modules_to_save") or [])
+    if tied and any(f".{name}".endswith(saved) for name in (EMBEDDING, HEAD)):
+        # PEFT trained copies of its own: the two part, unless it was told to keep them tied
+        tied = config["tie_word_embeddings"] = bool(lora.get("ensure_weight_tying"))
+        parts.setdefault(HEAD, Part(HEAD, base[EMBEDDING], base[EMBEDDING].dtype))
     if tied:
         parts.pop(HEAD, None)
 
@@ -543,172 +491,142 @@ def make_plan(
         target = f"{module}.bias" if kind == "bias" else f"{module}.weight"
         whole = kind in ("weight", "base_layer.weight", "bias")
         if tied and target == HEAD and whole and f"base_model.model.{EMBEDDING}" in adapter:
-            continue  # the same tensor once more
-        if tied and target in (EMBEDDING, HEAD) and (kind.startswith("lora") or target == HEAD):
+            continue  # the embedding once more
+        if tied and (target == HEAD or (target == EMBEDDING and kind.startswith("lora"))):
             raise UserError(
-                f"{shown}: {name} changes one of two tied matrices (tie_word_embeddings), which cannot be "
-                "merged exactly; train with ensure_weight_tying or untie the base"
+                f"{shown}: {name} changes one of two tied matrices, which {INEXACT}; untie them"
             )
         if target not in parts:
             raise UserError(
-                f"{shown}: tensor {name} has no counterpart in the base; is it another model's?"
+                f"{shown}: {name} is not in the base; is it the adapter of another model?"
             )
         part = parts[target]
         if whole:
-            rows_may_differ = target in (EMBEDDING, HEAD)
-            if tensor.shape[rows_may_differ:] != part.source.shape[rows_may_differ:]:
-                raise UserError(
-                    f"{shown}: {name} is {tensor.shape}; the base has {part.source.shape}; is it another model's?"
-                )
-            part.source = Stored(tensor.path, tensor.start, tensor.dtype, tensor.shape)
+            resizable = target in (EMBEDDING, HEAD)  # the vocabulary may have grown
+            if tensor.shape[resizable:] != part.source.shape[resizable:]:
+                found = f"{name} is {tensor.shape}, in the base {part.source.shape}"
+                raise UserError(f"{shown}: {found}; is it the adapter of another model?")
+            part.source = tensor
             if target == EMBEDDING:
-                model_config["vocab_size"] = tensor.rows
-        elif kind == "lora_A.weight":
-            part.a = tensor
-        elif kind == "lora_B.weight":
-            part.b = tensor
-        elif kind.startswith("lora_magnitude_vector"):
-            part.magnitude = tensor
+                config["vocab_size"] = tensor.rows
+        elif kind == "token_adapter.trainable_tokens_delta":
+            part.new, part.indices = tensor, token_indices(lora, module)
         else:
-            part.replaced, part.indices = tensor, token_indices(config, module)
+            setattr(part, {"lora_A": "a", "lora_B": "b"}.get(kind[:6], "magnitude"), tensor)
     for part in parts.values():
-        check_part(part, config, shown)
-        if part.a:
-            module = part.name.removesuffix(".weight")
-            alpha = pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-            rank = part.a.rows
-            part.scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        finish_part(part, lora, shown)
     return parts
 
 
-def check_part(part: Part, config: dict, shown: str) -> None:
-    """The shapes must fit together; otherwise the adapter and the base are not of one model."""
-    shape, module = part.source.shape, part.name.removesuffix(".weight")
+def finish_part(part: Part, lora: dict, shown: str) -> None:
+    """Set the scaling, and see that the shapes and settings of adapter and base go together."""
+    shape, module, wrong = part.source.shape, part.name.removesuffix(".weight"), None
     if part.a or part.b or part.magnitude:
-        rank = pattern_value(config.get("rank_pattern") or {}, module, config["r"])
+        rank = pattern_value(lora.get("rank_pattern"), module, lora["r"])
+        alpha = pattern_value(lora.get("alpha_pattern"), module, lora["lora_alpha"])
+        part.scaling = alpha / (math.sqrt(rank) if lora.get("use_rslora") else rank)
         found = [tensor and tensor.shape for tensor in (part.a, part.b)]
         if len(shape) != 2 or found != [(rank, shape[1]), (shape[0], rank)]:
-            raise UserError(
-                f"{shown}: {module} has LoRA A and B of {found}; expected rank {rank} on the base's {shape}; "
-                "is it another model's?"
+            wrong = f"A and B are {found}; expected rank {rank} for {shape}; is it another model's?"
+        elif bool(lora.get("use_dora")) != bool(part.magnitude):
+            wrong = "use_dora and a magnitude vector go together; the adapter is broken"
+        elif part.magnitude and math.prod(part.magnitude.shape) != shape[0]:
+            wrong = f"the magnitude is {part.magnitude.shape}; expected {shape[0]} numbers"
+    if part.new:
+        count = len(set(part.indices))
+        if part.a:
+            wrong = f"LoRA and trainable_token_indices on one matrix, which {INEXACT}"
+        elif part.new.shape != (count, *shape[1:]) or count != len(part.indices):
+            wrong = f"{part.new.shape} new rows for {count} indices; expected {(count, *shape[1:])}"
+        elif max(part.indices) >= shape[0]:
+            wrong = (
+                f"a new row {max(part.indices)}; the base has {shape[0]}; pass the extended model "
             )
-        if bool(config.get("use_dora")) != (part.magnitude is not None):
-            raise UserError(
-                f"{shown}: {module}: use_dora and its magnitude vector do not go together"
-            )
-        if part.replaced:
-            raise UserError(
-                f"{shown}: {module} has LoRA and replaced rows, which cannot be merged exactly"
-            )
-    if part.replaced:
-        if part.replaced.shape != (len(part.indices), *shape[1:]) or len(set(part.indices)) != len(
-            part.indices
-        ):
-            raise UserError(
-                f"{shown}: {module} has {part.replaced.shape} new rows for {len(part.indices)} "
-                f"trainable_token_indices and rows of {shape[1:]}; the adapter is broken"
-            )
-        if max(part.indices) >= shape[0]:
-            raise UserError(
-                f"{shown}: {module} replaces row {max(part.indices)}; the base has {shape[0]}; pass the "
-                "extended model with --base_model, or run python extend_vocab.py first"
-            )
-
-
-def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a Llama of this config has."""
-    width, inner, vocabulary = (
-        config[key] for key in ("hidden_size", "intermediate_size", "vocab_size")
-    )
-    heads = config["num_attention_heads"]
-    size = config.get("head_dim") or width // heads
-    queries, keys = heads * size, (config.get("num_key_value_heads") or heads) * size
-    linear = {
-        "self_attn.q_proj": (queries, width),
-        "self_attn.k_proj": (keys, width),
-        "self_attn.v_proj": (keys, width),
-        "self_attn.o_proj": (width, queries),
-        "mlp.gate_proj": (inner, width),
-        "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner),
-    }
-    shapes = {EMBEDDING: (vocabulary, width), "model.norm.weight": (width,)}
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        for name, shape in linear.items():
-            shapes[f"{prefix}{name}.weight"] = shape
-            if config.get("attention_bias" if "attn" in name else "mlp_bias"):
-                shapes[f"{prefix}{name}.bias"] = shape[:1]
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}{norm}.weight"] = (width,)
-    if not config.get("tie_word_embeddings"):
-        shapes[HEAD] = (vocabulary, width)
-    return shapes
-
-
-def check_shapes(shapes: dict[str, tuple[int, ...]], config: dict, shown: str) -> None:
-    """Every tensor that the config asks for is there, with its shape, and no other."""
-    if config.get("model_type") != "llama":  # of other families only the vocabulary is known here
-        expected = {
-            name: (config["vocab_size"], *shape[1:]) if name in (EMBEDDING, HEAD) else shape
-            for name, shape in shapes.items()
-        }
-    else:
-        expected = llama_shapes(config)
-    for name in sorted(expected.keys() | shapes.keys()):
-        if shapes.get(name) != expected.get(name):
-            raise UserError(
-                f"{shown}: tensor {name} is {shapes.get(name, 'missing')}; expected "
-                f"{expected.get(name, 'no such tensor')} by config.json; the folder is not whole"
-            )
+            wrong += "with --base_model, or run python extend_vocab.py first"
+    if wrong:
+        raise UserError(f"{shown}: {module}: {wrong}")
 
 
 def choose_base(parts: dict[str, Part], args: Arguments, run: dict) -> dict | None:
-    """Which base to merge into: mark what a 4-bit base quantises; return the flags, None: original."""
+    """Mark what a 4-bit base holds in 4 bits and return its settings; None: the base as it is."""
     trained = run.get("quantization")
-    choice = args.merge_into or ("dequantized" if trained else "original")
-    if choice == "original":
+    if (args.merge_into or ("dequantized" if trained else "original")) == "original":
         return None
-    flags = {**NF4, **(trained or {})}
-    skipped = {*(flags["skip_modules"] or []), "lm_head", "embed_tokens"}
+    flags = NF4 | (trained or {})
+    skipped = {"lm_head", "embed_tokens", *(flags["skip_modules"] or [])}
     for part in parts.values():
-        of_base = not {*part.name.split(".")} & skipped and len(part.source.shape) == 2
-        if of_base and part.source.path.name != "adapter_model.safetensors":
-            part.quantized = True
-            if part.source.columns % flags["blocksize"]:
-                raise UserError(
-                    f"--merge_into dequantized: {part.name} has rows of {part.source.columns}; expected a "
-                    f"multiple of the quantisation block, {flags['blocksize']} (bitsandbytes' kernels read "
-                    "other widths differently); pass --merge_into original"
-                )
+        from_base = part.source.path.name != "adapter_model.safetensors"
+        part.quantized = (
+            from_base and len(part.source.shape) == 2 and skipped.isdisjoint(part.name.split("."))
+        )
+        if part.quantized and part.source.shape[1] % flags["blocksize"]:
+            # bitsandbytes 0.50's CPU kernel gives wrong values for rows of, for example, 96
+            found = (
+                f"{part.name} has rows of {part.source.shape[1]}, no multiple of the 4-bit blocks"
+            )
+            raise UserError(f"--merge_into dequantized: {found}; pass --merge_into original")
     return flags
 
 
 def choose_dtypes(parts: dict[str, Part], config: dict, args: Arguments) -> None:
     """The number format of each merged tensor: the base's own, or --dtype for all."""
     for part in parts.values():
-        part.dtype = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", None: part.dtype}[args.dtype]
-    key = next((key for key in ("torch_dtype", "dtype") if key in config), "dtype")
-    config[key] = DTYPES[parts[EMBEDDING].dtype]
+        part.dtype = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}.get(args.dtype, part.dtype)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[parts[EMBEDDING].dtype]
+
+
+def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a Llama of this config has."""
+    width, inner, rows = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or width // heads
+    wide, narrow = heads * size, (config.get("num_key_value_heads") or heads) * size
+    layer = {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
+    layer |= {"self_attn.q_proj": (wide, width), "self_attn.o_proj": (width, wide)}
+    layer |= {"self_attn.k_proj": (narrow, width), "self_attn.v_proj": (narrow, width)}
+    layer |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
+    layer |= {"mlp.down_proj": (width, inner)}
+    shapes = {EMBEDDING: (rows, width), "model.norm.weight": (width,)}
+    for prefix in (f"model.layers.{i}" for i in range(config["num_hidden_layers"])):
+        for name, shape in layer.items():
+            shapes[f"{prefix}.{name}.weight"] = shape
+            if len(shape) == 2 and config.get("attention_bias" if "attn" in name else "mlp_bias"):
+                shapes[f"{prefix}.{name}.bias"] = shape[:1]
+    return shapes if config.get("tie_word_embeddings") else shapes | {HEAD: (rows, width)}
+
+
+def check_shapes(parts: dict[str, Part], config: dict, shown: str) -> None:
+    """Every tensor that the config asks for is there, in its shape, and no other; of families other
+    than Llama, only the vocabulary is known here."""
+    found = {name: part.source.shape for name, part in parts.items()}
+    rows = {
+        name: (config.get("vocab_size"), found[name][1])
+        for name in (EMBEDDING, HEAD)
+        if name in found
+    }
+    expected = llama_shapes(config) if config.get("model_type") == "llama" else found | rows
+    for name in sorted(expected.keys() | found.keys()):
+        has, due = found.get(name, "missing"), expected.get(name, "no such tensor")
+        if has != due:
+            raise UserError(f"{shown}: {name} is {has}; expected {due} by config.json; {AGAIN}")
 
 
 # --- Merging, block by block ---------------------------------------------------------------------
 
 
-def dequantized_rows(tensor: Stored, flags: dict) -> Iterator["torch.Tensor"]:
-    """The tensor as its 4-bit copy holds it, in row blocks, equal to quantize_4bit and dequantize_4bit
-    of the whole. Blocks of 64 values are quantised on their own; only the double quantisation of
-    their scales takes a mean over the tensor. So: pack all (half a byte a value), then unpack."""
+def dequantized(tensor: Stored, flags: dict) -> Iterator["Tensor"]:
+    """A tensor as its 4-bit copy holds it, block by block, equal to bitsandbytes' quantize_4bit and
+    dequantize_4bit of the whole: each 64 values are quantised alone, and only the quantising of
+    their scales looks at the tensor as one. So pack it all (half a byte a value), then unpack."""
     import torch
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels not used here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel not used here
     import bitsandbytes.functional as bnb
 
-    loaded_as = getattr(torch, flags["compute_dtype"])
-    flavour = {"blocksize": flags["blocksize"], "quant_type": flags["quant_type"]}
+    loaded_as = getattr(torch, flags["compute_dtype"])  # as train_pt.py loads what it quantises
+    settings = {"blocksize": flags["blocksize"], "quant_type": flags["quant_type"]}
     packed = [
-        bnb.quantize_4bit(read_rows(tensor, begin, end).to(loaded_as), **flavour)
-        for begin, end in row_blocks(tensor)
+        bnb.quantize_4bit(tensor.block(*x).to(loaded_as), **settings) for x in tensor.blocks()
     ]
     scales = torch.cat([state.absmax for _, state in packed])
     if flags["double_quant"]:
@@ -717,236 +635,213 @@ def dequantized_rows(tensor: Stored, flags: dict) -> Iterator["torch.Tensor"]:
             bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256)) + mean
         )
     for values, state in packed:
-        state.absmax, scales = scales.split([len(state.absmax), len(scales) - len(state.absmax)])
+        state.absmax, scales = scales.tensor_split([len(state.absmax)])
         yield bnb.dequantize_4bit(values, state)
 
 
-def merged_rows(part: Part, flags: dict | None) -> Iterator["torch.Tensor"]:
-    """The part's tensor as it will lie in the file, in row blocks."""
+def merged(part: Part, flags: dict | None) -> Iterator["Tensor"]:
+    """The merged tensor, block by block."""
     import torch
 
     dtype = getattr(torch, DTYPES[part.dtype])
-    blocks = row_blocks(part.source)
-    base = dequantized_rows(part.source, flags) if part.quantized else None
+    from_4bit = dequantized(part.source, flags) if part.quantized else None
     if part.a:
-        a = read_rows(part.a, 0, part.a.rows).float()
+        a = part.a.block(0, part.a.rows).float()  # (r, in)
     if part.magnitude:
-        magnitude = read_rows(part.magnitude, 0, 1).float().view(-1, 1)
-    if part.replaced:
-        position = torch.full((part.source.rows,), -1)  # which new row goes here; -1: none
+        magnitude = part.magnitude.block(0, part.magnitude.rows).float().view(-1, 1)  # (out, 1)
+    if part.new:
+        position = torch.full((part.source.rows,), -1)  # which new row goes where; -1: none
         position[part.indices] = torch.arange(len(part.indices))
-    for begin, end in blocks:
-        rows = next(base) if base else read_rows(part.source, begin, end)
+    for begin, end in part.source.blocks():
+        rows = next(from_4bit) if from_4bit else part.source.block(begin, end)
         if part.a:
-            delta = (read_rows(part.b, begin, end).float() @ a).mul_(part.scaling)
+            delta = (part.b.block(begin, end).float() @ a).mul_(part.scaling)
             rows = delta.add_(rows)
         if part.magnitude:
             rows = magnitude[begin:end] / torch.linalg.norm(rows, dim=1, keepdim=True) * rows
         rows = rows.to(dtype)
-        if part.replaced and (hit := position[begin:end] >= 0).any():
-            new = position[begin:end][hit]
-            first = int(new.min())
-            rows[hit] = read_rows(part.replaced, first, int(new.max()) + 1)[new - first].to(dtype)
-        # One pass: a sum is finite only if all values are, and overflows only in absurd models
-        if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
-            raise UserError(
-                f"{part.name} has NaN or infinite values after merging, from {part.source.path} or the range "
-                f"of {DTYPES[part.dtype]}; download the base again, or pass another --dtype"
-            )
+        if part.new and (hit := position[begin:end] >= 0).any():
+            which = position[begin:end][hit]
+            first, last = int(which.min()), int(which.max())
+            rows[hit] = part.new.block(first, last + 1)[which - first].to(dtype)
+        if not finite(rows):
+            found = f"{part.name} is not finite, by {part.source.path} or the range of {dtype}"
+            raise UserError(f"--base_model: {found}; {AGAIN}, or pass another --dtype")
         yield rows
 
 
 def write_shard(path: Path, parts: list[Part], flags: dict | None, bar: tqdm) -> None:
-    """One safetensors file, written block by block and put on the disk for certain."""
+    """One safetensors file: the header, and then each tensor at its place, a few at a time."""
     import torch
 
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for part in parts:
-        span = [offset, offset + part.nbytes]
+        span = [offset, offset := offset + part.nbytes]
         header[part.name] = {"dtype": part.dtype, "shape": part.source.shape, "data_offsets": span}
-        offset = span[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for part in parts:
-            for rows in merged_rows(part, flags):
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+    def write(part: Part) -> None:
+        with path.open("r+b") as file:
+            start = file.seek(8 + len(text) + header[part.name]["data_offsets"][0])
+            for rows in merged(part, flags):
                 file.write(rows.view(torch.uint8).numpy())
-                bar.update(rows.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+                if hasattr(os, "posix_fadvise"):  # on Linux: begin to put it on the disk at once
+                    os.posix_fadvise(file.fileno(), start, rows.nbytes, os.POSIX_FADV_DONTNEED)
+                start += rows.nbytes
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            for part, done in [(part, pool.submit(write, part)) for part in parts]:
+                done.result()
+                bar.update(part.nbytes)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def write_weights(
-    folder: Path, parts: list[Part], flags: dict | None, shard_bytes: float
-) -> list[str]:
-    """All shards and their index, in the base's order (wide numbers first, for their alignment)."""
+    folder: Path, parts: dict[str, Part], flags: dict | None, shard_size: float
+) -> None:
+    """All shards and their index, in the base's order (wide numbers first: alignment)."""
+    import torch
+
     shards: list[list[Part]] = [[]]
-    for part in sorted(parts, key=lambda part: -ITEM_SIZE[part.dtype]):
-        if shards[-1] and sum(p.nbytes for p in shards[-1]) + part.nbytes > shard_bytes:
+    for part in sorted(parts.values(), key=lambda part: -SIZES[part.dtype]):
+        if shards[-1] and sum(p.nbytes for p in shards[-1]) + part.nbytes > shard_size:
             shards.append([])
         shards[-1].append(part)
-    count, total = len(shards), sum(part.nbytes for part in parts)
+    count, total = len(shards), sum(part.nbytes for part in parts.values())
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else ["model.safetensors"]
-    with tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
-        for name, shard in zip(names, shards, strict=True):
-            write_shard(folder / name, shard, flags, bar)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # each worker is one thread: blocks are too small to share
+    try:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
+            for name, shard in zip(names, shards, strict=True):
+                write_shard(folder / name, shard, flags, bar)
+    finally:
+        torch.set_num_threads(threads)
     if count > 1:
         where = {
             part.name: name for name, shard in zip(names, shards, strict=True) for part in shard
         }
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        write_json(folder / "model.safetensors.index.json", index)
-    return names
-
-
-def check_written(folder: Path, parts: dict[str, Part]) -> None:
-    """What lies on the disk is what was planned: every tensor, its shape and number format."""
-    found = read_folder(folder, f"--output_dir {folder}")
-    planned = {name: (part.dtype, part.source.shape) for name, part in parts.items()}
-    assert {name: (t.dtype, t.shape) for name, t in found.items()} == planned
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        save_json(folder / "model.safetensors.index.json", index)
+    written = read_folder(folder, f"--output_dir {folder}")  # what lies there is what was planned
+    for name, part in parts.items():
+        assert (written[name].dtype, written[name].shape) == (part.dtype, part.source.shape), name
 
 
 # --- What goes with the weights ------------------------------------------------------------------
 
 
-def write_json(path: Path, value: dict) -> None:
+def save_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(adapter: Path, base: Path, folder: Path, rows: int) -> int:
-    """Copy the tokenizer's files byte for byte, the adapter's before the base's, and check that its
-    files agree with each other and with the embedding's rows. Returns the number of its tokens."""
-    import sentencepiece
+def copy_rest(adapter: Path, base: Path, folder: Path, config: dict) -> int:
+    """Tokenizer (the adapter's files before the base's), generation config and terms, byte for
+    byte. The tokenizer must agree with itself and with the embedding; returns its number of tokens."""
+    from sentencepiece import SentencePieceProcessor
 
-    for name in TOKENIZER_FILES:
-        source = next((f / name for f in (adapter, base) if (f / name).is_file()), None)
-        if source:
-            shutil.copyfile(source, folder / name)
-    if not (folder / "tokenizer.json").is_file():  # only then is the slow library worth its memory
+    shown = f"--base_model {base}"
+    found = {
+        name: f / name for f in (base, adapter) for name in TOKENIZER_FILES if (f / name).is_file()
+    }
+    terms = [path for pattern in TERMS for path in base.glob(pattern)]
+    generation = [path for path in [base / "generation_config.json"] if path.is_file()]
+    for path in [*found.values(), *terms, *generation]:
+        shutil.copyfile(path, folder / path.name)
+    if not generation:
+        ids = {key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
+        ids = {f"{key}_token_id": value for key, value in ids.items() if value is not None}
+        save_json(folder / "generation_config.json", ids)
+    if "tokenizer.json" not in found:  # made from tokenizer.model; it costs some memory and seconds
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(found["tokenizer.model"].parent)
+            tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         except Exception as error:
-            raise UserError(
-                f"--base_model {base}: no tokenizer in it, nor in {adapter} ({error}); copy the model's "
-                "tokenizer.model or tokenizer.json there"
-            ) from error
-        tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    made = read_json(folder / "tokenizer.json", "--base_model")
+            wanted = "no tokenizer.model or tokenizer.json that can be read, nor with the adapter"
+            raise UserError(f"{shown}: {wanted}; copy the tokenizer's files there") from error
+    made = load_json(folder / "tokenizer.json", shown)
     count = len(made["model"]["vocab"])
     tokens = max([count, *(token["id"] + 1 for token in made.get("added_tokens", []))])
-    if (folder / "tokenizer.model").is_file():
-        pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")).vocab_size()
+    if "tokenizer.model" in found:
+        pieces = SentencePieceProcessor(model_file=str(found["tokenizer.model"])).vocab_size()
         if pieces != count:
+            wrong = f"tokenizer.model has {pieces} pieces, tokenizer.json has {count}"
             raise UserError(
-                f"--base_model {base}: tokenizer.model has {pieces} pieces, tokenizer.json {count}; expected "
-                "one vocabulary; copy both files from the tokenizer that the adapter was trained with"
+                f"{shown}: {wrong}; expected one vocabulary; copy both from the tokenizer of the training"
             )
-    if tokens > rows:
-        raise UserError(
-            f"--base_model {base}: the tokenizer has {tokens} tokens, the merged embedding {rows} rows; "
-            "expected a row for every token; pass the model that belongs to this tokenizer"
-        )
+    if tokens > config["vocab_size"]:
+        wrong = f"the tokenizer has {tokens} tokens, the embedding {config['vocab_size']} rows"
+        raise UserError(f"{shown}: {wrong}; pass the model that belongs to this tokenizer")
     return tokens
 
 
-def write_card(folder: Path, facts: dict[str, object]) -> None:
-    """The model card: where the weights came from and how to use them."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "language: zh"]
-    lines += ["---", "", "# Merged model", "", "Made by `merge_lora.py` of 落九 (Luojiu).", ""]
-    lines += ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())]
-    lines += [
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'name = "."  # this folder',
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
-        "model = AutoModelForCausalLM.from_pretrained(name)",
-        'tokens = tokenizer("卻說", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=100)[0]))",
-        "```",
-        "",
-        "The terms of the base model apply to these weights too.",
-    ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def copy_rest(base: Path, folder: Path, config: dict) -> None:
-    """The generation config (made from the model's config if the base has none) and the terms."""
-    if (base / "generation_config.json").is_file():
-        shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
-    else:
-        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-        kept = {key: config[key] for key in keys if config.get(key) is not None}
-        write_json(folder / "generation_config.json", kept)
-    for pattern in TERMS:
-        for path in base.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
-
-
-def describe(flags: dict | None) -> str:
-    """In words: which base the adapter was merged into."""
-    if not flags:
-        return "as it is"
-    double = " with double quantisation" if flags["double_quant"] else ""
-    return f"quantised to {flags['quant_type']}{double} and dequantised"
-
-
-def write_run(folder: Path, args: Arguments, base: Path, results: dict[str, object]) -> None:
-    """run.json: what was asked for, with which versions, and what came of it."""
+def write_papers(folder: Path, args: Arguments, base: Path, facts: dict[str, object]) -> None:
+    """run.json and the model card: where the weights came from, and how to use them."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
-    record = {
-        "script": "merge_lora.py",
-        "arguments": asdict(args),
-        "versions": {name: version(name) for name in packages},
-        "base": {"model_name_or_path": str(base), "fingerprint": fingerprint(base)},
-        "results": results,
-    }
-    write_json(folder / "run.json", record)
+    record = {"script": "merge_lora.py", "arguments": asdict(args), "results": facts}
+    record["versions"] = {name: version(name) for name in packages}
+    record["base"] = {"model_name_or_path": str(base), "fingerprint": fingerprint(base)}
+    save_json(folder / "run.json", record)
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    card = f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {folder.name.removesuffix(".partial")}
+
+A LoRA adapter merged into its base by `merge_lora.py` of 落九 (Luojiu).
+
+| | |
+| --- | --- |
+{table}
+
+```python
+from transformers import pipeline
+
+write = pipeline("text-generation", "{args.push_to_hub or args.output_dir}")
+print(write("春天的", max_new_tokens=60)[0]["generated_text"])
+```
+
+The terms of the base model hold for these weights too.
+"""
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 # --- The output folder ---------------------------------------------------------------------------
 
 
-def check_output(output: Path, inputs: list[Path], nbytes: int) -> Path:
-    """Refuse to replace a folder that is not ours, and to start what the disk cannot hold."""
+def check_output(output: Path, inputs: list[Path], nbytes: int) -> None:
+    """Refuse to replace a folder that is not ours, and to begin what the disk cannot hold."""
     shown = f"--output_dir {output}"
     for folder in inputs:
         if folder.resolve().is_relative_to(output.resolve()):
-            raise UserError(
-                f"{shown}: {folder}, which is to be read, lies in it; pass another folder"
-            )
+            raise UserError(f"{shown}: {folder}, which is read, lies in it; pass another folder")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        try:
-            ours = json.loads((output / "run.json").read_text())["script"] == "merge_lora.py"
-        except (OSError, ValueError, KeyError):
-            ours = False
-        if not ours:
+        record = output / "run.json"
+        if not record.is_file() or load_json(record, shown).get("script") != "merge_lora.py":
             raise UserError(
-                f"{shown}: it holds something that merge_lora.py did not write; pass a new or empty folder"
+                f"{shown}: merge_lora.py did not make it; pass a new or an empty folder"
             )
     nearest = next(folder for folder in output.resolve().parents if folder.exists())
-    needed, free = (
-        nbytes + (64 << 20),
-        shutil.disk_usage(nearest).free,
-    )  # 64 MB for all but the weights
+    needed, free = nbytes + (64 << 20), shutil.disk_usage(nearest).free  # 64 MB for what is small
     if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"{shown}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; make room or pass a folder "
-            "on another disk",
-        )
-    return output
+        found = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+        raise OSError(errno.ENOSPC, f"{shown}: {found}; make room or pass a folder on another disk")
 
 
 @contextmanager
 def built_aside(output: Path) -> Iterator[Path]:
-    """A sibling folder to write into, which takes the output's place when all is well and goes away
-    when it is not. What a killed run left of it, the next run removes."""
+    """A folder beside the output, which takes its place when all is well and is removed when not.
+    What a killed run left of it, the next run removes."""
     partial, old = (output.with_name(f"{output.name}.{word}") for word in ("partial", "old"))
     for folder in (partial, old):
         shutil.rmtree(folder, ignore_errors=True)
@@ -954,11 +849,15 @@ def built_aside(output: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in partial.iterdir():
-            with path.open("rb") as file:
+            with path.open("r+b") as file:
                 os.fsync(file.fileno())
         if output.exists():
             output.rename(old)
         partial.rename(output)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"--output_dir {output}: {error.strerror}; nothing was changed"
+        ) from error
     finally:
         for folder in (partial, old):
             shutil.rmtree(folder, ignore_errors=True)
@@ -972,74 +871,68 @@ def read_passage(args: Arguments) -> str:
     if args.verify in (None, PASSAGE):
         return PASSAGE
     try:
-        text = Path(args.verify).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--verify {args.verify}: expected a UTF-8 text file ({error})") from error
-    if not text.strip():
-        raise UserError(f"--verify {args.verify}: the file is empty; expected a UTF-8 text")
+        text = Path(args.verify).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        text = ""
+    if not text:
+        raise UserError(
+            f"--verify {args.verify}: nothing to read there; expected a UTF-8 text file"
+        )
     return text
 
 
 def compare(
-    base: Path, adapter: Path, merged: Path, flags: dict | None, text: str, tokens: int
+    base: Path, adapter: Path, folder: Path, flags: dict | None, text: str, tokens: int
 ) -> dict[str, float]:
-    """Mean KL divergence from base + adapter (through PEFT, 4-bit if so trained) to the merged model,
-    and bits per character of both: -log2 p(text) / characters."""
+    """Mean KL divergence from base + adapter (PEFT, in 4 bits if so trained) to the merged model,
+    and both models' bits per character: -log2 p(text) / characters."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(merged)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :tokens].to(device)  # (1, T)
     characters = len(tokenizer.decode(ids[0], skip_special_tokens=True))
+    options = {"dtype": "auto", "device_map": {"": device}}
 
-    def log_probabilities(
-        adapted: bool,
-    ) -> torch.Tensor:  # (T - 1, V); the model is freed on return
-        kwargs = {"dtype": "auto", "device_map": {"": device}}
-        if adapted and flags:
-            dtype = kwargs["dtype"] = getattr(torch, flags["compute_dtype"])
-            kwargs["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=flags["quant_type"],
-                bnb_4bit_use_double_quant=flags["double_quant"],
-                bnb_4bit_compute_dtype=dtype,
-                llm_int8_skip_modules=flags["skip_modules"],
-            )
-        model = AutoModelForCausalLM.from_pretrained(base if adapted else merged, **kwargs)
-        if adapted:
-            rows = read_json(merged / "config.json", "--verify")["vocab_size"]
-            if model.get_input_embeddings().weight.shape[0] != rows:
-                model.resize_token_embeddings(rows, mean_resizing=False)
-            model = PeftModel.from_pretrained(model, adapter)
+    def log_probabilities(model: torch.nn.Module) -> torch.Tensor:  # (T - 1, V)
         with torch.no_grad():
             return model.eval()(ids).logits[0, :-1].float().log_softmax(-1).cpu()
 
-    ours, theirs = log_probabilities(False), log_probabilities(True)
+    ours = log_probabilities(AutoModelForCausalLM.from_pretrained(folder, **options))
+    if flags:
+        options["dtype"] = getattr(torch, flags["compute_dtype"])
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=flags["quant_type"],
+            bnb_4bit_use_double_quant=flags["double_quant"],
+            bnb_4bit_compute_dtype=options["dtype"],
+            llm_int8_skip_modules=flags["skip_modules"],
+        )
+    model = AutoModelForCausalLM.from_pretrained(base, **options)
+    if model.config.vocab_size != ours.shape[1]:
+        model.resize_token_embeddings(ours.shape[1], mean_resizing=False)
+    trained = log_probabilities(PeftModel.from_pretrained(model, adapter))
+
     target = ids[0, 1:, None].cpu()
-    bits = [-p.gather(1, target).sum().item() / math.log(2) / characters for p in (theirs, ours)]
-    kl = (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
-    return {
-        "mean_kl": kl,
-        "bits_per_character_adapter": bits[0],
-        "bits_per_character_merged": bits[1],
-    }
+    bits = [-p.gather(1, target).sum().item() / math.log(2) / characters for p in (trained, ours)]
+    kl = (trained.exp() * (trained - ours)).sum(-1).mean().item()
+    return {"mean KL": kl, "bits per character": bits[1], "of base + adapter": bits[0]}
 
 
 def push(folder: Path, repository: str) -> None:
-    """Upload the folder; what goes wrong on the way leaves the local folder as it is."""
+    """Upload the folder; whatever goes wrong, it stays whole here."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:
         HfApi().create_repo(repository, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repository, folder_path=folder)
-    except (HfHubHTTPError, LocalTokenNotFoundError, ConnectionError, ValueError) as error:
-        raise UserError(
-            f"--push_to_hub {repository}: {str(error).splitlines()[0]}; {folder} is whole; run hf auth "
-            f"login, then hf upload {repository} {folder}"
-        ) from error
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, ConnectionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        remedy = f"{folder} is whole; run hf auth login, then hf upload {repository} {folder}"
+        raise UserError(f"--push_to_hub {repository}: {reason}; {remedy}") from error
 
 
 # --- Main ----------------------------------------------------------------------------------------
@@ -1051,39 +944,37 @@ def main(argv: list[str] | None = None) -> None:
     args, began = parse_args(argv), time.time()
     text = read_passage(args)
     adapter, shown = find_adapter(args.adapter), f"--adapter {args.adapter}"
-    lora_config = read_json(adapter / "adapter_config.json", shown)
-    run = read_json(adapter / "run.json", shown) if (adapter / "run.json").is_file() else {}
-    lora = read_header(adapter / "adapter_model.safetensors", shown)
-    check_adapter(lora_config, lora, shown)
-    base, config, stored = read_base(args, lora_config, run)
+    lora = load_json(adapter / "adapter_config.json", shown)
+    run = load_json(adapter / "run.json", shown) if (adapter / "run.json").is_file() else {}
+    base, config, stored = find_base(args, lora, run)
+    tensors = read_header(adapter / "adapter_model.safetensors", shown)
+    check_adapter(lora, tensors, shown)
 
-    parts = make_plan(stored, lora, lora_config, config, shown)
+    parts = make_plan(stored, tensors, lora, config, shown)
     flags = choose_base(parts, args, run)
     choose_dtypes(parts, config, args)
-    check_shapes({name: part.source.shape for name, part in parts.items()}, config, f"base {base}")
-    nbytes, rows = sum(part.nbytes for part in parts.values()), parts[EMBEDDING].source.rows
-    output = check_output(Path(args.output_dir), [adapter, base], nbytes)
+    check_shapes(parts, config, f"--base_model {base}")
+    output, nbytes = Path(args.output_dir), sum(part.nbytes for part in parts.values())
+    check_output(output, [adapter, base], nbytes)
 
     with built_aside(output) as folder:
-        write_json(folder / "config.json", config)
-        tokens = copy_tokenizer(adapter, base, folder, rows)
-        copy_rest(base, folder, config)
-        write_weights(folder, list(parts.values()), flags, args.max_shard_size * 1e9)
-        check_written(folder, parts)
+        tokens = copy_rest(adapter, base, folder, config)
+        write_weights(folder, parts, flags, args.max_shard_size * 1e9)
         facts = {
-            "base": f"{base}, {describe(flags)}",
-            "adapter": f"{adapter}, rank {lora_config['r']}",
-            "weights": f"{len(parts)} tensors, {nbytes / 1e9:.2f} GB, {DTYPES[parts[EMBEDDING].dtype]}",
-            "vocabulary": f"{rows} rows, {tokens} tokens",
+            "adapter": f"{adapter}, rank {lora['r']}",
+            "base": f"{base}, {'quantised and dequantised' if flags else 'as it is'}",
+            "weights": f"{len(parts)} tensors, {nbytes / 1e9:.2f} GB",
+            "vocabulary": f"{config['vocab_size']} rows, {tokens} tokens",
         }
-        write_card(folder, facts)
-        write_run(folder, args, base, facts)
-    print("\n".join(f"{key:>12}: {value}" for key, value in facts.items()))
-    print(f"merged into {output} in {time.time() - began:.1f} s", flush=True)
+        write_papers(folder, args, base, facts)
+        save_json(folder / "config.json", config)  # last: without it no one takes it for a model
     if args.verify:
-        trained = run.get("quantization") or flags
-        facts |= compare(base, adapter, output, trained, text, args.verify_tokens)
-        write_run(output, args, base, facts)
+        facts |= compare(
+            base, adapter, output, run.get("quantization") or flags, text, args.verify_tokens
+        )
+        write_papers(output, args, base, facts)
+    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
+    print(f"merged into {output} in {time.time() - began:.1f} s", flush=True)
     if args.push_to_hub:
         push(output, args.push_to_hub)
 
