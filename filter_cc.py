@@ -23,16 +23,18 @@ import errno
 import fcntl
 import json
 import math
+import mmap
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -43,36 +45,24 @@ from typing import Literal
 
 import fsspec  # datatrove, matplotlib and ray are imported where they are used: --help stays quick
 import numpy as np
-from fastwarc.warc import WarcRecord
+from fastwarc.warc import WarcRecord, WarcRecordType
 from isal import igzip_lib
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 # --- Constants -----------------------------------------------------------------------------------
 
 CRAWL_URL = "https://data.commoncrawl.org/"
-WARC_ENDINGS = (".wet", ".wet.gz", ".warc", ".warc.gz")
-ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-NOT_SETTINGS = {
-    "input",
-    "crawl",
-    "limit_files",
-    "workers",
-    "executor",
-    "partition",
-    "time",
-    "picture",
-}
+ENDINGS = tuple(".wet .wet.gz .warc .warc.gz .jsonl .jsonl.gz .jsonl.zst .parquet".split())
 MAX_TASKS = 256  # deduplication opens one file of every task at once
+FIRST_WAVE = 32  # files read before the yield of a crawl is known (--target_size)
 BLOCK = 1 << 20  # bytes that a stream gives at a time
 MAX_RECORD = 16 << 20  # bytes; no page of prose is larger
-MAX_HEADER = 2048  # bytes inflated before a record is refused on its header
-FIRST_WAVE = 32  # files read before the yield of a crawl is known (--target_size)
-SCORES = ("han", "traditional", "mainland", "repeated", "distinct", "closing", "spam")
-SHARES = (
-    "min_han max_kana_hangul min_traditional max_broken max_rare max_repeated min_distinct min_closing"
-).split()
+MAX_HEADER = 1024  # bytes inflated before a record is refused on its header
 SCRIPTS = ("other", "han", "traditional", "simplified", "rare", "kana", "hangul", "broken")
+SCORES = ("han", "traditional", "mainland", "repeated", "distinct", "closing", "spam")
+HERE_ONLY = set("input crawl limit_files workers executor partition time picture".split())
 
 # Rules in the order in which they are applied; stats.json and the picture follow it.
 RULES = {
@@ -161,19 +151,14 @@ SHARED = set(
 
 # Personal data and what stands in its place. Digits and letters around them must end first.
 PRIVATE = (
-    (re.compile(r"(?<![\w.+-])[\w.+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+", re.ASCII), "[EMAIL]"),
+    (re.compile(r"(?a)[\w.+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+"), "[EMAIL]"),
+    (re.compile(r"(?<![\d.])((25[0-5]|2[0-4]\d|1?\d?\d)(\.(?=\d)|(?![\d.]\d|\d))){4}"), "[IP]"),
+    (re.compile(r"(?a)(?<![A-Z\d])[A-Z][1289A-D]\d{8}(?!\d)"), "[ID]"),
     (
         re.compile(
-            r"(?<![\d.])((25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(25[0-5]|2[0-4]\d|1?\d?\d)(?![\d.]\d|\d)"
-        ),
-        "[IP]",
-    ),
-    (re.compile(r"(?<![A-Za-z0-9])[A-Z][1289A-D]\d{8}(?!\d)"), "[ID]"),
-    (
-        re.compile(
-            r"(?<![\d-])((\+|00)886[-\s]?(\(0\))?|\(?0)"  # country code or trunk prefix
-            r"(9\d{2}[-\s.]?\d{3}[-\s.]?\d{3}|[2-8]\d{0,2}\)?[-\s.]?\d{3,4}[-\s.]?\d{4}|800[-\s]?\d{3}[-\s]?\d{3})"
-            r"([-\s]*(#|轉|分機)\s*\d{1,5})?(?![\d-]*\d)"
+            r"(?a)(?<![\d-])((\+|00)886[-\s]?(\(0\)|0)?|\(?0)"  # country code or trunk prefix
+            r"(9\d{2}([-\s.]?\d{3}){2}|[2-8]\d{0,2}\)?[-\s.]?\d{3,4}[-\s.]?\d{4}|800([-\s]?\d{3}){2})"
+            r"(?!\d)(\s*(#|轉|分機)\s*\d{1,5})?"
         ),
         "[PHONE]",
     ),
@@ -186,100 +171,64 @@ PRIVATE = (
 class Arguments:
     """Every option of the command line; the help text is the documentation."""
 
-    input: list[str] = field(
+    input: list[str] = HfArg(
         default_factory=lambda: ["data/sample"],
-        metadata={
-            "help": "Files, folders, globs or fsspec URLs (s3://, https://) of .wet[.gz], .warc[.gz], .jsonl[.gz|.zst] or .parquet."
-        },
+        help="Files, folders, globs or fsspec URLs (s3://, https://) of .wet[.gz], .warc[.gz],"
+        " .jsonl[.gz|.zst] or .parquet.",
     )
-    crawl: str | None = field(
-        default=None,
-        metadata={"help": "Common Crawl to read instead, such as CC-MAIN-2026-30; None: --input."},
+    crawl: str | None = HfArg(
+        default=None, help="Common Crawl to read, such as CC-MAIN-2026-30; None: --input."
     )
-    limit_files: int | None = field(
-        default=None, metadata={"help": "Read only so many files; None: all."}
+    limit_files: int | None = HfArg(default=None, help="Read only so many files; None: all.")
+    output_dir: str = HfArg(
+        default="data/cc_filtered", help="Folder for the corpus; made if missing."
     )
-    output_dir: str = field(
-        default="data/cc_filtered", metadata={"help": "Folder for the corpus; made if missing."}
+    target_size: str | None = HfArg(
+        default=None, help="Stop at so much text (UTF-8), such as 500MB or 6GB; None: read it all."
     )
-    target_size: str | None = field(
-        default=None,
-        metadata={
-            "help": "Stop at so much text, such as 500MB or 6GB (UTF-8); None: read everything."
-        },
+    executor: Literal["local", "ray", "slurm"] = HfArg(
+        default="local", help="datatrove executor that runs the tasks."
     )
-    executor: Literal["local", "ray", "slurm"] = field(
-        default="local", metadata={"help": "datatrove executor that runs the tasks."}
+    workers: int = HfArg(default=1, help="Tasks at a time.")
+    tasks: int | None = HfArg(
+        default=None, help=f"Groups of files; None: one per file, at most {MAX_TASKS}."
     )
-    workers: int = field(default=1, metadata={"help": "Tasks at a time."})
-    tasks: int | None = field(
-        default=None,
-        metadata={"help": f"Groups of files; None: one per file, at most {MAX_TASKS}."},
+    save_rejected: bool = HfArg(
+        default=False, help="Write refused pages to rejected/<rule>/ to read and tune."
     )
-    save_rejected: bool = field(
-        default=False,
-        metadata={
-            "help": "Write refused pages to rejected/<rule>/ in the output folder, to read and tune."
-        },
+    min_han: float = HfArg(default=0.5, help="Least share of Han among the letters.")
+    max_kana_hangul: float = HfArg(default=0.2, help="Largest share of kana and hangul.")
+    min_traditional: float = HfArg(
+        default=0.9, help="Least share of Traditional among characters that differ (OpenCC)."
     )
-    min_han: float = field(default=0.5, metadata={"help": "Least share of Han among the letters."})
-    max_kana_hangul: float = field(
-        default=0.2,
-        metadata={"help": "Largest share of kana and hangul among the East Asian letters."},
+    max_broken: float = HfArg(
+        default=0.002, help="Largest share of broken characters (U+FFFD, private use)."
     )
-    min_traditional: float = field(
-        default=0.9,
-        metadata={
-            "help": "Least share of Traditional among the characters that differ (OpenCC's tables)."
-        },
+    max_rare: float = HfArg(
+        default=0.1, help="Largest share of Han outside Big5 level 1, the 5,401 in use."
     )
-    max_broken: float = field(
-        default=0.002,
-        metadata={"help": "Largest share of broken characters (U+FFFD, private use)."},
+    min_length: int = HfArg(default=200, help="Least number of Han left when lines are cleaned.")
+    max_mainland: float = HfArg(
+        default=3.0, help="Most mainland words, less Taiwan words, per 1,000 Han."
     )
-    max_rare: float = field(
-        default=0.1,
-        metadata={"help": "Largest share of Han outside Big5 level 1, the 5,401 that are in use."},
+    max_repeated: float = HfArg(
+        default=0.2, help="Largest share of 10-grams of characters seen before (Gopher)."
     )
-    min_length: int = field(
-        default=200,
-        metadata={"help": "Least number of Han characters left after the lines are cleaned."},
+    min_distinct: float = HfArg(
+        default=0.4, help="Least share of distinct 2-grams in the first 1,000 characters."
     )
-    max_mainland: float = field(
-        default=3.0,
-        metadata={"help": "Largest number of mainland words, less Taiwan words, per 1,000 Han."},
+    min_closing: float = HfArg(
+        default=0.3, help="Least share of text in lines that end like a sentence (C4, FineWeb)."
     )
-    max_repeated: float = field(
-        default=0.2,
-        metadata={"help": "Largest share of characters in 10-grams seen before (Gopher)."},
+    max_spam: float = HfArg(default=8.0, help="Most spam words per 1,000 Han.")
+    url_lists: bool = HfArg(
+        default=False, help="Refuse addresses on datatrove's block lists too (0.8 GB a worker)."
     )
-    min_distinct: float = field(
-        default=0.4,
-        metadata={"help": "Least share of distinct 2-grams in the first 1,000 characters."},
-    )
-    min_closing: float = field(
-        default=0.3,
-        metadata={
-            "help": "Least share of characters in lines that end like a sentence (C4, FineWeb)."
-        },
-    )
-    max_spam: float = field(
-        default=8.0, metadata={"help": "Largest number of spam words per 1,000 Han."}
-    )
-    url_lists: bool = field(
-        default=False, metadata={"help": "Refuse addresses on datatrove's block lists as well."}
-    )
-    minhash_buckets: int = field(
-        default=20, metadata={"help": "MinHash bands: more find more near duplicates."}
-    )
-    minhash_rows: int = field(
-        default=8, metadata={"help": "MinHash values in a band: more make the match stricter."}
-    )
-    partition: str = field(default="cpu", metadata={"help": "Slurm partition."})
-    time: str = field(default="08:00:00", metadata={"help": "Slurm time limit of a task."})
-    picture: str = field(
-        default="pictures/filter.png", metadata={"help": "Where to draw what each rule left."}
-    )
+    minhash_buckets: int = HfArg(default=20, help="MinHash bands: more find more near duplicates.")
+    minhash_rows: int = HfArg(default=8, help="MinHash values a band: more are stricter.")
+    partition: str = HfArg(default="cpu", help="Slurm partition.")
+    time: str = HfArg(default="08:00:00", help="Slurm time limit of a task.")
+    picture: str = HfArg(default="pictures/filter.png", help="Where to draw what each rule left.")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -333,6 +282,154 @@ def user_errors() -> Iterator[None]:
 # --- Records out of damaged files ----------------------------------------------------------------
 
 
+def content_length(lower_header: bytes) -> int | None:
+    """Return the length that a WARC header (in lower case) gives, None if it gives none."""
+    at = lower_header.find(b"\ncontent-length:")
+    value = lower_header[at + 16 : at + 48].split(b"\n")[0].strip() if at >= 0 else b""
+    return int(value) if value.isdigit() else None
+
+
+def plain_records(data, wanted: Callable, damage: Callable) -> Iterator[bytes]:
+    """Cut records out of WARC bytes; where a length is wrong, go on at the next record's header."""
+    at, lost = 0, False
+    while (start := data.find(b"WARC/1.", at)) >= 0:
+        if not lost and data[at : min(start, at + MAX_HEADER)].strip():
+            damage("foreign bytes")
+        head = data[start : start + 64 * MAX_HEADER]
+        end = head.find(b"\r\n\r\n")
+        lower = head[: max(end, 0)].lower()
+        length = content_length(lower)
+        at = start + end + 4 + (length or 0)
+        kind = None
+        if length is None:
+            kind = "record without a length"
+        elif length > MAX_RECORD:
+            kind = "oversized record"
+        elif at > len(data):
+            kind = "truncated record"
+        elif not b"WARC/1.".startswith(data[at : at + 11].lstrip(b"\r\n")[:7]):
+            kind = "record with a wrong length"
+        if lost := kind is not None:
+            damage(kind)
+            at = start + 7  # past this header's WARC/1., on to the next
+        elif wanted(lower, length):
+            yield data[start:at]
+    if not lost and data[at : at + MAX_HEADER].strip():
+        damage("foreign bytes")
+
+
+def only_record(piece: bytes, wanted: Callable) -> bytes | None:
+    """Return the record of a healthy gzip member that holds just one; b"" if `wanted` refuses its
+    header, in which case the rest is not even inflated; None if the member is anything else. Its
+    last four bytes, the inflated size, must agree with the record's own length."""
+    with contextlib.suppress(igzip_lib.IsalError):
+        inflate = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
+        head = inflate.decompress(piece, MAX_HEADER)
+        end = head.find(b"\r\n\r\n")
+        if end < 0 and not inflate.eof:
+            head += inflate.decompress(b"", 64 * MAX_HEADER)
+            end = head.find(b"\r\n\r\n")
+        lower = head[: max(end, 0)].lower()
+        length = content_length(lower)
+        if length is not None and end + 8 + length == int.from_bytes(piece[-4:], "little"):
+            if length <= MAX_RECORD and head.startswith(b"WARC/1."):
+                if not wanted(lower, length):
+                    return b""
+                record = head if inflate.eof else head + inflate.decompress(b"")
+                return record if inflate.eof else None
+    return None
+
+
+def find_member(data: bytes, start: int) -> int:
+    """Return where the next gzip member starts at or after `start`, -1 if that is not in sight."""
+    while 0 <= (at := data.find(b"\x1f\x8b\x08", start)) <= len(data) - 9:
+        if data[at + 3] < 32 and data[at + 8] in (0, 2, 4):
+            return at
+        start = at + 1
+    return -1
+
+
+def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Iterator[bytes]:
+    """Cut records out of the gzip members in `data` and then `stream`. Magic bytes divide them, so
+    that damage ends with its member. One record each is the rule; any other member (many records,
+    a wrong length, damage, magic bytes that were none) is inflated into a file and looked through.
+    """
+    at, more = 0, True
+
+    def refill(keep: int) -> bool:
+        """Read another block; what lies before `keep` is done with."""
+        nonlocal data, at, more
+        block = stream.read(BLOCK) if more else b""
+        data, at, more = data[keep:] + block, at - keep, bool(block)
+        return more
+
+    def inflate_into(file) -> bool:
+        """Inflate the member at `at` and go to its end; False, and stay, if it is damaged."""
+        nonlocal at
+        inflate, fed = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), at
+        with contextlib.suppress(igzip_lib.IsalError):
+            while not inflate.eof:
+                given = b""
+                if inflate.needs_input:
+                    if fed == len(data):
+                        keep = at if fed - at < 2 * MAX_RECORD else fed  # too large to come back to
+                        if not refill(keep):
+                            return False
+                        fed -= keep
+                    given = data[fed : fed + BLOCK]
+                    fed += len(given)
+                file.write(inflate.decompress(given, BLOCK))
+            at = fed - len(inflate.unused_data)
+        return inflate.eof
+
+    while True:
+        end = find_member(data, at + 1)
+        if end < 0 and len(data) - at < MAX_RECORD and refill(at):
+            continue
+        end = end if end >= 0 else len(data)
+        if at == len(data):
+            return
+        record = only_record(data[at:end], wanted)
+        if record is not None:
+            at = end
+            if record:
+                yield record
+            continue
+        with tempfile.TemporaryFile() as file:
+            kind = "damaged gzip member" if data.startswith(b"\x1f\x8b", at) else "foreign bytes"
+            whole = inflate_into(file)
+            if not whole:
+                damage(kind)
+                end = find_member(data, max(at, -1) + 1)
+                at = end if end >= 0 else len(data)
+            yield from file_records(file, wanted, damage if whole else lambda kind: None)
+
+
+def file_records(file, wanted: Callable, damage: Callable) -> Iterator[bytes]:
+    """Yield the records of a temporary file."""
+    file.flush()
+    if file.tell():
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield from plain_records(data, wanted, damage)
+
+
+def stream_records(stream, wanted: Callable, damage: Callable) -> Iterator[bytes]:
+    """Yield the records of a WET or WARC file, compressed or not, whatever its name says."""
+    start = stream.read(BLOCK)
+    if not start:
+        damage("empty file")
+    if start.startswith(b"\x1f\x8b"):
+        yield from gzip_records(stream, start, wanted, damage)
+    else:
+        with tempfile.TemporaryFile() as file:
+            file.write(start)
+            shutil.copyfileobj(stream, file, BLOCK)
+            yield from file_records(file, wanted, damage)
+
+
+# --- Pages out of records ------------------------------------------------------------------------
+
+
 @dataclass
 class Tally:
     """What a task read, refused and kept: for progress, stats.json and the log; one file a task."""
@@ -352,10 +449,15 @@ class Tally:
         """Write the counts; with `every`, only if so many seconds have passed since the last time."""
         if time.monotonic() - self.saved >= every:
             self.saved = time.monotonic()
-            counters = {name: getattr(self, name) for name in ("pages", "bytes", "damage")}
-            write_whole(
-                Path(self.path), json.dumps({"files": self.files} | counters, sort_keys=True)
-            )
+            counts = {name: getattr(self, name) for name in ("files", "pages", "bytes", "damage")}
+            write_whole(Path(self.path), json.dumps(counts, sort_keys=True))
+
+    def add(self, path: Path) -> None:
+        """Add the counts that a task wrote."""
+        part = json.loads(path.read_text())
+        self.files += part["files"]
+        for name in ("pages", "bytes", "damage"):
+            getattr(self, name).update(part[name])
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -366,231 +468,51 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-class Inflater:
-    """File-like view of the gzip member that `data` and then `stream` hold. After its end, `rest`
-    is what followed it, and `whole` says whether its end was there and its checksum right."""
-
-    def __init__(self, data: bytes, stream=None):
-        self.inflate, self.data, self.stream = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), data, stream
-        self.rest, self.whole = b"", False
-
-    def read(self, size: int = BLOCK) -> bytes:
-        with contextlib.suppress(igzip_lib.IsalError):
-            while not self.inflate.eof:
-                given = b""
-                if self.inflate.needs_input:
-                    given, self.data = (
-                        self.data or (self.stream.read(BLOCK) if self.stream else b""),
-                        b"",
-                    )
-                    if not given:
-                        return b""
-                    self.rest = given
-                if out := self.inflate.decompress(given, size):
-                    return out
-            self.rest, self.whole = self.inflate.unused_data, True
-        return b""
-
-
-class Window:
-    """The part of a stream that is being looked at: `data` from `at` on."""
-
-    def __init__(self, stream):
-        self.stream, self.data, self.at, self.more = stream, b"", 0, True
-
-    def fill(self, size: int) -> int:
-        """Have `size` bytes ahead, fewer only at the end of the stream; return how many."""
-        while self.more and len(self.data) - self.at < size:
-            block = self.stream.read(BLOCK)
-            self.data, self.at, self.more = self.data[self.at :] + block, 0, bool(block)
-        return len(self.data) - self.at
-
-    def find_record(self) -> int:
-        """Go to the next record header or the end; return how many bytes of rubbish lay before."""
-        rubbish = 0
-        while self.fill(7) >= 7:
-            start = self.data.find(b"WARC/1.", self.at)
-            stop = start if start >= 0 else len(self.data) - 6
-            rubbish += len(self.data[self.at : stop].strip())
-            self.at = stop
-            if start >= 0:
-                break
-        else:
-            rubbish += len(self.data[self.at :].strip())
-            self.at = len(self.data)
-        return rubbish
-
-
-def content_length(lower_header: bytes) -> int | None:
-    """Return the length that a WARC header (in lower case) gives, None if it gives none."""
-    at = lower_header.find(b"\ncontent-length:")
-    value = lower_header[at + 16 : at + 48].split(b"\n")[0].strip() if at >= 0 else b""
-    return int(value) if value.isdigit() else None
-
-
-def plain_records(stream, damage) -> Iterator[bytes]:
-    """Cut records out of WARC bytes; where a length is wrong, go on at the next record's header."""
-    window, lost = Window(stream), False
-    while True:
-        if window.find_record() and not lost:
-            damage("foreign bytes")
-        if window.fill(1 << 16) < 7:
-            return
-        data, at = window.data, window.at
-        end = data.find(b"\r\n\r\n", at)
-        length = content_length(data[at:end].lower()) if end >= 0 else None
-        total = end + 4 - at + (length or 0)
-        kind = None
-        if length is None:
-            kind = "record without a length"
-        elif length > MAX_RECORD:
-            kind = "oversized record"
-        elif window.fill(total + 12) < total:
-            kind = "truncated record"
-        else:
-            after = window.data[window.at + total : window.at + total + 11].lstrip(b"\r\n")
-            if not b"WARC/1.".startswith(after[:7]):
-                kind = "record with a wrong length"
-        if lost := kind is not None:
-            damage(kind)
-            window.at += 7  # past this header's WARC/1., to the next
-        else:
-            yield window.data[window.at : window.at + total]
-            window.at += total
-
-
-def find_member(data: bytes, start: int) -> int:
-    """Return where the next gzip member starts at or after `start`, -1 if that is not in sight."""
-    while 0 <= (at := data.find(b"\x1f\x8b\x08", start)) <= len(data) - 9:
-        if data[at + 3] < 32 and data[at + 8] in (0, 2, 4):
-            return at
-        start = at + 1
-    return -1
-
-
-def first_record(piece: bytes, wanted) -> bytes | None:
-    """Return the record of a healthy member that holds just one; b"" if `wanted` refuses its header,
-    in which case the rest is not even inflated; None if the member is anything else. Its last four
-    bytes, the inflated size, must agree with the record's own length."""
-    with contextlib.suppress(igzip_lib.IsalError):
-        inflate = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
-        head = inflate.decompress(piece, MAX_HEADER)
-        end = head.find(b"\r\n\r\n")
-        lower = head[:end].lower()
-        length = content_length(lower) if end > 0 and head.startswith(b"WARC/1.") else None
-        if length is not None and end + 8 + length == int.from_bytes(piece[-4:], "little"):
-            if not wanted(lower, length):
-                return b""
-            if length <= MAX_RECORD:
-                record = head if inflate.eof else head + inflate.decompress(b"")
-                return record if inflate.eof else None
-    return None
-
-
-def gzip_records(stream, wanted, damage) -> Iterator[bytes]:
-    """Cut records out of gzip members, which the magic bytes divide: damage ends with its member."""
-
-    def lost(piece: bytes) -> Iterator[bytes]:
-        damage("damaged gzip member")
-        yield from plain_records(Inflater(piece), lambda kind: None)
-
-    data, at, more, short = b"", 0, True, b""
-    while True:
-        cut = find_member(data, at + 1)
-        if cut < 0 and more and len(data) - at <= MAX_RECORD:
-            block = stream.read(BLOCK)
-            data, at, more = data[at:] + block, 0, bool(block)
-            continue
-        if cut < 0 and more:  # too large to hold: look through it as it is inflated
-            inflater = Inflater(data[at:], stream)
-            yield from plain_records(inflater, damage)
-            if not inflater.whole:
-                damage("damaged gzip member")
-            data, at = inflater.rest, 0
-            continue
-        piece, at = data[at : cut if cut >= 0 else None], cut if cut >= 0 else len(data)
-        record = first_record(piece, wanted) if piece else b""
-        if record is None:  # several records, wrong lengths, damage, or cut where no member starts
-            for member in [short + piece, piece] if short else [piece]:
-                inflater = Inflater(member)
-                while inflater.read():
-                    pass
-                if inflater.whole:
-                    break
-            if short and (not inflater.whole or member is piece):
-                yield from lost(short)
-            short = b"" if inflater.whole else piece
-            if inflater.whole:
-                if inflater.rest.strip(b"\0"):
-                    damage("foreign bytes")
-                yield from plain_records(Inflater(member), damage)
-            continue
-        if short:
-            yield from lost(short)
-            short = b""
-        if record:
-            yield record
-        if not piece:
-            return
-
-
-# --- Pages out of records ------------------------------------------------------------------------
-
-
-def read_pages(stream, tally: Tally, damage, limits: Arguments) -> Iterator[dict]:
+def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterator[dict]:
     """Yield the pages of a WET or WARC stream that neither their header nor their bytes refuse; with
     --save_rejected the refused ones as well, with the rule under "refused"."""
+    save = judge.limits.save_rejected
 
     def wanted(header: bytes, length: int) -> bool:
         if b"\nwarc-type: conversion" not in header:
             return b"\nwarc-type: response" in header
-        if limits.save_rejected or not foreign_language(header):
+        if save or not foreign(header):
             return True
         tally.count("read", length)
         tally.count("language", length)
         return False
 
-    start = stream.read(BLOCK)
-    whole = Rewound(start, stream)
-    if start.startswith(b"\x1f\x8b"):
-        records = gzip_records(whole, wanted, damage)
-    else:
-        records = (record for record in plain_records(whole, damage))
-    for data in records:
-        header, _, page = data.partition(b"\r\n\r\n")
-        lower = header.lower()
-        if not wanted(lower, len(page)):
-            continue
+    for data in stream_records(stream, wanted, damage):
         try:
             record = WarcRecord.from_bytes(data)
-            page = html_page(record) if b"\nwarc-type: response" in lower else record.reader.read()
-            headers = record.headers
-            found = {
-                "id": headers.get("WARC-Record-ID") or "",
-                "url": headers.get("WARC-Target-URI") or "",
-                "date": headers.get("WARC-Date") or "",
-            }
+            html = record.record_type == WarcRecordType.response
+            page = main_text(record, judge) if html else record.reader.read()
+            names = {"id": "WARC-Record-ID", "url": "WARC-Target-URI", "date": "WARC-Date"}
+            known = {name: record.headers.get(header) for name, header in names.items()}
         except (OSError, ValueError, LookupError):
             damage("record that does not parse")
             continue
         if page is None:
             continue
         tally.count("read", len(page))
-        refused = "language" if foreign_language(lower) else refuse_bytes(page, limits)
-        if refused and not limits.save_rejected:
+        refused, counts = judge.refuse_bytes(page)
+        if save and foreign(data[: data.find(b"\r\n\r\n")].lower()):
+            refused = "language"
+        if refused and not save:
             tally.count(refused, len(page))
-            continue
-        yield found | {"text": page.decode("utf-8", errors="replace"), "refused": refused}
+        else:
+            text = page.decode("utf-8", errors="replace")
+            yield known | {"text": text, "refused": refused, "counts": counts}
 
 
-def foreign_language(lower_header: bytes) -> bool:
+def foreign(lower_header: bytes) -> bool:
     """Tell whether the header names the page's languages and Chinese is not among them."""
     at = lower_header.find(b"\nwarc-identified-content-language:")
     return at >= 0 and b"zho" not in lower_header[at + 1 :].partition(b"\n")[0]
 
 
-def html_page(record: WarcRecord) -> bytes | None:
-    """Return the main text of an HTML response as UTF-8, None if it is not HTML or has no Han."""
+def main_text(record: WarcRecord, judge: "Judge") -> bytes | None:
+    """Return the main text of an HTML response as UTF-8; None if it is not HTML."""
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
@@ -598,6 +520,8 @@ def html_page(record: WarcRecord) -> bytes | None:
     if "html" not in (record.http_content_type or "html"):
         return None
     html = record.reader.read()
+    if np.count_nonzero(np.frombuffer(html, np.uint8) & 0x80) < judge.limits.min_length:
+        return b""  # in no encoding can it hold enough Han
     encoding = record.http_charset or detect_encoding(html, from_html_meta=True)
     text = extract_plain_text(
         bytes_to_str(html, encoding, errors="replace"),
@@ -610,21 +534,9 @@ def html_page(record: WarcRecord) -> bytes | None:
     return text.encode("utf-8", errors="replace")
 
 
-class Rewound:
-    """A stream with its first bytes put back."""
-
-    def __init__(self, start: bytes, stream):
-        self.start, self.stream = start, stream
-
-    def read(self, size: int) -> bytes:
-        start, self.start = self.start, b""
-        return start or self.stream.read(size)
-
-
 # --- Verdicts ------------------------------------------------------------------------------------
 
 
-@lru_cache(1)
 def script_table() -> np.ndarray:
     """Return the number in SCRIPTS of every code point up to U+FFFF.
 
@@ -638,133 +550,163 @@ def script_table() -> np.ndarray:
     table[0x3040:0x3100] = SCRIPTS.index("kana")
     table[0xAC00:0xD7A4] = table[0x1100:0x1200] = SCRIPTS.index("hangul")
     table[0xE000:0xF900] = table[0xFFFD] = SCRIPTS.index("broken")
+    table[0x3400:0x4E00] = table[0xF900:0xFB00] = SCRIPTS.index("rare")
     han = [chr(code) for code in range(0x4E00, 0xA000)]
-    simple, traditional = (
+    to_simplified, to_traditional = (
         OpenCC(name).convert("\n".join(han)).split("\n") for name in ("t2s", "s2t")
     )
-    for char, to_simple, to_traditional in zip(han, simple, traditional, strict=True):
+    for char, simple, full in zip(han, to_simplified, to_traditional, strict=True):
         big5 = char.encode("big5", errors="ignore")
-        if to_simple != char:
+        if simple != char:
             script = "traditional"
-        elif to_traditional != char and not big5:
+        elif full != char and not big5:
             script = "simplified"
         else:
             script = "han" if big5 and big5[0] <= 0xC6 else "rare"
         table[ord(char)] = SCRIPTS.index(script)
-    table[0x3400:0x4E00] = table[0xF900:0xFB00] = SCRIPTS.index("rare")
     return table
 
 
-def count_scripts(page: bytes) -> dict[str, int]:
-    """Count the characters of UTF-8 bytes by script, without decoding: three bytes, one character."""
-    codes = np.frombuffer(page, np.uint8)
-    at = np.flatnonzero((codes[:-2] >= 0xE0) & (codes[:-2] < 0xF0))
-    first, second, third = (codes[at + i].astype(np.uint16) for i in range(3))
-    points = (first & 15) << 12 | (second & 63) << 6 | (third & 63)
-    counts = dict(
-        zip(
-            SCRIPTS,
-            np.bincount(script_table()[points], minlength=len(SCRIPTS)).tolist(),
-            strict=True,
-        )
-    )
-    latin = np.count_nonzero((codes | 32) - np.uint8(97) < 26) + np.count_nonzero(
-        (codes >= 0xC3) & (codes < 0xE0)
-    )
-    han = sum(counts[name] for name in ("han", "traditional", "simplified", "rare"))
-    return counts | {
-        "all_han": han,
-        "letters": han + counts["kana"] + counts["hangul"] + int(latin),
-    }
-
-
-def refuse_scripts(counts: dict[str, int], limits: Arguments) -> str | None:
-    """Return the rule that refuses a page for its scripts."""
-    han, other = counts["all_han"], counts["kana"] + counts["hangul"]
-    if other > limits.max_kana_hangul * (han + other):
-        return "japanese_korean"
-    telling = counts["traditional"] + counts["simplified"]
-    if counts["traditional"] < limits.min_traditional * telling:
-        return "simplified"
-    return None
-
-
-def refuse_bytes(page: bytes, limits: Arguments) -> str | None:
-    """Return the rule that refuses a page for its bytes. E4 to E9 begin nearly all Han; a page may be
-    menus in English before its lines are cleaned, so that little of it need be Han here."""
-    if page.isascii():
-        return "han"
-    leads = np.count_nonzero(np.frombuffer(page, np.uint8) - np.uint8(0xE4) < 6)
-    if leads < limits.min_length or 3 * leads < 0.4 * limits.min_han * len(page):
-        return "han"
-    return refuse_scripts(count_scripts(page), limits)
-
-
-@lru_cache(1)
 def word_finder():
-    """Return an automaton that finds mainland, Taiwan and spam words, the longest first.
+    """Return an automaton that finds mainland (1), Taiwan (2) and spam words (3), longest first.
 
     OpenCC's TWPhrases pair mainland words in Traditional glyphs with Taiwan's."""
     import ahocorasick
     import opencc
 
     folder = Path(opencc.__file__).parent / "clib"
-    table = subprocess.run(
-        [folder / "bin" / "opencc_dict", "-f", "ocd2", "-t", "text", "-o", "/dev/stdout"]
-        + ["-i", folder / "share" / "opencc" / "TWPhrases.ocd2"],
-        capture_output=True, check=True, encoding="utf-8",
-    ).stdout  # fmt: skip
+    command = [folder / "bin" / "opencc_dict", "-f", "ocd2", "-t", "text", "-o", "/dev/stdout"]
+    command += ["-i", folder / "share" / "opencc" / "TWPhrases.ocd2"]
+    table = subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
     to_taiwan = opencc.OpenCC("t2tw").convert
-    words = dict.fromkeys(TAIWAN, "taiwan")
+    words = dict.fromkeys(TAIWAN, 2)
     for line in table.splitlines():
-        mainland, _, values = line.partition("\t")
-        if mainland not in values.split() and len(mainland) > 1:
-            words[to_taiwan(mainland)] = "mainland"
-    words |= (
-        dict.fromkeys(MAINLAND, "mainland")
-        | dict.fromkeys(SHARED, "")
-        | dict.fromkeys(SPAM, "spam")
-    )
-    finder = ahocorasick.Automaton()
+        word, _, values = line.partition("\t")
+        if word not in values.split() and len(word) > 1:
+            words[to_taiwan(word)] = 1
+    words |= dict.fromkeys(MAINLAND, 1) | dict.fromkeys(SHARED, 0) | dict.fromkeys(SPAM, 3)
+    finder = ahocorasick.Automaton(ahocorasick.STORE_INTS)
     for word, kind in words.items():
-        finder.add_word(word, (kind, word))
+        finder.add_word(word, kind)
     finder.make_automaton()
     return finder
 
 
+class Judge:
+    """The rules with their limits and tables; it travels to the workers whole."""
+
+    def __init__(self, limits: Arguments):
+        self.limits, self.scripts, self.words = limits, script_table(), word_finder()
+
+    def count(self, page: bytes) -> dict[str, int]:
+        """Count the characters of UTF-8 by script without decoding: three bytes are one of them."""
+        codes = np.frombuffer(page, np.uint8)
+        at = np.flatnonzero(codes[:-2] - np.uint8(0xE0) < 16)
+        first, second, third = (codes[at + i].astype(np.uint16) for i in range(3))
+        points = (first & 15) << 12 | (second & 63) << 6 | (third & 63)
+        numbers = np.bincount(self.scripts[points], minlength=len(SCRIPTS)).tolist()
+        counts = dict(zip(SCRIPTS, numbers, strict=True))
+        latin = np.count_nonzero((codes | 32) - np.uint8(97) < 26)
+        latin += np.count_nonzero(
+            codes - np.uint8(0xC3) < 29
+        )  # two bytes: accents, Greek, Cyrillic
+        counts["all_han"] = sum(numbers[1:5])
+        counts["letters"] = sum(numbers[1:7]) + int(latin)
+        return counts
+
+    def refuse_bytes(self, page: bytes) -> tuple[str | None, dict[str, int]]:
+        """Return the rule that refuses a page for its bytes, and its counts. E4 to E9 begin nearly
+        all Han; before its lines are cleaned, much of a page may be menus in English."""
+        if page.isascii():
+            return "han", {}
+        leads = np.count_nonzero(np.frombuffer(page, np.uint8) - np.uint8(0xE4) < 6)
+        if leads < self.limits.min_length or 3 * leads < 0.4 * self.limits.min_han * len(page):
+            return "han", {}
+        counts = self.count(page)
+        return self.refuse_scripts(counts), counts
+
+    def refuse_scripts(self, counts: dict[str, int]) -> str | None:
+        """Return the rule that refuses a page for its scripts."""
+        other = counts["kana"] + counts["hangul"]
+        if other > self.limits.max_kana_hangul * (counts["all_han"] + other):
+            return "japanese_korean"
+        telling = counts["traditional"] + counts["simplified"]
+        return (
+            "simplified" if counts["traditional"] < self.limits.min_traditional * telling else None
+        )
+
+    def verdict(self, text: str, counts: dict | None = None) -> tuple[str, dict, str | None]:
+        """Return a page's prose, its scores, and the rule that refuses it (None: the page is good)."""
+        limits = self.limits
+        counts = counts or self.count(text.encode("utf-8", errors="replace"))
+        if refused := self.refuse_scripts(counts):
+            return text, {}, refused
+        broken = counts["broken"] + text.count("\ufffd")
+        if (
+            broken > limits.max_broken * len(text)
+            or counts["rare"] > limits.max_rare * counts["all_han"]
+        ):
+            return text, {}, "mojibake"
+        text = clean_lines(text)
+        counts = self.count(text.encode("utf-8", errors="replace"))
+        han = counts["all_han"]
+        if han < limits.min_length:
+            return text, {}, "length"
+        found = Counter(kind for _, kind in self.words.iter_long(text))
+        scores = {
+            "han": han / counts["letters"],
+            "traditional": counts["traditional"]
+            / max(1, counts["traditional"] + counts["simplified"]),
+            "mainland": 1000 * (found[1] - found[2]) / han,
+            "repeated": 1 - distinct_share(text, 10),
+            "distinct": distinct_share(text[:1000], 2),
+            "closing": closing_share(text),
+            "spam": 1000 * found[3] / han,
+        }
+        broken_rules = {
+            "han": scores["han"] < limits.min_han,
+            "mainland": scores["mainland"] > limits.max_mainland,
+            "repetition": scores["repeated"] > limits.max_repeated
+            or scores["distinct"] < limits.min_distinct,
+            "punctuation": scores["closing"] < limits.min_closing,
+            "spam": scores["spam"] > limits.max_spam,
+        }
+        refused = self.refuse_scripts(counts) or next(
+            (r for r in broken_rules if broken_rules[r]), None
+        )
+        return hide_private(text), scores, refused
+
+
 def clean_lines(text: str) -> str:
     """Return the lines that are prose, headings or verse; menus, footers and notices go."""
-    lines = [" ".join(line.split()) for line in text.split("\n")]
-    kinds = [line_kind(line) for line in lines if line]
-    lines = [line for line in lines if line]
+    lines = [line for line in map(" ".join, map(str.split, text.splitlines())) if line]
+    kinds = [line_kind(line) for line in lines]
     kept, at = [], 0
     while at < len(lines):
-        if kinds[at] == "prose":
-            kept.append(lines[at])
-            at += 1
-            continue
         stop = at
         while stop < len(lines) and kinds[stop] != "prose":
             stop += 1
-        kept += block_lines(lines[at:stop], kinds[at:stop], stop < len(lines))
-        at = stop
+        if stop > at:
+            kept += block_lines(lines[at:stop], kinds[at:stop], stop < len(lines))
+        kept += lines[stop : stop + 1]
+        at = stop + 1
     return "\n".join(kept)
 
 
 def line_kind(line: str) -> str:
     """Return "prose" for a line that holds a sentence, "furniture", or "short" for what may be a
     heading, a verse or a menu: its neighbours tell."""
-    if NOTICE.search(line) and len(line) < 120:
+    if len(line) < 120 and NOTICE.search(line):
         return "furniture"
-    contacts = len(CONTACT.findall(line))
-    if contacts > 1 and len(line) < 300:
+    contacts = (
+        len(CONTACT.findall(line)) if len(line) < 300 and (":" in line or "：" in line) else 0
+    )
+    if contacts > 1:
         return "furniture"
-    if SENTENCE.search(line):
+    if SENTENCE.search(line) or (len(line) > 60 and line.endswith(CLOSING)):
         return "furniture" if contacts and len(line) < 60 else "prose"
-    if len(line) > 60 and line.endswith(CLOSING):
-        return "prose"
     words = sum(len(match[0]) for match in FURNITURE.finditer(line))
-    bare = len(re.sub(r"[\s\W\d]", "", line))
+    bare = sum(map(str.isalpha, line))
     if contacts or not bare or words >= 0.4 * bare or len(SEPARATORS.findall(line)) > 1:
         return "furniture"
     return "short"
@@ -784,63 +726,19 @@ def block_lines(lines: list[str], kinds: list[str], before_prose: bool) -> list[
     return short
 
 
-def judge(text: str, limits: Arguments) -> tuple[str, dict[str, float], str | None]:
-    """Return a page's prose, its scores, and the rule that refuses it (None: the page is good)."""
-    text = text.replace("\r", "\n").replace("\u3000", " ")
-    counts = count_scripts(text.encode("utf-8", errors="replace"))
-    han = counts["all_han"]
-    if refused := refuse_scripts(counts, limits):
-        return text, {}, refused
-    if counts["broken"] > limits.max_broken * len(text) or counts["rare"] > limits.max_rare * han:
-        return text, {}, "mojibake"
-
-    text = clean_lines(text)
-    counts = count_scripts(text.encode("utf-8", errors="replace"))
-    han = counts["all_han"]
-    if han < limits.min_length:
-        return text, {}, "length"
-    found = Counter(kind for _, (kind, _) in word_finder().iter_long(text))
-    telling = counts["traditional"] + counts["simplified"]
-    scores = {
-        "han": han / counts["letters"],
-        "traditional": counts["traditional"] / max(1, telling),
-        "mainland": 1000 * (found["mainland"] - found["taiwan"]) / han,
-        "repeated": repeated_share(text),
-        "distinct": distinct_share(text),
-        "closing": closing_share(text),
-        "spam": 1000 * found["spam"] / han,
-    }
-    refused = refuse_scripts(counts, limits) or next(
-        (rule for rule, broken in {
-            "han": scores["han"] < limits.min_han,
-            "mainland": scores["mainland"] > limits.max_mainland,
-            "repetition": scores["repeated"] > limits.max_repeated or scores["distinct"] < limits.min_distinct,
-            "punctuation": scores["closing"] < limits.min_closing,
-            "spam": scores["spam"] > limits.max_spam,
-        }.items() if broken),
-        None,
-    )  # fmt: skip
-    for pattern, placeholder in PRIVATE:
-        text = pattern.sub(placeholder, text)
-    return text, scores, refused
+def hide_private(text: str) -> str:
+    """Put placeholders in the place of e-mail and IP addresses, national ids and phone numbers."""
+    for (pattern, placeholder), sign in zip(PRIVATE, ("@", ".", None, "0"), strict=True):
+        if sign is None or sign in text:
+            text = pattern.sub(placeholder, text)
+    return text
 
 
-def repeated_share(text: str, size: int = 10) -> float:
-    """Return the share of characters that lie in a 10-gram seen before (Gopher, Rae et al. 2021)."""
-    grams = shingles(text, size)
-    if not grams.size:
-        return 0.0
-    _, first = np.unique(grams, return_index=True)
-    again = np.ones(len(grams), bool)
-    again[first] = False
-    covered = np.convolve(again, np.ones(size)) > 0
-    return float(covered.mean())
-
-
-def distinct_share(text: str) -> float:
-    """Return the share of distinct 2-grams in the first 1,000 characters: word salad has few."""
-    grams = shingles(text[:1000], 2)
-    return len(np.unique(grams)) / max(1, len(grams))
+def distinct_share(text: str, size: int) -> float:
+    """Return the share of runs of `size` characters that are there for the first time."""
+    hashes = np.sort(shingles(text, size))
+    again = np.count_nonzero(hashes[1:] == hashes[:-1])
+    return 1 - again / max(1, len(hashes))
 
 
 def closing_share(text: str) -> float:
@@ -879,14 +777,13 @@ def blocks() -> SimpleNamespace:
 
         name = "Luojiu crawl reader"
 
-        def __init__(self, paths_file: str, tallies: str, limits: Arguments):
+        def __init__(self, paths_file: str, tallies: str, judge: Judge):
             super().__init__("/", paths_file, add_file_path=False)
-            self.tallies, self.limits, self.tally = tallies, limits, None
+            self.tallies, self.judge = tallies, judge
 
         def run(self, data=None, rank: int = 0, world_size: int = 1):
             self.tally = Tally(self.tallies.format(rank))
             for document in super().run(data, rank, world_size):
-                document.metadata["tally"] = self.tally
                 yield document
                 self.tally.save(every=1.0)
             self.tally.save()
@@ -896,51 +793,49 @@ def blocks() -> SimpleNamespace:
                 self.tally.damage[kind] += 1
                 logger.warning(f"{filepath}: {kind}")
 
+            pages = (
+                self.read_rows
+                if filepath.endswith((".parquet", ".zst", ".jsonl", "jsonl.gz"))
+                else self.read_crawl
+            )
             try:
-                for page in self.read_pages(filepath, damage):
-                    if page["text"]:
-                        known = {
-                            name: str(page.get(name) or "") for name in ("url", "date", "refused")
-                        }
-                        yield Document(page["text"], str(page["id"]), metadata=known)
+                for page in pages(filepath, damage):
+                    text, name = page.pop("text"), page.pop("id")
+                    if text:
+                        yield Document(text, str(name), metadata=page | {"tally": self.tally})
             except (OSError, EOFError, ValueError, zlib.error) as error:
-                if getattr(error, "errno", None) == errno.ENOSPC:
+                if "://" in filepath:  # the network's fault: the task fails, and runs again
                     raise
-                damage("unreadable file")
-                logger.warning(f"{filepath}: {type(error).__name__}: {error}")
+                damage(f"unreadable file ({type(error).__name__})")
             self.tally.files += 1
             self.tally.save(every=1.0)
 
-        def read_pages(self, path: str, damage) -> Iterator[dict]:
-            if not path.endswith(ROW_ENDINGS):
-                with fsspec.open(path, "rb") as stream:
-                    yield from read_pages(stream, self.tally, damage, self.limits)
-                return
+        def read_crawl(self, path: str, damage: Callable) -> Iterator[dict]:
+            with fsspec.open(path, "rb") as stream:
+                yield from read_pages(stream, self.tally, damage, self.judge)
+
+        def read_rows(self, path: str, damage: Callable) -> Iterator[dict]:
             folder, _, name = path.rpartition("/")
             reader = ParquetReader if path.endswith(".parquet") else JsonlReader
-            for document in reader(folder).read_file(name):
-                self.tally.count("read", len(document.text.encode("utf-8", errors="replace")))
-                yield {"text": document.text, "id": document.id} | {
-                    name: document.metadata.get(name) for name in ("url", "date")
-                }
+            for row in reader(folder).read_file(name):
+                self.tally.count("read", len(row.text.encode("utf-8", errors="replace")))
+                known = {name: row.metadata.get(name) for name in ("url", "date")}
+                yield known | {"text": row.text, "id": row.id, "refused": None, "counts": None}
 
     class Verdicts(BaseFilter):
         """Cleans a page, scores it and refuses it by the first rule that it breaks."""
 
         name = "Luojiu verdicts"
 
-        def __init__(self, limits: Arguments, url_filter=None, exclusion_writer=None):
+        def __init__(self, judge: Judge, url_filter, exclusion_writer):
             super().__init__(exclusion_writer)
-            self.limits, self.url_filter = limits, url_filter
+            self.judge, self.url_filter = judge, url_filter
 
         def filter(self, doc):
-            tally = doc.metadata.pop("tally")
-            before, refused = (
-                len(doc.text.encode("utf-8", errors="replace")),
-                doc.metadata.pop("refused"),
-            )
+            tally, counts, refused = (doc.metadata.pop(k) for k in ("tally", "counts", "refused"))
+            before = len(doc.text.encode("utf-8", errors="replace"))
             if not refused:
-                text, scores, refused = judge(doc.text, self.limits)
+                text, scores, refused = self.judge.verdict(doc.text, counts)
                 if not refused and self.url_filter and doc.metadata["url"]:
                     refused = "url" if self.url_filter.filter(doc) is not True else None
                 doc.metadata |= scores
@@ -997,9 +892,8 @@ def blocks() -> SimpleNamespace:
             for start in range(0, len(shingles), 256):  # a block that stays in the cache
                 values = shingles[start : start + 256] * a + b
                 np.minimum(lowest, values.min(axis=0), out=lowest)
-            return [
-                part.tolist() for part in np.split(lowest >> np.uint64(32), self.config.num_buckets)
-            ]
+            bands = np.split(lowest >> np.uint64(32), self.config.num_buckets)
+            return [band.tolist() for band in bands]
 
     return SimpleNamespace(**{k: v for k, v in locals().items() if isinstance(v, type)})
 
@@ -1018,6 +912,16 @@ class TaskLock:
         return data
 
 
+class Silence:
+    """A console that shows nothing: datatrove's log goes to its files only."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
 # --- Stages --------------------------------------------------------------------------------------
 
 
@@ -1026,123 +930,108 @@ def content(document) -> str:
     return document.text
 
 
-def judging(args: Arguments, work: Path, wave: int, files: list[str]) -> list[tuple]:
-    """Return the stage that reads the files of a wave and keeps the good pages."""
-    from datatrove.pipeline.filters import URLFilter
-    from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
-
-    listing = work / f"inputs_{wave:02d}.txt"
-    write_whole(listing, "\n".join(files))
-    rejected = f"{args.output_dir}/rejected"
-    name = "${filter_reason}/" + f"{wave:02d}_${{rank}}.jsonl"
-    writer = JsonlWriter(rejected, name, compression=None) if args.save_rejected else None
-    steps = [
-        blocks().CrawlReader(str(listing), f"{work}/tally/judge_{wave:02d}_{{:05d}}.json", args),
-        blocks().Verdicts(args, URLFilter() if args.url_lists else None, writer),
-        ParquetWriter(
-            f"{work}/kept", f"{wave:02d}_${{rank}}.parquet", "zstd",
-            expand_metadata=True, schema=schema(), max_file_size=-1,
-        ),
-    ]  # fmt: skip
-    return [(f"judge_{wave:02d}", steps, task_count(args, files))]
-
-
 def task_count(args: Arguments, files: list[str]) -> int:
     """Return the number of tasks. Not the workers' number: the corpus must not depend on that."""
     return min(len(files), args.tasks or MAX_TASKS)
 
 
-def schema():
-    """Return the columns of the corpus."""
+def parquet_writer(folder: str, name: str):
+    """Return a step that writes the columns of the corpus."""
     import pyarrow as pa
+    from datatrove.pipeline.writers import ParquetWriter
 
-    texts = [pa.field(name, pa.string()) for name in ("text", "id", "url", "date")]
-    return pa.schema(texts + [pa.field(name, pa.float32()) for name in SCORES])
+    columns = [pa.field(column, pa.string()) for column in ("text", "id", "url", "date")]
+    schema = pa.schema(columns + [pa.field(score, pa.float32()) for score in SCORES])
+    return ParquetWriter(
+        folder, name, "zstd", expand_metadata=True, schema=schema, max_file_size=-1
+    )
+
+
+def reject_writer(args: Arguments, name: str):
+    """Return the step that saves refused pages; None without --save_rejected."""
+    from datatrove.pipeline.writers import JsonlWriter
+
+    folder = f"{args.output_dir}/rejected"
+    return JsonlWriter(folder, name, compression=None) if args.save_rejected else None
+
+
+def judging(args: Arguments, work: Path, wave: int, files: list[str]) -> tuple:
+    """Return the stage that reads the files of a wave and keeps the good pages."""
+    from datatrove.pipeline.filters import URLFilter
+
+    listing = work / f"inputs_{wave:02d}.txt"
+    write_whole(listing, "\n".join(files))
+    judge = Judge(args)
+    rejected = reject_writer(args, "${filter_reason}/" + f"{wave:02d}_${{rank}}.jsonl")
+    tallies = f"{work}/tally/{wave:02d}_{{:05d}}.json"
+    steps = [
+        blocks().CrawlReader(str(listing), tallies, judge),
+        blocks().Verdicts(judge, URLFilter() if args.url_lists else None, rejected),
+        parquet_writer(f"{work}/kept", f"{wave:02d}_${{rank}}.parquet"),
+    ]
+    return (f"judge_{wave:02d}", steps, task_count(args, files))
 
 
 def deduplication(args: Arguments, work: Path, kept: list[str], turn: int) -> list[tuple]:
     """Return the stages that find duplicates over all kept files and write what remains."""
     from datatrove.pipeline import dedup
-    from datatrove.pipeline.writers import JsonlWriter, ParquetWriter
     from datatrove.utils.hashing import HashConfig
 
     place = f"{work}/dedup_{turn:02d}"
-    listing = Path(place) / "kept.txt"
-    write_whole(listing, "\n".join(kept))
-    exact = dedup.ExactDedupConfig(content, hash_config=HashConfig(precision=64))
-    minhash = dedup.MinhashConfig(
-        n_grams=5,
-        num_buckets=args.minhash_buckets,
-        hashes_per_bucket=args.minhash_rows,
-        hash_config=HashConfig(precision=32),
-    )
-    Path(place, "exact_found").mkdir(parents=True, exist_ok=True)
+    write_whole(Path(place, "kept.txt"), "\n".join(kept))
+    Path(place, "found").mkdir(exist_ok=True)
+    exact = dedup.ExactDedupConfig(content)
+    buckets, rows = args.minhash_buckets, args.minhash_rows
+    minhash = dedup.MinhashConfig(5, buckets, rows, hash_config=HashConfig(precision=32))
 
-    def rejected(rule: str):
-        folder = f"{args.output_dir}/rejected/{rule}"
-        return (
-            JsonlWriter(folder, "${rank}.jsonl", compression=None) if args.save_rejected else None
-        )
+    def read():
+        return blocks().KeptReader(f"{work}/kept", f"{place}/kept.txt")
 
-    def kept_reader():
-        return blocks().KeptReader(f"{work}/kept", str(listing))
+    def drop_exact(writer=None):
+        return dedup.ExactDedupFilter(f"{place}/found", exact, writer)
 
-    def exact_filter(writer=None):
-        return dedup.ExactDedupFilter(f"{place}/exact_found", exact, writer)
-
-    many, buckets = len(kept), args.minhash_buckets
+    stages = {
+        "exact_hashes": [read(), dedup.ExactDedupSignature(f"{place}/hashes", exact)],
+        "exact_found": [dedup.ExactFindDedups(f"{place}/hashes", f"{place}/found", exact)],
+        "signatures": [
+            read(),
+            drop_exact(),
+            blocks().CharacterSignatures(f"{place}/signatures", minhash),
+        ],
+        "buckets": [
+            dedup.MinhashDedupBuckets(f"{place}/signatures", f"{place}/pairs", config=minhash)
+        ],
+        "clusters": [dedup.MinhashDedupCluster(f"{place}/pairs", f"{place}/removed", minhash)],
+        "write": [
+            read(),
+            drop_exact(reject_writer(args, "exact_duplicate/${rank}.jsonl")),
+            blocks().Meter(f"{place}/tally/exact_{{:05d}}.json"),
+            dedup.MinhashDedupFilter(
+                f"{place}/removed", reject_writer(args, "near_duplicate/${rank}.jsonl")
+            ),
+            blocks().Meter(f"{place}/tally/near_{{:05d}}.json"),
+            parquet_writer(f"{place}/final", "${rank}.parquet"),
+        ],
+    }
+    tasks = {"exact_found": 1, "clusters": 1, "buckets": buckets}
     return [
-        ("exact_hashes", [kept_reader(), dedup.ExactDedupSignature(f"{place}/exact", exact)], many),
-        ("exact_found", [dedup.ExactFindDedups(f"{place}/exact", f"{place}/exact_found", exact)], 1),
-        (
-            "signatures",
-            [
-                kept_reader(),
-                exact_filter(),
-                blocks().CharacterSignatures(f"{place}/signatures", minhash),
-            ],
-            many,
-        ),
-        (
-            "buckets",
-            [dedup.MinhashDedupBuckets(f"{place}/signatures", f"{place}/pairs", config=minhash)],
-            buckets,
-        ),
-        ("clusters", [dedup.MinhashDedupCluster(f"{place}/pairs", f"{place}/removed", minhash)], 1),
-        (
-            "write",
-            [
-                kept_reader(),
-                exact_filter(rejected("exact_duplicate")),
-                blocks().Meter(f"{place}/tally/exact_{{:05d}}.json"),
-                dedup.MinhashDedupFilter(f"{place}/removed", rejected("near_duplicate")),
-                blocks().Meter(f"{place}/tally/near_{{:05d}}.json"),
-                ParquetWriter(
-                    f"{place}/final", "${rank}.parquet", "zstd",
-                    expand_metadata=True, schema=schema(), max_file_size=-1,
-                ),
-            ],
-            many,
-        ),
-    ]  # fmt: skip
+        (f"{turn:02d}_{name}", steps, tasks.get(name, len(kept))) for name, steps in stages.items()
+    ]
 
 
-def run_stages(stages: list[tuple], args: Arguments, work: Path, prefix: str, files: int) -> bool:
+def run_stages(stages: list[tuple], args: Arguments, work: Path, files: int) -> bool:
     """Run the stages one after another on the chosen executor; what an earlier run finished stays.
     False if Slurm has been given jobs that have still to run."""
     executor = None
     for name, steps, tasks in stages:
-        folder = work / "logs" / f"{prefix}{name}"
-        steps = [TaskLock(f"{work}/locks/{prefix}{name}"), *steps]
-        executor = make_executor(args, steps, tasks, folder, executor)
-        if args.executor == "slurm":
-            continue
-        with progress(executor, name, work if name.startswith("judge") else None, files):
-            executor.run()
-        if failed := executor.get_incomplete_ranks():
-            raise RuntimeError(
-                f"{len(failed)} of {tasks} tasks of {name} failed; see {folder}/logs"
-            )
+        steps = [TaskLock(f"{work}/locks/{name}"), *steps]
+        executor = make_executor(args, steps, tasks, work / "logs" / name, executor)
+        if args.executor != "slurm":
+            with progress(executor, name, work / "tally" if "judge" in name else None, files):
+                executor.run()
+            if failed := executor.get_incomplete_ranks():
+                logs = f"{work}/logs/{name}/logs"
+                raise RuntimeError(f"{len(failed)} of {tasks} tasks of {name} failed; see {logs}")
     if args.executor == "slurm" and executor.get_incomplete_ranks():
         executor.run()
         return False
@@ -1163,13 +1052,8 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
     if args.executor == "slurm":
         from datatrove.executor import SlurmPipelineExecutor
 
-        return SlurmPipelineExecutor(
-            **common,
-            time=args.time,
-            partition=args.partition,
-            job_name=f"luojiu_{folder.name}",
-            depends=depends,
-        )
+        job = {"job_name": f"luojiu_{folder.name}", "partition": args.partition, "time": args.time}
+        return SlurmPipelineExecutor(**common, **job, depends=depends)
     if args.executor == "ray":
         import ray
         from datatrove.executor.ray import RayPipelineExecutor
@@ -1181,8 +1065,6 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
     from datatrove.executor import LocalPipelineExecutor
 
     class QuietExecutor(LocalPipelineExecutor):
-        """datatrove's log goes to its files only; the console has the progress bar."""
-
         def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
             with contextlib.redirect_stderr(Silence()):
                 return super()._run_for_rank(rank, local_rank, node_rank)
@@ -1190,39 +1072,26 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
     return QuietExecutor(**common)
 
 
-class Silence:
-    """A console that shows nothing."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
 @contextmanager
-def progress(executor, name: str, work: Path | None, files: int) -> Iterator[None]:
+def progress(executor, name: str, tallies: Path | None, files: int) -> Iterator[None]:
     """Show a bar while a stage runs: tasks, and for the first pass files, MB/s and pages kept."""
     from datatrove.utils.logging import logger
 
     logger.remove()
-    ended = threading.Event()
-    bar = tqdm(
-        total=files if work else executor.world_size, desc=name, unit="file" if work else "task"
-    )
-    before = read_tallies(work / "tally").bytes["read"] if work else 0
+    total, unit = (files, "file") if tallies else (executor.world_size, "task")
+    bar, ended, start = tqdm(total=total, desc=name, unit=unit), threading.Event(), time.monotonic()
+    before = sum_tallies(tallies).bytes["read"] if tallies else 0
 
     def watch() -> None:
-        start, last = time.monotonic(), False
+        last = False
         while not last:
             last = ended.wait(0.5)
-            if work:
-                tally = read_tallies(work / "tally")
-                speed = (tally.bytes["read"] - before) / 1e6 / (time.monotonic() - start)
+            bar.n = executor.world_size - len(executor.get_incomplete_ranks())
+            if tallies:
+                tally = sum_tallies(tallies)
                 bar.n = tally.files
+                speed = (tally.bytes["read"] - before) / 1e6 / (time.monotonic() - start)
                 bar.set_postfix_str(f"{speed:.0f} MB/s, {tally.pages['kept']:,} pages kept")
-            else:
-                bar.n = executor.world_size - len(executor.get_incomplete_ranks())
             bar.refresh()
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -1235,18 +1104,62 @@ def progress(executor, name: str, work: Path | None, files: int) -> Iterator[Non
         bar.close()
 
 
-def read_tallies(folder: Path, pattern: str = "*.json") -> Tally:
+def sum_tallies(folder: Path, pattern: str = "*.json") -> Tally:
     """Return the sum of the counts that tasks wrote."""
     total = Tally("")
     for path in sorted(folder.glob(pattern)):
-        part = json.loads(path.read_text())
-        total.files += part["files"]
-        for name in ("pages", "bytes", "damage"):
-            getattr(total, name).update(part[name])
+        total.add(path)
     return total
 
 
+def filter_files(args: Arguments, files: list[str], work: Path) -> int | None:
+    """Judge the files, deduplicate what is kept; with a target size wave by wave until it is there.
+    Return the number of the last deduplication, None if Slurm has still to work."""
+    target = parse_size(args.target_size)
+    wanted, done, kept, wave, turn, stages = target, 0, [], 0, 0, []
+    while True:
+        have = sum_tallies(work / "tally").bytes["kept"] if wave else 0
+        while done < len(files) and (not done or have < wanted):
+            size = len(files)
+            if target is not None:  # as many files as the yield so far lets expect
+                need = min(4, 1.1 * wanted / max(1, have) - 1)
+                size = math.ceil(done * need) if done else FIRST_WAVE
+            chosen = files[done : done + size]
+            stages.append(judging(args, work, wave, chosen))
+            kept += [f"{wave:02d}_{rank:05d}.parquet" for rank in range(task_count(args, chosen))]
+            done, wave = done + len(chosen), wave + 1
+            if target is not None:
+                if not run_stages(stages, args, work, done):
+                    return None
+                have, stages = sum_tallies(work / "tally").bytes["kept"], []
+        stages += deduplication(args, work, kept, turn)
+        if not run_stages(stages, args, work, done):
+            return None
+        final = sum_tallies(work / f"dedup_{turn:02d}" / "tally", "near_*").bytes["kept"]
+        if target is None or final >= target or done == len(files):
+            return turn
+        wanted = 1.1 * have * target / max(1, final)
+        turn, stages = turn + 1, []
+
+
 # --- Input and output ----------------------------------------------------------------------------
+
+
+def check(args: Arguments) -> None:
+    """Find mistakes before any work."""
+    parse_size(args.target_size)
+    for name, value in asdict(args).items():
+        least, most = (0, math.inf) if isinstance(value, float) else (1, math.inf)
+        if isinstance(value, float) and name not in ("max_mainland", "max_spam"):
+            most = 1
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not least <= value <= most:
+                span = "a share from 0 to 1" if most == 1 else f"at least {least}"
+                raise UserError(f"--{name} {value}: out of range; expected {span}; change it")
+    if Path(args.output_dir).is_file():
+        raise UserError(
+            f"--output_dir {args.output_dir}: a file; expected a folder; choose another"
+        )
 
 
 def parse_size(text: str | None) -> int | None:
@@ -1255,7 +1168,7 @@ def parse_size(text: str | None) -> int | None:
         return None
     match = re.fullmatch(r"(?i)\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text)
     if not match or not float(match[1]):
-        raise UserError(f"--target_size {text}: not a size; expected one such as 500MB or 6GB")
+        raise UserError(f"--target_size {text}: no size; expected one such as 6GB; change it")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
@@ -1265,9 +1178,7 @@ def list_inputs(args: Arguments) -> list[str]:
         files = crawl_files(args.crawl)
     else:
         files = list(dict.fromkeys(name for given in args.input for name in expand_input(given)))
-    if args.limit_files is not None:
-        files = files[: args.limit_files]
-    return files
+    return files[: args.limit_files]
 
 
 def crawl_files(crawl: str) -> list[str]:
@@ -1276,146 +1187,36 @@ def crawl_files(crawl: str) -> list[str]:
     try:
         with fsspec.open(listing, "rt", compression="gzip") as lines:
             return [CRAWL_URL + line.strip() for line in lines if line.strip()]
-    except Exception as error:  # each file system of fsspec has its own
+    except Exception as error:  # each file system of fsspec raises its own
         raise UserError(
-            f"--crawl {crawl}: cannot read {listing} ({type(error).__name__}); expected a crawl's name such as"
-            " CC-MAIN-2026-30 and a way to the internet; check both, or give files with --input"
+            f"--crawl {crawl}: cannot read {listing} ({type(error).__name__}); expected a crawl's name"
+            " such as CC-MAIN-2026-30, and the internet; check both, or give files with --input"
         ) from error
 
 
 def expand_input(given: str) -> list[str]:
     """Return the files that one --input names: a file, a folder, a glob, or a URL."""
-    endings = WARC_ENDINGS + ROW_ENDINGS
-    expected = f"expected files that end in {', '.join(endings)}"
-    system, path = fsspec.core.url_to_fs(given)
+    expected = f"expected files that end in {', '.join(ENDINGS)}"
     remote = "://" in given
     try:
+        system, path = fsspec.core.url_to_fs(given)
         if any(sign in given for sign in "*?["):
             names = sorted(system.glob(path))
-        elif remote and path.endswith(endings):
+        elif remote and path.endswith(ENDINGS):
             return [given]
         elif system.isdir(path):
-            names = sorted(name for name in system.ls(path, detail=False) if name.endswith(endings))
+            names = sorted(name for name in system.ls(path, detail=False) if name.endswith(ENDINGS))
         else:
             names = [path] if system.exists(path) else []
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"--input {given}: cannot be listed ({error}); {expected}; check the address"
-        ) from error
+        raise UserError(f"--input {given}: no access ({error}); {expected}; check it") from error
     if not names:
-        what = "holds no such files" if Path(given).is_dir() else "does not exist"
+        what = "holds no such file" if Path(given).is_dir() else "does not exist"
         raise UserError(f"--input {given}: {what}; {expected}; check the path")
     for name in names:
-        if not name.endswith(endings):
-            raise UserError(f"--input {given}: {Path(name).name} has another ending; {expected}")
+        if not name.endswith(ENDINGS):
+            raise UserError(f"--input {given}: {name} has another ending; {expected}; rename it")
     return [system.unstrip_protocol(name) if remote else name for name in names]
-
-
-def publish(args: Arguments, work: Path, turn: int) -> dict:
-    """Put the finished corpus into the output folder, cut at the target size; return its counts."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    output, left = Path(args.output_dir), parse_size(args.target_size)
-    place = work / f"dedup_{turn:02d}"
-    pages = size = characters = 0
-    for old in output.glob("*.parquet"):
-        old.unlink()
-    for path in sorted((place / "final").glob("*.parquet")):
-        table = pq.read_table(path)
-        sizes = np.cumsum(pc.binary_length(table["text"].cast(pa.binary())).to_numpy())
-        if left is not None and size + sizes[-1] > left:
-            table = table.slice(0, int(np.searchsorted(sizes, left - size)) + 1)
-        temporary = output / f".{path.name}"
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, output / path.name)
-        pages += len(table)
-        size += int(sizes[len(table) - 1])
-        characters += pc.sum(pc.utf8_length(table["text"])).as_py()
-        if left is not None and size >= left:
-            break
-    judged = read_tallies(work / "tally")
-    exact = read_tallies(place / "tally", "exact_*.json")
-    near = read_tallies(place / "tally", "near_*.json")
-    left_after = {"read": (judged.pages["read"], judged.bytes["read"])}
-    pages_left, bytes_left = left_after["read"]
-    for rule in list(RULES)[:-3]:
-        pages_left -= judged.pages[rule]
-        bytes_left -= judged.bytes[rule]
-        left_after[rule] = (pages_left, bytes_left)
-    for rule, tally in (("exact_duplicate", exact), ("near_duplicate", near)):
-        left_after[rule] = (tally.pages["kept"], tally.bytes["kept"])
-    left_after["target"] = (pages, size)
-    return {
-        "files": judged.files,
-        "pages_read": judged.pages["read"],
-        "bytes_read": judged.bytes["read"],
-        "pages": pages,
-        "characters": characters,
-        "bytes": size,
-        "damage": dict(sorted(judged.damage.items())),
-        "left_after": {
-            rule: {"pages": number, "bytes": amount}
-            for rule, (number, amount) in left_after.items()
-        },
-    }
-
-
-def draw_funnel(results: dict, path: Path) -> None:
-    """Draw pages and bytes that were left after each rule, on a logarithmic scale."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    left = results["left_after"]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, unit in zip(figure.subplots(1, 2, sharey=True), ("pages", "bytes"), strict=True):
-        values = [counts[unit] for counts in left.values()]
-        axis.barh(list(left), values, color="#4c72b0" if unit == "pages" else "#55a868")
-        axis.set_xscale("symlog")
-        axis.set_xlim(0, 8 * max(values[0], 1))
-        axis.set_xlabel(f"{unit} left")
-        axis.spines[["top", "right"]].set_visible(False)
-        for row, value in enumerate(values):
-            axis.text(value * 1.1 + 0.1, row, f"{value:,}", va="center", fontsize=8)
-        axis.invert_yaxis() if unit == "pages" else None
-    figure.suptitle("What each rule left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def write_card(args: Arguments, results: dict) -> None:
-    """Write the dataset card."""
-    source = args.crawl or ", ".join(args.input)
-    rows = "\n".join(
-        f"| {rule} | {RULES.get(rule, 'everything read')} | {left['pages']:,} | {left['bytes']:,} |"
-        for rule, left in results["left_after"].items()
-    )
-    write_whole(
-        Path(args.output_dir, "README.md"),
-        f"""---
-language: [zh]
-task_categories: [text-generation]
-configs:
-- config_name: default
-  data_files: "*.parquet"
----
-# Traditional Chinese web text in Taiwan usage
-
-{results["pages"]:,} pages, {results["characters"]:,} characters, {results["bytes"]:,} bytes of UTF-8,
-made from {source} by `filter_cc.py` of Luojiu. Columns: `text`, `id`, `url`, `date`, and the scores
-{", ".join(f"`{name}`" for name in SCORES)}. run.json holds the settings, stats.json the counts.
-
-| after the rule | which refuses | pages left | bytes left |
-| --- | --- | --- | --- |
-{rows}
-
-E-mail and IP addresses, telephone numbers and national ids are placeholders: [EMAIL], [IP], [PHONE], [ID].
-Pages from Common Crawl remain their authors' work; its terms of use apply:
-https://commoncrawl.org/terms-of-use
-""",
-    )
 
 
 @contextmanager
@@ -1424,10 +1225,11 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
     output = Path(args.output_dir)
     work = output / ".work"
     known = work / "settings.json"
+    where = f"--output_dir {output}:"
     if not known.exists() and any(output.glob("*.parquet")):
         raise UserError(
-            f"--output_dir {output}: holds Parquet files of another program; expected a new folder"
-            " or one of this script's; choose another"
+            f"{where} holds Parquet files of another program; expected a folder of this script's own;"
+            " choose another"
         )
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
@@ -1435,71 +1237,70 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"--output_dir {output}: another run is writing here; expected a folder to itself;"
-                " wait for it or choose another"
+                f"{where} another run is writing here; expected a folder to itself; wait for it or"
+                " choose another"
             ) from error
-        settings = {k: v for k, v in asdict(args).items() if k not in NOT_SETTINGS} | {
-            "files": files
-        }
-        if known.exists():
-            before = json.loads(known.read_text())
-            if differing := [name for name in settings if settings[name] != before.get(name)]:
-                name = differing[0]
-                shown = (
-                    "" if name == "files" else f" ({before.get(name)} before, {settings[name]} now)"
-                )
-                raise UserError(
-                    f"--output_dir {output}: begun with another --{name}{shown}; expected the same"
-                    " settings; choose another folder or delete this one"
-                )
-        else:
+        settings = {k: v for k, v in asdict(args).items() if k not in HERE_ONLY} | {"files": files}
+        if not known.exists():
             write_whole(known, json.dumps(settings, ensure_ascii=False))
+        before = json.loads(known.read_text())
+        for name, value in settings.items():
+            if value != before.get(name):
+                shown = f" ({before.get(name)} before, {value} now)" if name != "files" else ""
+                name = "input" if name == "files" else name
+                raise UserError(
+                    f"{where} begun with another --{name}{shown}; expected the same settings; choose"
+                    " another folder or delete this one"
+                )
         yield work
 
 
-def filter_files(args: Arguments, files: list[str], work: Path) -> int | None:
-    """Judge the files, deduplicate what is kept; with a target size wave by wave until it is there.
-    Return the number of the last deduplication, None if Slurm has still to work."""
-    target = parse_size(args.target_size)
-    wanted, done, kept, wave, turn = target, 0, [], 0, 0
-    while True:
-        stages = []
-        while done < len(files) and (not done or not stages and has_kept(work) < wanted):
-            size = len(files)
-            if target is not None:  # so many files as the yield so far lets expect
-                size = FIRST_WAVE
-                if done:
-                    size = math.ceil(done * min(4, 1.1 * wanted / max(1, has_kept(work)) - 1))
-            chosen = files[done : done + max(1, size)]
-            stages += judging(args, work, wave, chosen)
-            kept += [f"{wave:02d}_{rank:05d}.parquet" for rank in range(task_count(args, chosen))]
-            done += len(chosen)
-            wave += 1
-            if target is not None:
-                if not run_stages(stages, args, work, "", done):
-                    return None
-                stages = []
-        stages += deduplication(args, work, kept, turn)
-        if not run_stages(stages, args, work, f"{turn:02d}_", len(files)):
-            return None
-        final = read_tallies(work / f"dedup_{turn:02d}" / "tally", "near_*.json").bytes["kept"]
-        if target is None or final >= target or done == len(files):
-            return turn
-        wanted = 1.1 * has_kept(work) * target / max(1, final)
-        turn += 1
+def publish(args: Arguments, work: Path, turn: int) -> dict:
+    """Put the finished corpus into the output folder, cut at the target size; return its counts."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
-
-def has_kept(work: Path) -> int:
-    """Return the bytes that all finished waves kept."""
-    return read_tallies(work / "tally").bytes["kept"]
+    output, place, left = Path(args.output_dir), work / f"dedup_{turn:02d}", math.inf
+    left = parse_size(args.target_size) or math.inf
+    pages = size = characters = 0
+    for old in output.glob("*.parquet"):
+        old.unlink()
+    for path in sorted((place / "final").glob("*.parquet")):
+        table = pq.read_table(path)
+        sizes = np.cumsum(pc.binary_length(table["text"].cast(pa.binary())).to_numpy())
+        table = table.slice(0, int(np.searchsorted(sizes, left - size)) + 1)
+        pq.write_table(table, output / f".{path.name}", compression="zstd")
+        os.replace(output / f".{path.name}", output / path.name)
+        pages, size = pages + len(table), size + int(sizes[len(table) - 1])
+        characters += pc.sum(pc.utf8_length(table["text"])).as_py()
+        if size >= left:
+            break
+    judged = sum_tallies(work / "tally")
+    pages_left, bytes_left = judged.pages["read"], judged.bytes["read"]
+    left_after = {"read": (pages_left, bytes_left)}
+    for rule in list(RULES)[:-3]:
+        pages_left, bytes_left = pages_left - judged.pages[rule], bytes_left - judged.bytes[rule]
+        left_after[rule] = (pages_left, bytes_left)
+    for rule in ("exact", "near"):
+        tally = sum_tallies(place / "tally", f"{rule}_*")
+        left_after[f"{rule}_duplicate"] = (tally.pages["kept"], tally.bytes["kept"])
+    left_after["target"] = (pages, size)
+    return {
+        "files": judged.files,
+        "pages": pages,
+        "characters": characters,
+        "bytes": size,
+        "left_after": {rule: {"pages": p, "bytes": b} for rule, (p, b) in left_after.items()},
+        "damage": dict(sorted(judged.damage.items())),
+    }
 
 
 def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
     """Write stats.json, the card, the picture and, last, run.json; tidy up and print the counts."""
-    stats = json.dumps(results, indent=2)
-    write_whole(Path(args.output_dir, "stats.json"), stats)
-    write_card(args, results)
-    draw_funnel(results, Path(args.picture))
+    write_whole(Path(args.output_dir, "stats.json"), json.dumps(results, indent=2))
+    write_whole(Path(args.output_dir, "README.md"), card(args, results))
+    draw_funnel(results["left_after"], Path(args.picture))
     packages = ("datatrove", "fastwarc", "isal", "numpy", "opencc", "pyarrow", "resiliparse")
     run = {
         "script": "filter_cc.py",
@@ -1526,22 +1327,49 @@ def tidy(work: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def check(args: Arguments) -> None:
-    """Find mistakes before any work."""
-    parse_size(args.target_size)
-    for name in ("workers", "limit_files", "tasks", "minhash_buckets", "minhash_rows"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: expected at least 1; leave it out for the default")
-    for name in SHARES:
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(
-                f"--{name} {getattr(args, name)}: expected a share from 0 to 1; change it"
-            )
-    if Path(args.output_dir).is_file():
-        raise UserError(
-            f"--output_dir {args.output_dir}: is a file; expected a folder; choose another"
-        )
+def draw_funnel(left_after: dict, path: Path) -> None:
+    """Draw pages and bytes that were left after each rule, on a logarithmic scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for axis, unit in zip(figure.subplots(1, 2, sharey=True), ("pages", "bytes"), strict=True):
+        values = [counts[unit] for counts in left_after.values()]
+        axis.barh(list(left_after), values, color="#4c72b0" if unit == "pages" else "#55a868")
+        axis.set(xscale="symlog", xlim=(0, 9 * max(*values, 1)), xlabel=f"{unit} left")
+        axis.spines[["top", "right"]].set_visible(False)
+        for row, value in enumerate(values):
+            axis.text(value * 1.1 + 0.1, row, f"{value:,}", va="center", fontsize=8)
+    axis.invert_yaxis()
+    figure.suptitle("What each rule left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def card(args: Arguments, results: dict) -> str:
+    """Return the dataset card."""
+    rows = [
+        f"| {rule} | {RULES.get(rule, 'nothing yet')} | {left['pages']:,} | {left['bytes']:,} |"
+        for rule, left in results["left_after"].items()
+    ]
+    return f"""---
+language: [zh]
+task_categories: [text-generation]
+configs: [{{config_name: default, data_files: "*.parquet"}}]
+---
+# Traditional Chinese web text in Taiwan usage
+
+{results["pages"]:,} pages, {results["characters"]:,} characters, {results["bytes"]:,} bytes of UTF-8,
+from {args.crawl or ", ".join(args.input)}, by `filter_cc.py` of the Luojiu project.
+Columns: `text`, `id`, `url`, `date`, and the scores {", ".join(f"`{name}`" for name in SCORES)}.
+run.json holds the settings and versions, stats.json the counts.
+
+| after the rule | which refuses | pages left | bytes left |
+| --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+Personal data are placeholders: [EMAIL], [IP], [PHONE] and [ID]. The pages remain their authors' work;
+for Common Crawl its terms of use apply: https://commoncrawl.org/terms-of-use
+"""
 
 
 # --- Main ----------------------------------------------------------------------------------------
