@@ -36,7 +36,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from http.client import HTTPException
 from importlib.metadata import version
 from io import BytesIO
@@ -62,6 +62,7 @@ HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
 BLOCK_ROWS, BLOCK_BYTES = 1024, 16 << 20
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 PICTURE = "pictures/vocab.png"
 PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch", "opencc")
 KINDS = {"base": "base_vocab_size", "extended": "vocab_size"}
@@ -274,13 +275,14 @@ def read_base(folder: Path, args: Arguments):
             f"{option}: tokenizer.model is missing or not SentencePiece's; expected a model with a "
             "SentencePiece BPE tokenizer, such as Llama 2, TinyLlama or Mistral 7B v0.1"
         ) from error
-    normal = base.normalizer_spec
+    spec, normal = base.trainer_spec, base.normalizer_spec
     if (
-        base.trainer_spec.model_type != BPE
+        spec.model_type != BPE
         or normal.precompiled_charsmap
         or normal.remove_extra_whitespaces
         or not normal.add_dummy_prefix
         or any(piece.type == USER_DEFINED for piece in base.pieces)
+        or min(spec.unk_id, spec.bos_id, spec.eos_id) < 0
     ):
         raise UserError(
             f"{option}: its tokenizer.model is not like Llama 2's; expected SentencePiece BPE, no "
@@ -328,7 +330,7 @@ def read_shards(folder: Path, option: str) -> dict[Path, tuple[int, dict]]:
         try:
             header = json.loads(head)
             end = max(item["data_offsets"][1] for item in tensors(header).values())
-        except ValueError as error:
+        except (ValueError, AttributeError, KeyError) as error:
             raise UserError(f"{option}: {path.name} is not a safetensors file") from error
         if path.stat().st_size != 8 + length + end:
             raise UserError(f"{option}: {path.name} is cut short; fetch the model again")
@@ -371,7 +373,7 @@ def find_texts(name: str, option: str) -> list[Path]:
     if name == HONGLOUMENG and not path.exists():
         fetch_hongloumeng(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES)
+        files = sorted(file for file in path.iterdir() if file.suffix in TEXT_SUFFIXES)
     else:
         files = [path] if path.is_file() and path.suffix in TEXT_SUFFIXES else []
     if not files:
@@ -405,7 +407,7 @@ def documents(path: Path, option: str) -> Iterator[str]:
         ) from error
 
 
-def read_texts(args: Arguments, files: dict[str, list[Path]]) -> tuple[list, list[str]]:
+def read_corpora(args: Arguments, files: dict[str, list[Path]]) -> tuple[list, list[str]]:
     """The training documents as (weight, text), and the documents that the report is about."""
     train, held_out = [], []
     for name, weight in zip(args.corpus, args.corpus_weight, strict=True):
@@ -493,9 +495,8 @@ def train_pieces(documents: list, args: Arguments, wanted: int, **changes) -> li
     trained.ParseFromString(model.getvalue())
     pieces = [piece.piece for piece in trained.pieces if piece.type == NORMAL]
     merged = [piece for piece in pieces if len(piece) > 1]
-    return merged[: first_singleton(merged, lines)] + [
-        p for p in pieces if len(p) == 1 and p != SPACE
-    ]
+    single = [piece for piece in pieces if len(piece) == 1 and piece != SPACE]
+    return merged[: first_singleton(merged, lines)] + single
 
 
 def first_singleton(pieces: list[str], text: str) -> int:
@@ -514,7 +515,7 @@ def first_singleton(pieces: list[str], text: str) -> int:
 
 
 def merge_pieces(base, candidates: list[str], vocab_size: int):
-    """The base's pieces, then new ones up to vocab_size, each alive; and the ids of ours that died.
+    """The base's pieces, then new ones up to vocab_size, each alive; and the candidates that died.
 
     BPE merges the pair with the highest score first. Distinct scores above the base's, falling in
     training order, replay the trainer's own merges, so every piece is reached; with equal scores,
@@ -597,14 +598,8 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", left=1, right=0)])
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (unk, bos, eos)])
 
     settings = {"add_bos_token": True, "add_eos_token": False, "model_max_length": 4096}
@@ -613,10 +608,8 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     old = read_json(old, f"--base_model {base_folder}") if old.is_file() else {}
     kept = (*settings, "pad_token", "padding_side", "chat_template")
     settings |= {name: old[name] for name in kept if old.get(name) is not None}
-    settings |= {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["clean_up_tokenization_spaces"] = False
     before = f"{bos} " if settings["add_bos_token"] else ""
     after = f" {eos}" if settings["add_eos_token"] else ""
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -625,13 +618,9 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
         special_tokens=[(bos, spec.bos_id), (eos, spec.eos_id)],
     )
     tokenizer.save(str(folder / "tokenizer.json"))
-    specials = {
-        name: settings[name]
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        if name in settings
-    }
-    write_json(folder / "tokenizer_config.json", settings)
-    write_json(folder / "special_tokens_map.json", specials)
+    save_json(folder / "tokenizer_config.json", settings)
+    specials = {name: settings[name] for name in settings if name in SPECIAL_TOKENS}
+    save_json(folder / "special_tokens_map.json", specials)
 
 
 # --- The proof -----------------------------------------------------------------------------------
@@ -657,13 +646,12 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict:
     theirs = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     plain = [text for text in texts if text.isascii()]
     plain_ids = zip(processor(base).encode(plain), ours.encode(plain), strict=True)
+    both = list(zip(texts, ids, strict=True))
     trials = {
         "dead_pieces": dead_pieces(model, size),
-        "texts_differing": [t for t, a, b in zip(texts, ids, theirs, strict=True) if a != b],
+        "texts_differing": [t for (t, a), b in zip(both, theirs, strict=True) if a != b],
         "texts_not_restored": [
-            t
-            for t, row in zip(texts, ids, strict=True)
-            if not t == ours.decode(row) == tokenizer.decode(row)
+            t for t, a in both if not t == ours.decode(a) == tokenizer.decode(a)
         ],
         "ascii_texts_changed": [t for t, (a, b) in zip(plain, plain_ids, strict=True) if a != b],
         "sizes_differing": [n for n in (len(tokenizer), len(ours)) if n != len(model.pieces)],
@@ -678,27 +666,27 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict:
 
 
 def measure(model, texts: list[str]) -> dict[str, float]:
-    """How well the tokenizer fits the texts."""
+    """How well the tokenizer fits the texts. A line break is a byte token in every Llama tokenizer
+    and no failure, so the share of byte tokens leaves it out."""
     tokenizer = processor(model)
     ids = [i for row in tokenizer.encode(texts) for i in row]
-    return {
-        "characters_per_token": sum(map(len, texts)) / len(ids),
-        "byte_token_share": sum(map(tokenizer.is_byte, ids)) / len(ids),
-    }
+    spelled = sum(map(tokenizer.is_byte, ids)) - ids.count(tokenizer.piece_to_id("<0x0A>"))
+    chars = sum(map(len, texts))
+    return {"characters_per_token": chars / len(ids), "byte_token_share": spelled / len(ids)}
 
 
 # --- The model -----------------------------------------------------------------------------------
 
 
-def new_rows(matrix, spelling: list[list[int]], init: str, std: float, seed: int) -> Iterator:
-    """Rows for the new pieces, in blocks of (B, H) like matrix (V, H), computed in fp32.
+def new_rows(name: str, matrix, spelling: list[list[int]], init: str, std: float, seed: int):
+    """Yield rows for the new pieces, in blocks (B, H) of the matrix (V, H), computed in fp32.
 
     mean_subtoken: the mean of the rows that spell the piece; one starts where the sum of its parts
     was. mean: the mean of all rows, so that no new piece outweighs the old ones (Hewitt, 2021).
     """
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(2 * seed + (name == HEAD))  # not twice the same
     if init == "mean":
         total = sum(block.float().sum(0, dtype=torch.float64) for block in matrix.split(BLOCK_ROWS))
         mean = (total / len(matrix)).to(matrix.dtype)
@@ -715,25 +703,27 @@ def new_rows(matrix, spelling: list[list[int]], init: str, std: float, seed: int
             yield torch.segment_reduce(parts, "mean", lengths=lengths).to(matrix.dtype)
 
 
-def resize_model(
-    folder: Path, base_folder: Path, shards: dict, spelling: list, args, config
-) -> None:
-    """Stream the base into the folder: new rows behind embedding and head, the rest unchanged."""
+def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of, more: int) -> None:
+    """Stream the base into the folder: more rows behind embedding and head, the rest unchanged."""
     total = sum(path.stat().st_size for path in shards)
     if total * 1.3 > shutil.disk_usage(folder).free:
-        raise OSError(
-            errno.ENOSPC, f"--output_dir {args.output_dir}: {total * 1.3 / 1e9:.1f} GB needed"
-        )
+        raise OSError(errno.ENOSPC, f"--output_dir: {total * 1.3 / 1e9:.1f} GB of disk are needed")
     with tqdm(total=total, desc="writing", unit="B", unit_scale=True, mininterval=1) as bar:
         for path, (start, header) in shards.items():
             target = folder / path.name
             if {EMBEDDING, HEAD} & header.keys():
-                grow_shard(path, target, start, header, spelling, args, config)
+                grow_shard(path, target, start, header, rows_of, more)
             else:
                 shutil.copyfile(path, target)
                 sync(target)
             bar.update(path.stat().st_size)
-    for pattern in ("*.index.json", "generation_config.json", "*.jinja", "LICENSE*", "USE_POLICY*"):
+    for pattern in (
+        "model.*.index.json",
+        "generation_config.json",
+        "*.jinja",
+        "LICENSE*",
+        "USE_POLICY*",
+    ):
         for path in base_folder.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     index = folder / "model.safetensors.index.json"
@@ -743,12 +733,10 @@ def resize_model(
         sizes = {"total_size": sum(i["data_offsets"][1] - i["data_offsets"][0] for i in items)}
         sizes["total_parameters"] = sum(prod(i["shape"]) for i in items)
         content["metadata"] = {**content.get("metadata", {}), **sizes}
-        write_json(index, content)
+        save_json(index, content)
 
 
-def grow_shard(
-    source: Path, target: Path, start: int, header: dict, spelling, args, config
-) -> None:
+def grow_shard(source: Path, target: Path, start: int, header: dict, rows_of, more: int) -> None:
     """Copy one safetensors file (data from offset start), growing the matrices that are in it; in
     blocks, front to back, so memory holds the touched pages of one matrix and no more."""
     import torch
@@ -759,8 +747,8 @@ def grow_shard(
         begin, shape = end, list(item["shape"])
         size = item["data_offsets"][1] - item["data_offsets"][0]
         if name in (EMBEDDING, HEAD):
-            size += size // shape[0] * len(spelling)
-            shape[0] += len(spelling)
+            size += size // shape[0] * more
+            shape[0] += more
         end += size
         new_header[name] = {"dtype": item["dtype"], "shape": shape, "data_offsets": [begin, end]}
     head = json.dumps(new_header, separators=(",", ":")).encode()
@@ -773,23 +761,15 @@ def grow_shard(
             for offset in range(first, last, BLOCK_BYTES):
                 new.write(old.read(min(BLOCK_BYTES, last - offset)))
             if name in (EMBEDDING, HEAD):
-                for rows in init_rows(
-                    name, reader.get_tensor(name), spelling, args.init, args, config
-                ):
+                for rows in rows_of(name, reader.get_tensor(name)):
                     new.write(rows.contiguous().view(torch.uint8).numpy().data)
     sync(target)
-
-
-def init_rows(name: str, matrix, spelling: list, init: str, args, config) -> Iterator:
-    """The new rows of embedding or head; the two draw different noise."""
-    std = config.get("initializer_range", 0.02)
-    return new_rows(matrix, spelling, init, std, 2 * args.seed + (name == HEAD))
 
 
 # --- The report ----------------------------------------------------------------------------------
 
 
-def starting_losses(folder: Path, base, model, spelling, texts, args, config) -> dict[str, float]:
+def starting_losses(folder: Path, base, model, texts: list[str], rows_of, eval_loss: str) -> dict:
     """Bits per character before any training: the base with its own tokenizer, then every --init.
 
     Bits per character compares across tokenizers, as loss per token does not. Empty where the
@@ -799,23 +779,22 @@ def starting_losses(folder: Path, base, model, spelling, texts, args, config) ->
 
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size
-    if args.eval_loss == "no" or (args.eval_loss == "auto" and not gpu and size > CPU_LOSS_BYTES):
+    if eval_loss == "no" or (eval_loss == "auto" and not gpu and size > CPU_LOSS_BYTES):
         return {}
     from transformers import AutoModelForCausalLM
 
     print("measuring the loss before training for each --init", flush=True)
     dtype, device = ("auto", "cuda") if gpu else (torch.float32, "cpu")
-    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device).eval()
     matrices = {EMBEDDING: llama.get_input_embeddings().weight}
-    if not config.get("tie_word_embeddings", False):
+    if not llama.config.tie_word_embeddings:
         matrices[HEAD] = llama.get_output_embeddings().weight
     bos, start = base.trainer_spec.bos_id, len(base.pieces)
     with torch.inference_mode():
         losses = {"base": bits_per_character(llama, processor(base), texts, bos, start)}
         for init in INITS:
             for name, matrix in matrices.items():
-                rows = init_rows(name, matrix[:start].cpu(), spelling, init, args, config)
-                matrix[start:] = torch.cat(list(rows)).to(device)
+                matrix[start:] = torch.cat(list(rows_of(name, matrix[:start].cpu(), init=init)))
             losses[init] = bits_per_character(llama, processor(model), texts, bos, len(matrix))
     return losses
 
@@ -879,7 +858,7 @@ def read_json(path: Path, option: str) -> dict:
         raise UserError(f"{option}: {path.name} is not JSON; fetch the model again") from error
 
 
-def write_json(path: Path, content: dict) -> None:
+def save_json(path: Path, content: dict) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -958,26 +937,28 @@ def main(argv: list[str] | None = None) -> None:
     if already_done(args, inputs):
         return
 
-    train, report_texts = read_texts(args, files)
+    train, report_texts = read_corpora(args, files)
     candidates = train_pieces(train, args, args.vocab_size - len(base.pieces))
     model, replaced = merge_pieces(base, candidates, args.vocab_size)
     spelling = spellings(base, [piece.piece for piece in model.pieces][len(base.pieces) :])
+    std = config.get("initializer_range", 0.02)
+    rows_of = partial(new_rows, spelling=spelling, init=args.init, std=std, seed=args.seed)
     report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
     report |= {"replaced_pieces": len(replaced)}
     report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
     with whole_folder(Path(args.output_dir)) as folder:
-        write_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
+        save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         write_tokenizer(folder, base_folder, model)
         proof_texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, proof_texts, args.seed)
-        resize_model(folder, base_folder, shards, spelling, args, config)
+        resize_model(folder, base_folder, shards, rows_of, len(spelling))
         texts = sample(report_texts, LOSS_CHARS, args.seed)
         report["bits_per_character_before_training"] = starting_losses(
-            folder, base, model, spelling, texts, args, config
+            folder, base, model, texts, rows_of, args.eval_loss
         )
         run = {"script": "extend_vocab.py", "arguments": asdict(args), "inputs": inputs}
         run |= {"versions": {name: version(name) for name in PACKAGES}, "results": report}
-        write_json(folder / "run.json", run)
+        save_json(folder / "run.json", run)
     draw(report, Path(PICTURE))
     show(report, report_texts[0], model)
     print(f"wrote {args.output_dir} and {PICTURE}; next: python train_pt.py")

@@ -277,7 +277,7 @@ def test_weights_decide_whose_words_get_in(tmp_path, base):
 
     def share_of_two(weight: float) -> float:
         args = script.Arguments(corpus=[str(one), str(two)], corpus_weight=[1, weight])
-        train, _ = script.read_texts(args, {str(one): [one], str(two): [two]})
+        train, _ = script.read_corpora(args, {str(one): [one], str(two): [two]})
         pieces = script.train_pieces(train, args, 100)
         top = [piece for piece in pieces if len(piece) > 1][:300]
         return sum(any(piece in word for word in words(2)) for piece in top) / len(top)
@@ -288,9 +288,16 @@ def test_weights_decide_whose_words_get_in(tmp_path, base):
 def test_the_report_is_on_text_that_was_not_trained_on(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.txt", lines=500)
     args = script.Arguments(corpus=[str(corpus)], corpus_weight=[1])
-    train, held_out = script.read_texts(args, {str(corpus): [corpus]})
+    train, held_out = script.read_corpora(args, {str(corpus): [corpus]})
     assert len(train) == 490 and len(held_out) == 10
     assert not {text for _, text in train} & set(held_out)
+
+
+def test_measures_by_hand(base):
+    """中 is a piece of the base, 甲 three bytes, a line break one byte that does not count."""
+    figures = script.measure(proto(base), ["中甲\n", "中"])
+    assert figures["characters_per_token"] == 4 / 8  # two prefix spaces, 中 3 1, 中
+    assert figures["byte_token_share"] == 3 / 8
 
 
 def test_text_parquet_and_jsonl_read_alike(tmp_path):
@@ -315,7 +322,7 @@ def test_mean_subtoken_is_the_mean_of_the_spelling_rows(dtype):
     matrix = torch.randn(37, 11, dtype=torch.float64).to(dtype)
     chance = random.Random(1)
     spelling = [chance.choices(range(37), k=chance.randint(1, 48)) for _ in range(2051)]
-    rows = torch.cat(list(script.new_rows(matrix, spelling, "mean_subtoken", 0.02, 0)))
+    rows = torch.cat(list(script.new_rows("", matrix, spelling, "mean_subtoken", 0.02, 0)))
     assert rows.shape == (2051, 11) and rows.dtype == dtype
     for row, ids in zip(rows, spelling, strict=True):
         total = torch.zeros(11, dtype=torch.float64)
@@ -338,10 +345,11 @@ def smallest(dtype: torch.dtype) -> float:
 def test_mean_is_the_mean_of_all_rows_and_random_has_the_configs_width():
     torch.manual_seed(2)
     matrix = torch.randn(1501, 7)
-    mean = torch.cat(list(script.new_rows(matrix, [[0]] * 1030, "mean", 0.02, 0)))
+    mean = torch.cat(list(script.new_rows("", matrix, [[0]] * 1030, "mean", 0.02, 0)))
     assert torch.equal(mean, matrix.double().mean(0).float().expand(1030, 7))
+    names = (script.EMBEDDING, script.EMBEDDING, script.HEAD)
     draw = [
-        torch.cat(list(script.new_rows(matrix, [[0]] * 5001, "random", 0.3, s))) for s in (0, 0, 1)
+        torch.cat(list(script.new_rows(n, matrix, [[0]] * 5001, "random", 0.3, 0))) for n in names
     ]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
     assert draw[0].std().item() == pytest.approx(0.3, rel=0.02)
