@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import math
 import mmap
@@ -49,12 +50,12 @@ from fastwarc.warc import WarcRecord, WarcRecordType
 from isal import igzip_lib
 from tqdm import tqdm
 from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
 
 # --- Constants -----------------------------------------------------------------------------------
 
 CRAWL_URL = "https://data.commoncrawl.org/"
-ENDINGS = tuple(".wet .wet.gz .warc .warc.gz .jsonl .jsonl.gz .jsonl.zst .parquet".split())
+ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+ENDINGS = (".wet", ".wet.gz", ".warc", ".warc.gz", *ROW_ENDINGS)
 MAX_TASKS = 256  # deduplication opens one file of every task at once
 FIRST_WAVE = 32  # files read before the yield of a crawl is known (--target_size)
 BLOCK = 1 << 20  # bytes that a stream gives at a time
@@ -62,7 +63,7 @@ MAX_RECORD = 16 << 20  # bytes; no page of prose is larger
 MAX_HEADER = 1024  # bytes inflated before a record is refused on its header
 SCRIPTS = ("other", "han", "traditional", "simplified", "rare", "kana", "hangul", "broken")
 SCORES = ("han", "traditional", "mainland", "repeated", "distinct", "closing", "spam")
-HERE_ONLY = set("input crawl limit_files workers executor partition time picture".split())
+HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
 
 # Rules in the order in which they are applied; stats.json and the picture follow it.
 RULES = {
@@ -83,70 +84,83 @@ RULES = {
     "target": "beyond the target size",
 }
 
-# Words of menus and footers, for lines that hold no sentence.
+# Words of menus, for lines that hold no sentence.
 FURNITURE = re.compile(
-    "首頁|主頁|最新消息|關於(我們|本站|本所)|(聯絡|聯繫)(我們|站長)|會員|登入|登出|註冊|購物車|加入好友|追蹤|收藏|"
-    "網站(地圖|導覽)|隱私權?(政策|聲明)?|服務條款|使用條款|免責聲明|常見問(題|答)|回(到)?(最)?(頂|上|首)[頁端方層]?|"
-    "(上|下)一?[頁篇則]|(看|閱讀)更多|更多|延伸閱讀|(相關|熱門|最新|推薦|精選)(文章|新聞|閱讀|商品|關鍵字|標籤|連結|主題)|"
-    "分享(到|至)?|列印|字級|友善列印|訂閱|電子報|粉絲(團|專頁)|按讚|留言|回覆|回應|搜尋|搜索|目前位置|您(的|現在)位置|"
-    "人氣|瀏覽(人次|次數|數)?|點閱(數|率)?|標籤|分類|跳到主要內容(區塊)?|選單|客服(中心)?|訂單查詢|忘記密碼|人才招募|"
-    "發(布|佈|表|文)(日期|時間)|更新(日期|時間)|作者|編輯|上架|排序|複製連結|English|Facebook|FACEBOOK|LINE|Line|Instagram|"
-    "IG|YouTube|Twitter|Threads|Telegram|RSS|App|APP|Email|E-mail|email|TOP|Top|Menu|MENU|Home|HOME|Login|Tags?"
+    "首頁|主頁|最新消息|關於(?:我們|本站)|(?:聯絡|聯繫)我們|會員|登[入出]|註冊|購物車|加入好友|"
+    "追蹤|收藏|網站(?:地圖|導覽)|隱私權?(?:政策|聲明)?|(?:服務|使用)條款|免責聲明|常見問[題答]|"
+    "回到?最?[頂上首][頁端方層]?|[上下]一?[頁篇則]|更多|延伸閱讀|"
+    "(?:相關|熱門|最新|推薦|精選)(?:文章|新聞|閱讀|商品|關鍵字|標籤|連結|主題)|分享到?|列印|字級|"
+    "轉寄|訂閱|電子報|粉絲(?:團|專頁)|按讚|留言|回[覆應]|搜尋|[您目]的?現?前?位置|人氣|"
+    "瀏覽(?:人次|數)?|點閱[數率]?|標籤|分類|跳到主要內容(?:區塊)?|選單|客服(?:中心)?|忘記密碼|"
+    "人才招募|[發更].?(?:日期|時間)|作者|編輯|排序|複製連結|繁體中文|"
+    "(?i:english|facebook|line|instagram|\\bIG\\b|youtube|twitter|threads|telegram|rss|app|e?-?mail|top|menu|home|login|tags?)"
 )
-# Lines that are furniture although they read like a sentence.
+# Lines that are furniture although they read like a sentence; of the prompts only short ones.
 NOTICE = re.compile(
-    r"(?i)版權(所有|為)|著作權(所有|聲明|歸)|©|\(c\) ?(19|20)\d\d|copyright|all rights reserved|請勿(任意)?轉載|"
-    r"未經(授權|許可|同意).{0,8}(轉載|重製|使用)|轉載請|(本|我們的)(網站|站|網頁).{0,6}使用.{0,4}cookie|"
-    r"cookies?.{0,30}(同意|政策|隱私|瀏覽)|同意.{0,12}cookie|最佳瀏覽|瀏覽器.{0,12}(最佳|建議)|建議使用.{0,24}瀏覽|"
-    r"(喜歡|覺得).{0,14}(分享|按讚|訂閱)|歡迎(分享|訂閱|追蹤|按讚|加入)|按讚.{0,8}(粉絲|專頁)|訂閱.{0,8}(電子報|頻道)|"
-    r"(追蹤|加入)我們|點(我|此|這裡)(看|閱讀|前往|了解)|(看|閱讀)更多|延伸閱讀[:：]|^(上|下)一(篇|則|頁)[:：]"
+    r"(?i)"
+    r"版權(?:所有|為)|著作權(?:所有|聲明|歸)|©|\(c\)\s?(?:19|20)\d\d|copyright|"
+    r"all\srights\sreserved|請勿(?:任意)?轉載|"
+    r"未經.{0,4}(?:授權|許可|同意).{0,8}(?:轉載|重製|使用)|歡迎轉載|註明出處|創用\s?CC|"
+    r"網站.{0,6}使用.{0,4}cookie|cookies?.{0,40}(?:同意|政策|隱私|瀏覽)|同意.{0,12}cookie|"
+    r"最佳瀏覽|瀏覽器.{0,12}(?:最佳|建議)|建議使用.{0,24}瀏覽|對[您你]有.{0,2}幫助嗎"
+)
+PROMPT = re.compile(
+    r"(?:喜歡|覺得).{0,14}(?:分享|按讚|訂閱)|歡迎.{0,4}(?:分享|訂閱|追蹤|按讚)|"
+    r"按讚.{0,8}(?:粉絲|專頁)|訂閱.{0,8}(?:電子報|頻道)|(?:追蹤|加入)我們|點(?:我|此|這裡)|"
+    r"(?:看|閱讀)更多|延伸閱讀|^[上下]一?[篇則頁][:：]"
 )
 CONTACT = re.compile(
-    r"(?i)(地址|電話|傳真|信箱|郵箱|e-?mail|tel|fax|服務時間|營業時間|統一編號|統編|客服專線|郵遞區號|"
-    r"服務專線|免付費專線|聯絡人)\s*[:：]"
+    r"(?i)(地址|電話|傳真|信箱|e-?mail|tel|fax|服務時間|營業時間|統一?編號?|專線|郵遞區號|聯絡人)\s*[:：]"
 )
-SENTENCE = re.compile("[。！？；，…]|[\u3400-\u9fff」）][,.!?;](\\s|$|[\u3400-\u9fff「])")
+SENTENCE = re.compile("[。！？；，]|[\u3400-\u9fff」）][,.!?;](\\s|$|[\u3400-\u9fff「])")
 CLOSING = tuple("。！？…」』）；：.!?\"')~～")
-SEPARATORS = re.compile("[|｜│>»›＞/／·•．‧★◆■]")
+SEPARATORS = re.compile(r"[|｜│>»›＞/／·•．‧★◆■]")
 FUNCTION_WORDS = frozenset(
     "的了是我你妳他她它在不有這那著也就都而又還說到過裡吧嗎呢啊讓把被與和卻才很"
 )
 
 SPAM = (
-    "娛樂城 百家樂 老虎機 體驗金 線上博弈 博弈網站 運彩投注 首存 首儲 註冊送 現金版 現金網 彩金 六合彩 今彩539 捕魚機 骰寶 "
-    "輪盤 德州撲克 真人荷官 信用版 出金 儲值 老司機 賠率 投注 下注 串關 運彩 必勝法 爆分 外送茶 外約 約妹 茶訊 叫小姐 兼職妹 "
-    "援交 一夜情 定點茶 喝茶 看照約 無碼 A片 成人影片 成人網站 情色 色情影片 做愛 口交 自慰 情趣用品 跳蛋 春藥 壯陽 威而鋼 "
-    "犀利士 必利勁 持久液 催情 借錢 小額借款 小額借錢 急用錢 當日撥款 免留車 免保人 證件借款 票貼 房屋二胎 代書貸款 民間借貸 "
-    "信用瑕疵 當舖 汽車借款 機車借款 融資 代辦 加賴 加LINE 加line 立即領取 代購 高仿 A貨 精仿 代寫論文 代考 刷卡換現金 "
-    "換現金 買粉絲 刷讚 網軍 SEO優化 增高鞋 減肥藥 豐胸 瘦身茶 穩賺 翻倍 帶單 老師帶 保證獲利 飆股 報明牌"
-).split()
-# Mainland words besides those of OpenCC's table, in Traditional glyphs.
+    "娛樂城 百家樂 老虎機 體驗金 線上博弈 博弈網 運彩 首存 首儲 註冊送 現金版 現金網 彩金 六合彩 "
+    "今彩539 捕魚機 骰寶 輪盤 德州撲克 真人荷官 信用版 出金 儲值 賠率 投注 下注 串關 必勝法 "
+    "外送茶 外約 約妹 茶訊 叫小姐 援交 一夜情 定點茶 看照約 無碼 A片 成人影片 成人網站 情色 "
+    "色情影片 做愛 口交 自慰 情趣用品 跳蛋 春藥 壯陽 威而鋼 犀利士 必利勁 持久液 催情 借錢 "
+    "小額借款 急用錢 當日撥款 免留車 免保人 證件借款 票貼 房屋二胎 代書貸款 民間借貸 信用瑕疵 "
+    "當舖 汽車借款 機車借款 加賴 加LINE 立即領取 高仿 A貨 代寫論文 代考 換現金 買粉絲 刷讚 增高鞋 "
+    "減肥藥 豐胸 穩賺 保證獲利 飆股 報明牌"
+)
+# Mainland words in Traditional glyphs besides those of OpenCC's table, and Taiwan's own.
 MAINLAND = (
-    "軟件 硬件 視頻 音頻 屏幕 鼠標 網絡 信息 內存 硬盤 U盤 光盤 默認 短信 打印 服務器 數據庫 互聯網 出租車 酸奶 土豆 激光 "
-    "芯片 筆記本電腦 臺式機 台式機 智能手機 充電寶 快遞 外賣 網約車 小哥 點贊 朋友圈 公眾號 立交橋 方便麵 西紅柿 菠蘿 獼猴桃 "
-    "三文魚 公交車 公交 大巴 幼兒園 素質 領導幹部 網友們 小夥伴 攝像頭 操作系統 程序員 殺毒 博客 網吧 網民 水平 渠道 高清 "
-    "緩存 卸載 主板 顯卡 雲盤 雲計算 大數據 人工智能 微信 支付寶 淘寶 下單 門店 質量 性價比 老師傅 師傅 倆 咱們 咱 啥 特別 挺好 "
-    "衛生間 洗手液 創可貼 空調 飲水機 冰箱貼 小區 物業 樓道 單元樓 居委會 戶口 高考 中考 大學生活動 學習班 班主任 本科生 研究生院 "
-    "知識產權 互聯網絡 運營 運營商 落地 打造 賦能 抓手 接地氣 給力 靠譜 忽悠 山寨 土豪 屌絲 吐槽 立馬 貌似 牛逼"
-).split()
+    "軟件 硬件 視頻 屏幕 鼠標 網絡 信息 內存 U盤 光盤 打印 服務器 互聯網 出租車 酸奶 土豆 激光 "
+    "芯片 筆記本電腦 台式機 智能手機 充電寶 網約車 小哥 點贊 朋友圈 公眾號 立交橋 方便麵 西紅柿 "
+    "菠蘿 獼猴桃 三文魚 公交車 公交站 領導幹部 攝像頭 操作系統 程序員 殺毒 博客 網吧 網民 雲盤 "
+    "微信 支付寶 淘寶 抖音 下單 門店 網店 衛生間 創可貼 居委會 高考 抓手 接地氣 給力 靠譜 忽悠 "
+    "立馬 咱們 打車 帶貨 自媒體 短視頻 二維碼 掃碼 快遞員 外賣員 學區房 農民工 醫保 衛健委 發改委 "
+    "充值 客戶端 用戶名 賬號 賬戶 數碼相機 家長們 早高峰 晚高峰 打工人 幹貨 乾貨滿滿 寶媽 閨蜜 "
+    "顏值 網紅店 吃貨 點外賣 叫外賣 外賣"
+)
 TAIWAN = (
-    "軟體 硬體 影片 影音 螢幕 滑鼠 網路 資訊 記憶體 硬碟 隨身碟 光碟 預設 簡訊 列印 伺服器 資料庫 網際網路 計程車 優格 馬鈴薯 "
-    "雷射 晶片 筆記型電腦 智慧型手機 行動電源 宅配 外送 按讚 交流道 泡麵 番茄 鳳梨 奇異果 鮭魚 公車 捷運 幼稚園 品質 程式 "
-    "作業系統 工程師 防毒 部落格 網咖 網友 水準 管道 高畫質 快取 主機板 雲端 人工智慧 專案 檔案 資料夾 數位 解析度 社群 "
-    "里長 國小 國中 機車 便當 便利商店 超商 健保 統一發票 民國 縣市 鄉鎮 阿嬤 阿公 腳踏車 研究所 透過 部落 志工 營運"
-).split()
-# Words of OpenCC's table that Taiwan uses as well, and compounds in which a mainland word hides.
-SHARED = set(
-    "支持 程序 社區 菜單 公元 地址 參數 函數 循環 智能 用戶 界面 算法 聯繫 訪問 連接 項目 消息 文件 數據 數字 模擬 類型 設備 設置 聲明 "
-    "保存 打開 運行 對象 圖像 高級 高端 發佈 發送 性能 查找 分區 交互 局部 內核 光標 字體 自行車 實例 集成 通信 代碼 權限 指針 調度 "
-    "腳本 註銷 搜索 插件 添加 壁紙 滾動條 映射 蹦極 兼容 宏 塑料 後綴 前綴 像素 優化 幾率 採樣 接口 擴展 枚舉 概率 矢量 窗口 向量 "
-    "超聲波 硅 端口 隊列 宏函數 變量 線程 禁用 擴展名 散列 溢出 持久性 涼菜 相冊 磁盤 緩存 登錄 遠程 連接器 鏡像 鏈接 黑客 點擊 "
-    "音頻 仿真 元音 輔音 全局 公元紀年 低級 多態 外置 內置 加納 孤獨症 字段 字符 存儲 導入 導出 截取 時鐘頻率 桌面型 模塊 比特 綁定 "
-    "聲卡 調試 預設 預處理器 進程 進制 信號 信道 串口 任務欄 二極管 圖庫 實時 重載 通道 弗吉尼亞 帕勞 歐拉 萬象 印度 組件 訴訟程序 "
-    "司法程序 支持者 正當程序 程序正義 程序不正義 處理程序 方程式 軟體動物 海內存知己 演算法 移動 大數據 目標代碼 乍得 也門 性價比 "
-    "水平 渠道 師傅 特別 質量 空調 落地 打造 老師傅 挺好 山寨 吐槽 貌似 大巴 幼兒園 素質 快遞 咱 咱們 啥 高清 主板 本科生 戶口 運營 "
-    "電視頻道 衛視頻道 影視頻道 感激光 相信息 本土豆 印度 打印度 小區域 網路信息 標誌信息 土豆腐 強硬件 貝多 凱奇 薩提 福雷 拉莫 "
-    "回調 拋出 拷貝 掛斷 刷新 批量 控件 複印 過程 遞歸 鏈表 重裝 註冊機 網關 網卡 聯繫歷史 金屬氧化物半導體 喬治亞 諾蘭 奶酪 冰棍".split()
+    "軟體 硬體 影片 螢幕 滑鼠 網路 資訊 記憶體 硬碟 隨身碟 光碟 簡訊 列印 伺服器 資料庫 網際網路 "
+    "計程車 優格 馬鈴薯 雷射 晶片 筆電 手機殼 行動電源 外送 按讚 泡麵 鳳梨 奇異果 鮭魚 公車 捷運 "
+    "程式 作業系統 防毒 部落格 網咖 快取 主機板 雲端 人工智慧 專案 檔案 資料夾 數位 解析度 國小 "
+    "國中 機車 便當 超商 健保 統一發票 阿嬤 阿公 腳踏車 透過 志工 帳號 帳戶"
+)
+# Words of OpenCC's table that Taiwan has too, and compounds that only seem to hold one.
+SHARED = (
+    "支持 程序 社區 菜單 公元 地址 參數 函數 循環 智能 用戶 界面 算法 聯繫 訪問 連接 項目 消息 "
+    "文件 數據 數字 模擬 類型 設備 設置 聲明 保存 打開 運行 對象 圖像 高級 高端 發佈 發布 發送 "
+    "性能 查找 分區 交互 局部 內核 光標 字體 自行車 實例 集成 通信 代碼 權限 指針 調度 腳本 註銷 "
+    "搜索 插件 添加 壁紙 映射 蹦極 兼容 塑料 後綴 前綴 像素 優化 採樣 接口 擴展 枚舉 概率 矢量 "
+    "窗口 超聲波 端口 隊列 變量 線程 禁用 散列 溢出 持久性 涼菜 相冊 磁盤 登錄 遠程 連接器 鏡像 "
+    "鏈接 黑客 點擊 仿真 元音 輔音 全局 低級 多態 外置 內置 加納 孤獨症 字段 字符 存儲 導入 導出 "
+    "截取 模塊 比特 綁定 聲卡 調試 進程 進制 信號 信道 串口 圖庫 實時 重載 弗吉尼亞 帕勞 歐拉 "
+    "萬象 組件 移動 乍得 也門 性價比 主板 運營 回調 拋出 拷貝 掛斷 刷新 批量 控件 複印 遞歸 重裝 "
+    "網關 網卡 諾蘭 奶酪 冰棍 貝多 凱奇 薩提 福雷 拉莫 布爾 創建 格拉斯 視圖 圖標 觸摸 調製 的士 "
+    "標識符 屏蔽 寬帶 移動通信 移動電話 南卡羅來納 北卡羅來納 新澤西 哈薩克斯坦 帕金森病 大眾汽車 "
+    "集群 空間 卸載 免提 串行 通用 白細胞 紅細胞 胰腺 前列腺 知識產權 市場營銷 默認 截屏 高清 "
+    "數字人文 觸摸屏 激活 審核 覈心 目標代碼 移動網絡 納米 硅 納米比亞 支持者 程序正義 程序不正義 "
+    "正當程序 訴訟程序 司法程序 處理程序 方程式 軟體動物 演算法 大數據 公元紀年 海內存知己 "
+    "電視頻道 衛視頻道 影視頻道 感激光 相信息 本土豆 打印度 強硬件 高考慮 高考驗 高考量 微信心 "
+    "微信仰 給力量 給力氣 土豆腐 靠譜系 外賣力 打車輪 下單位 下單純 下單元"
 )
 
 # Personal data and what stands in its place. Digits and letters around them must end first.
@@ -171,68 +185,147 @@ PRIVATE = (
 class Arguments:
     """Every option of the command line; the help text is the documentation."""
 
-    input: list[str] = HfArg(
+    input: list[str] = field(
         default_factory=lambda: ["data/sample"],
-        help="Files, folders, globs or fsspec URLs (s3://, https://) of .wet[.gz], .warc[.gz],"
-        " .jsonl[.gz|.zst] or .parquet.",
+        metadata={
+            "help": "Files, folders, globs or fsspec URLs (s3://, https://): .wet[.gz], .warc[.gz],"
+            " .jsonl[.gz|.zst] or .parquet."
+        },
     )
-    crawl: str | None = HfArg(
-        default=None, help="Common Crawl to read, such as CC-MAIN-2026-30; None: --input."
+    crawl: str | None = field(
+        default=None,
+        metadata={"help": "Common Crawl to read, such as CC-MAIN-2026-30; None: --input."},
     )
-    limit_files: int | None = HfArg(default=None, help="Read only so many files; None: all.")
-    output_dir: str = HfArg(
-        default="data/cc_filtered", help="Folder for the corpus; made if missing."
+    limit_files: int | None = field(
+        default=None, metadata={"help": "Read only so many files; None: all."}
     )
-    target_size: str | None = HfArg(
-        default=None, help="Stop at so much text (UTF-8), such as 500MB or 6GB; None: read it all."
+    output_dir: str = field(
+        default="data/cc_filtered", metadata={"help": "Folder for the corpus; made if missing."}
     )
-    executor: Literal["local", "ray", "slurm"] = HfArg(
-        default="local", help="datatrove executor that runs the tasks."
+    target_size: str | None = field(
+        default=None,
+        metadata={"help": "Stop at so much text (UTF-8), such as 500MB or 6GB; None: all."},
     )
-    workers: int = HfArg(default=1, help="Tasks at a time.")
-    tasks: int | None = HfArg(
-        default=None, help=f"Groups of files; None: one per file, at most {MAX_TASKS}."
+    executor: Literal["local", "ray", "slurm"] = field(
+        default="local", metadata={"help": "datatrove executor that runs the tasks."}
     )
-    save_rejected: bool = HfArg(
-        default=False, help="Write refused pages to rejected/<rule>/ to read and tune."
+    workers: int = field(default=1, metadata={"help": "Tasks at a time."})
+    tasks: int | None = field(
+        default=None,
+        metadata={"help": f"Groups of files; None: one per file, at most {MAX_TASKS}."},
     )
-    min_han: float = HfArg(default=0.5, help="Least share of Han among the letters.")
-    max_kana_hangul: float = HfArg(default=0.2, help="Largest share of kana and hangul.")
-    min_traditional: float = HfArg(
-        default=0.9, help="Least share of Traditional among characters that differ (OpenCC)."
+    save_rejected: bool = field(
+        default=False,
+        metadata={"help": "Write refused pages to rejected/<rule>/ to read and tune."},
     )
-    max_broken: float = HfArg(
-        default=0.002, help="Largest share of broken characters (U+FFFD, private use)."
+    min_han: float = field(default=0.5, metadata={"help": "Least share of Han among the letters."})
+    max_kana_hangul: float = field(
+        default=0.2, metadata={"help": "Largest share of kana and hangul."}
     )
-    max_rare: float = HfArg(
-        default=0.1, help="Largest share of Han outside Big5 level 1, the 5,401 in use."
+    min_traditional: float = field(
+        default=0.9,
+        metadata={"help": "Least share of Traditional among characters that differ (OpenCC)."},
     )
-    min_length: int = HfArg(default=200, help="Least number of Han left when lines are cleaned.")
-    max_mainland: float = HfArg(
-        default=3.0, help="Most mainland words, less Taiwan words, per 1,000 Han."
+    max_broken: float = field(
+        default=0.002,
+        metadata={"help": "Largest share of broken characters (U+FFFD, private use)."},
     )
-    max_repeated: float = HfArg(
-        default=0.2, help="Largest share of 10-grams of characters seen before (Gopher)."
+    max_rare: float = field(
+        default=0.1,
+        metadata={"help": "Largest share of Han outside Big5 level 1, the 5,401 in use."},
     )
-    min_distinct: float = HfArg(
-        default=0.4, help="Least share of distinct 2-grams in the first 1,000 characters."
+    min_length: int = field(
+        default=200, metadata={"help": "Least number of Han left when lines are cleaned."}
     )
-    min_closing: float = HfArg(
-        default=0.3, help="Least share of text in lines that end like a sentence (C4, FineWeb)."
+    max_mainland: float = field(
+        default=3.0, metadata={"help": "Most mainland words, less Taiwan words, per 1,000 Han."}
     )
-    max_spam: float = HfArg(default=8.0, help="Most spam words per 1,000 Han.")
-    url_lists: bool = HfArg(
-        default=False, help="Refuse addresses on datatrove's block lists too (0.8 GB a worker)."
+    max_repeated: float = field(
+        default=0.2,
+        metadata={"help": "Largest share of 10-grams of characters seen before (Gopher)."},
     )
-    minhash_buckets: int = HfArg(default=20, help="MinHash bands: more find more near duplicates.")
-    minhash_rows: int = HfArg(default=8, help="MinHash values a band: more are stricter.")
-    partition: str = HfArg(default="cpu", help="Slurm partition.")
-    time: str = HfArg(default="08:00:00", help="Slurm time limit of a task.")
-    picture: str = HfArg(default="pictures/filter.png", help="Where to draw what each rule left.")
+    min_distinct: float = field(
+        default=0.4,
+        metadata={"help": "Least share of distinct 2-grams in the first 1,000 characters."},
+    )
+    min_closing: float = field(
+        default=0.3,
+        metadata={"help": "Least share of text in lines that end like a sentence (C4, FineWeb)."},
+    )
+    max_spam: float = field(default=8.0, metadata={"help": "Most spam words per 1,000 Han."})
+    url_lists: bool = field(
+        default=False,
+        metadata={"help": "Refuse addresses on datatrove's block lists too (0.8 GB a worker)."},
+    )
+    minhash_buckets: int = field(
+        default=20, metadata={"help": "MinHash bands: more find more near duplicates."}
+    )
+    minhash_rows: int = field(
+        default=8, metadata={"help": "MinHash values a band: more are stricter."}
+    )
+    partition: str = field(default="cpu", metadata={"help": "Slurm partition."})
+    time: str = field(default="08:00:00", metadata={"help": "Slurm time limit of a task."})
+    picture: str = field(
+        default="pictures/filter.png", metadata={"help": "Where to draw what each rule left."}
+    )
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults, and keep the manual's line breaks."""
+    """Shows the docstring as it is written and every option's default."""
+
+
+@dataclass
+class Arguments:
+    """Every option of the command line; the help text is the documentation."""
+
+    base_model: str = field(
+        default="meta-llama/Llama-2-7b-hf",
+        metadata={"help": "Model to extend: a folder or a hub id; safetensors, SentencePiece BPE."},
+    )
+    corpus: list[str] = field(
+        default_factory=lambda: [HONGLOUMENG],
+        metadata={"help": "Texts to learn pieces from: .txt, .jsonl, .parquet (text), or folders."},
+    )
+    corpus_weight: list[float] = field(
+        default_factory=list,
+        metadata={"help": "How many times each --corpus counts, in its order; none: 1 each."},
+    )
+    vocab_size: int = field(
+        default=61388, metadata={"help": "Pieces of the new tokenizer, the base's included."}
+    )
+    output_dir: str = field(
+        default="outputs/extended", metadata={"help": "Folder for tokenizer, model and report."}
+    )
+    init: Literal["mean_subtoken", "mean", "random"] = field(
+        default="mean_subtoken",
+        metadata={
+            "help": "New rows: the mean of the base's rows that spell the piece, the mean of all "
+            "rows (Hewitt 2021), or normal noise of the config's initializer_range."
+        },
+    )
+    eval_text: str | None = field(
+        default=None,
+        metadata={"help": "Text to report on (file or folder); None: 2%% held out of the corpus."},
+    )
+    eval_loss: Literal["auto", "yes", "no"] = field(
+        default="auto",
+        metadata={
+            "help": "Report the loss before training for every --init; auto: when the model fits "
+            "the GPU, or is under 0.4 GB."
+        },
+    )
+    max_chars: int = field(
+        default=20_000_000,
+        metadata={"help": "Characters read of each --corpus at most, files in random order."},
+    )
+    split_by_unicode_script: bool = field(
+        default=False,
+        metadata={"help": "Keep punctuation out of pieces with characters (fewer chars a token)."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the file order and of --init random."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Build anew even if --output_dir holds a finished run."}
+    )
 
 
 def parse_args(argv: list[str] | None) -> Arguments:
@@ -250,6 +343,21 @@ def parse_args(argv: list[str] | None) -> Arguments:
     if unknown:
         parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
     return args
+
+
+def check(args: Arguments) -> None:
+    """Refuse what can be refused before anything is read."""
+    args.corpus_weight = args.corpus_weight or [1.0] * len(args.corpus)
+    if len(args.corpus_weight) != len(args.corpus) or min(args.corpus_weight) <= 0:
+        raise UserError(
+            f"--corpus_weight {args.corpus_weight}: expected {len(args.corpus)} numbers above 0, "
+            "one for each --corpus"
+        )
+    for name, least in (("max_chars", 1000), ("vocab_size", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: expected {least} or more")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise UserError(f"--output_dir {args.output_dir}: is a file; name a folder")
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -331,12 +439,14 @@ def only_record(piece: bytes, wanted: Callable) -> bytes | None:
             end = head.find(b"\r\n\r\n")
         lower = head[: max(end, 0)].lower()
         length = content_length(lower)
-        if length is not None and end + 8 + length == int.from_bytes(piece[-4:], "little"):
-            if length <= MAX_RECORD and head.startswith(b"WARC/1."):
-                if not wanted(lower, length):
-                    return b""
-                record = head if inflate.eof else head + inflate.decompress(b"")
-                return record if inflate.eof else None
+        if length is None or length > MAX_RECORD or not head.startswith(b"WARC/1."):
+            return None
+        if end + 8 + length != int.from_bytes(piece[-4:], "little"):
+            return None
+        if not wanted(lower, length):
+            return b""
+        record = head if inflate.eof else head + inflate.decompress(b"")
+        return record if inflate.eof else None
     return None
 
 
@@ -446,7 +556,7 @@ class Tally:
         self.bytes[name] += size
 
     def save(self, every: float = 0.0) -> None:
-        """Write the counts; with `every`, only if so many seconds have passed since the last time."""
+        """Write the counts; with `every`, only if so many seconds passed since the last time."""
         if time.monotonic() - self.saved >= every:
             self.saved = time.monotonic()
             counts = {name: getattr(self, name) for name in ("files", "pages", "bytes", "damage")}
@@ -469,7 +579,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterator[dict]:
-    """Yield the pages of a WET or WARC stream that neither their header nor their bytes refuse; with
+    """Yield the pages of a WET or WARC stream that neither header nor bytes refuse; with
     --save_rejected the refused ones as well, with the rule under "refused"."""
     save = judge.limits.save_rejected
 
@@ -540,9 +650,9 @@ def main_text(record: WarcRecord, judge: "Judge") -> bytes | None:
 def script_table() -> np.ndarray:
     """Return the number in SCRIPTS of every code point up to U+FFFF.
 
-    OpenCC's tables say which characters only Traditional or only Simplified text has. A Simplified
-    form that Big5 holds as well (后, 里, 台) says nothing. Big5 level 1 (lead bytes A4 to C6) is the
-    5,401 characters that Taiwan's schools and newspapers use.
+    OpenCC's tables say which characters only Traditional or only Simplified text has. Simplified
+    forms that Big5 holds as well (后, 里, 台) say nothing. Big5 level 1 (lead bytes A4 to C6) is
+    the 5,401 characters that Taiwan's schools and newspapers use.
     """
     from opencc import OpenCC
 
@@ -579,12 +689,13 @@ def word_finder():
     command += ["-i", folder / "share" / "opencc" / "TWPhrases.ocd2"]
     table = subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
     to_taiwan = opencc.OpenCC("t2tw").convert
-    words = dict.fromkeys(TAIWAN, 2)
+    words = {}
     for line in table.splitlines():
         word, _, values = line.partition("\t")
         if word not in values.split() and len(word) > 1:
             words[to_taiwan(word)] = 1
-    words |= dict.fromkeys(MAINLAND, 1) | dict.fromkeys(SHARED, 0) | dict.fromkeys(SPAM, 3)
+    for kind, listed in enumerate((SHARED, MAINLAND, TAIWAN, SPAM)):
+        words |= dict.fromkeys(listed.split(), kind)
     finder = ahocorasick.Automaton(ahocorasick.STORE_INTS)
     for word, kind in words.items():
         finder.add_word(word, kind)
@@ -636,7 +747,7 @@ class Judge:
         )
 
     def verdict(self, text: str, counts: dict | None = None) -> tuple[str, dict, str | None]:
-        """Return a page's prose, its scores, and the rule that refuses it (None: the page is good)."""
+        """Return a page's prose, its scores, and the rule that refuses it (None: it is good)."""
         limits = self.limits
         counts = counts or self.count(text.encode("utf-8", errors="replace"))
         if refused := self.refuse_scripts(counts):
@@ -653,11 +764,12 @@ class Judge:
         if han < limits.min_length:
             return text, {}, "length"
         found = Counter(kind for _, kind in self.words.iter_long(text))
+        abroad = found[1] - found[2]
         scores = {
             "han": han / counts["letters"],
             "traditional": counts["traditional"]
             / max(1, counts["traditional"] + counts["simplified"]),
-            "mainland": 1000 * (found[1] - found[2]) / han,
+            "mainland": 1000 * abroad / han,
             "repeated": 1 - distinct_share(text, 10),
             "distinct": distinct_share(text[:1000], 2),
             "closing": closing_share(text),
@@ -665,7 +777,7 @@ class Judge:
         }
         broken_rules = {
             "han": scores["han"] < limits.min_han,
-            "mainland": scores["mainland"] > limits.max_mainland,
+            "mainland": abroad > 1 and scores["mainland"] > limits.max_mainland,
             "repetition": scores["repeated"] > limits.max_repeated
             or scores["distinct"] < limits.min_distinct,
             "punctuation": scores["closing"] < limits.min_closing,
@@ -696,29 +808,30 @@ def clean_lines(text: str) -> str:
 def line_kind(line: str) -> str:
     """Return "prose" for a line that holds a sentence, "furniture", or "short" for what may be a
     heading, a verse or a menu: its neighbours tell."""
-    if len(line) < 120 and NOTICE.search(line):
+    if len(line) < 160 and NOTICE.search(line):
         return "furniture"
-    contacts = (
-        len(CONTACT.findall(line)) if len(line) < 300 and (":" in line or "：" in line) else 0
-    )
-    if contacts > 1:
+    if len(line) < 45 and not line.endswith("。") and PROMPT.search(line):
+        return "furniture"
+    contacts = CONTACT.findall(line) if len(line) < 300 and (":" in line or "：" in line) else ()
+    if len(contacts) > 1 or (contacts and len(line) < 60):
         return "furniture"
     if SENTENCE.search(line) or (len(line) > 60 and line.endswith(CLOSING)):
-        return "furniture" if contacts and len(line) < 60 else "prose"
-    words = sum(len(match[0]) for match in FURNITURE.finditer(line))
-    bare = sum(map(str.isalpha, line))
-    if contacts or not bare or words >= 0.4 * bare or len(SEPARATORS.findall(line)) > 1:
+        return "prose"
+    menu = sum(len(match[0]) for match in FURNITURE.finditer(line))
+    items = re.split(r"[\s|｜│>»›＞/／·•．‧★◆■]+", line)
+    letters = sum(map(str.isalpha, line))
+    if menu >= 0.4 * letters or hide_private(line) != line or (menu and len(items) > 1):
         return "furniture"
-    return "short"
+    return "furniture" if len(items) > 2 and letters < 6 * len(items) else "short"
 
 
 def block_lines(lines: list[str], kinds: list[str], before_prose: bool) -> list[str]:
     """Return what to keep of lines between prose: a heading and a byline, or verse."""
     short = [line for line, kind in zip(lines, kinds, strict=True) if kind == "short"]
     letters = "".join(short)
-    if len(short) > 3 and len(short) == len(set(short)):
-        if sum(char in FUNCTION_WORDS for char in letters) >= 0.06 * len(letters):
-            return short  # verse and talk have grammar, menus only names
+    grammar = sum(char in FUNCTION_WORDS for char in letters) >= 0.06 * len(letters)
+    if len(short) > 3 and len(short) == len(set(short)) and grammar:
+        return short  # verse and talk have grammar, menus only names
     if not before_prose:
         return []
     if "furniture" in kinds or len(short) > 3:
@@ -793,11 +906,7 @@ def blocks() -> SimpleNamespace:
                 self.tally.damage[kind] += 1
                 logger.warning(f"{filepath}: {kind}")
 
-            pages = (
-                self.read_rows
-                if filepath.endswith((".parquet", ".zst", ".jsonl", "jsonl.gz"))
-                else self.read_crawl
-            )
+            pages = self.read_rows if filepath.endswith(ROW_ENDINGS) else self.read_crawl
             try:
                 for page in pages(filepath, damage):
                     text, name = page.pop("text"), page.pop("id")
@@ -906,20 +1015,10 @@ class TaskLock:
 
     def __call__(self, data=None, rank: int = 0, world_size: int = 1):
         os.makedirs(self.folder, exist_ok=True)
-        self.file = open(f"{self.folder}/{rank:05d}", "w")
+        self.file = open(f"{self.folder}/{rank:05d}", "w")  # noqa: SIM115: held while the task runs
         with contextlib.suppress(OSError):  # file systems without locks
             fcntl.flock(self.file, fcntl.LOCK_EX)
         return data
-
-
-class Silence:
-    """A console that shows nothing: datatrove's log goes to its files only."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
 
 
 # --- Stages --------------------------------------------------------------------------------------
@@ -1066,7 +1165,7 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
 
     class QuietExecutor(LocalPipelineExecutor):
         def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
-            with contextlib.redirect_stderr(Silence()):
+            with contextlib.redirect_stderr(io.StringIO()):  # its log goes to files only
                 return super()._run_for_rank(rank, local_rank, node_rank)
 
     return QuietExecutor(**common)
@@ -1149,13 +1248,12 @@ def check(args: Arguments) -> None:
     """Find mistakes before any work."""
     parse_size(args.target_size)
     for name, value in asdict(args).items():
-        least, most = (0, math.inf) if isinstance(value, float) else (1, math.inf)
         if isinstance(value, float) and name not in ("max_mainland", "max_spam"):
-            most = 1
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if not least <= value <= most:
-                span = "a share from 0 to 1" if most == 1 else f"at least {least}"
-                raise UserError(f"--{name} {value}: out of range; expected {span}; change it")
+            expected = None if 0 <= value <= 1 else "a share from 0 to 1"
+        else:
+            expected = "at least 1" if isinstance(value, int) and value < 1 else None
+        if expected and not isinstance(value, bool):
+            raise UserError(f"--{name} {value}: out of range; expected {expected}; change it")
     if Path(args.output_dir).is_file():
         raise UserError(
             f"--output_dir {args.output_dir}: a file; expected a folder; choose another"
@@ -1189,8 +1287,8 @@ def crawl_files(crawl: str) -> list[str]:
             return [CRAWL_URL + line.strip() for line in lines if line.strip()]
     except Exception as error:  # each file system of fsspec raises its own
         raise UserError(
-            f"--crawl {crawl}: cannot read {listing} ({type(error).__name__}); expected a crawl's name"
-            " such as CC-MAIN-2026-30, and the internet; check both, or give files with --input"
+            f"--crawl {crawl}: cannot read {listing} ({type(error).__name__}); expected a name such as"
+            " CC-MAIN-2026-30 and the internet; check both, or give files with --input"
         ) from error
 
 
@@ -1228,8 +1326,8 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
     where = f"--output_dir {output}:"
     if not known.exists() and any(output.glob("*.parquet")):
         raise UserError(
-            f"{where} holds Parquet files of another program; expected a folder of this script's own;"
-            " choose another"
+            f"{where} holds Parquet files of another program; expected a folder of its own; choose"
+            " another"
         )
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
@@ -1249,8 +1347,8 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
                 shown = f" ({before.get(name)} before, {value} now)" if name != "files" else ""
                 name = "input" if name == "files" else name
                 raise UserError(
-                    f"{where} begun with another --{name}{shown}; expected the same settings; choose"
-                    " another folder or delete this one"
+                    f"{where} begun with another --{name}{shown}; expected the same settings;"
+                    " choose another folder or delete this one"
                 )
         yield work
 
@@ -1358,7 +1456,7 @@ configs: [{{config_name: default, data_files: "*.parquet"}}]
 ---
 # Traditional Chinese web text in Taiwan usage
 
-{results["pages"]:,} pages, {results["characters"]:,} characters, {results["bytes"]:,} bytes of UTF-8,
+{results["pages"]:,} pages, {results["characters"]:,} characters, {results["bytes"]:,} bytes,
 from {args.crawl or ", ".join(args.input)}, by `filter_cc.py` of the Luojiu project.
 Columns: `text`, `id`, `url`, `date`, and the scores {", ".join(f"`{name}`" for name in SCORES)}.
 run.json holds the settings and versions, stats.json the counts.
@@ -1367,7 +1465,7 @@ run.json holds the settings and versions, stats.json the counts.
 | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
-Personal data are placeholders: [EMAIL], [IP], [PHONE] and [ID]. The pages remain their authors' work;
+Personal data are placeholders: [EMAIL], [IP], [PHONE], [ID]. Pages remain their authors' work;
 for Common Crawl its terms of use apply: https://commoncrawl.org/terms-of-use
 """
 
