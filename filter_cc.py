@@ -181,6 +181,10 @@ PRIVATE = (
 # --- Arguments -----------------------------------------------------------------------------------
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the docstring as it is written and every option's default."""
+
+
 @dataclass
 class Arguments:
     """Every option of the command line; the help text is the documentation."""
@@ -270,64 +274,6 @@ class Arguments:
     )
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the docstring as it is written and every option's default."""
-
-
-@dataclass
-class Arguments:
-    """Every option of the command line; the help text is the documentation."""
-
-    base_model: str = field(
-        default="meta-llama/Llama-2-7b-hf",
-        metadata={"help": "Model to extend: a folder or a hub id; safetensors, SentencePiece BPE."},
-    )
-    corpus: list[str] = field(
-        default_factory=lambda: [HONGLOUMENG],
-        metadata={"help": "Texts to learn pieces from: .txt, .jsonl, .parquet (text), or folders."},
-    )
-    corpus_weight: list[float] = field(
-        default_factory=list,
-        metadata={"help": "How many times each --corpus counts, in its order; none: 1 each."},
-    )
-    vocab_size: int = field(
-        default=61388, metadata={"help": "Pieces of the new tokenizer, the base's included."}
-    )
-    output_dir: str = field(
-        default="outputs/extended", metadata={"help": "Folder for tokenizer, model and report."}
-    )
-    init: Literal["mean_subtoken", "mean", "random"] = field(
-        default="mean_subtoken",
-        metadata={
-            "help": "New rows: the mean of the base's rows that spell the piece, the mean of all "
-            "rows (Hewitt 2021), or normal noise of the config's initializer_range."
-        },
-    )
-    eval_text: str | None = field(
-        default=None,
-        metadata={"help": "Text to report on (file or folder); None: 2%% held out of the corpus."},
-    )
-    eval_loss: Literal["auto", "yes", "no"] = field(
-        default="auto",
-        metadata={
-            "help": "Report the loss before training for every --init; auto: when the model fits "
-            "the GPU, or is under 0.4 GB."
-        },
-    )
-    max_chars: int = field(
-        default=20_000_000,
-        metadata={"help": "Characters read of each --corpus at most, files in random order."},
-    )
-    split_by_unicode_script: bool = field(
-        default=False,
-        metadata={"help": "Keep punctuation out of pieces with characters (fewer chars a token)."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the file order and of --init random."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Build anew even if --output_dir holds a finished run."}
-    )
-
-
 def parse_args(argv: list[str] | None) -> Arguments:
     """Read the command line (None: sys.argv); an unknown option ends the program with exit code 2."""
     parser = HfArgumentParser(
@@ -343,21 +289,6 @@ def parse_args(argv: list[str] | None) -> Arguments:
     if unknown:
         parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
     return args
-
-
-def check(args: Arguments) -> None:
-    """Refuse what can be refused before anything is read."""
-    args.corpus_weight = args.corpus_weight or [1.0] * len(args.corpus)
-    if len(args.corpus_weight) != len(args.corpus) or min(args.corpus_weight) <= 0:
-        raise UserError(
-            f"--corpus_weight {args.corpus_weight}: expected {len(args.corpus)} numbers above 0, "
-            "one for each --corpus"
-        )
-    for name, least in (("max_chars", 1000), ("vocab_size", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: expected {least} or more")
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise UserError(f"--output_dir {args.output_dir}: is a file; name a folder")
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -1015,7 +946,7 @@ class TaskLock:
 
     def __call__(self, data=None, rank: int = 0, world_size: int = 1):
         os.makedirs(self.folder, exist_ok=True)
-        self.file = open(f"{self.folder}/{rank:05d}", "w")  # noqa: SIM115: held while the task runs
+        self.file = open(f"{self.folder}/{rank:05d}", "w")  # noqa: SIM115 (held on to)
         with contextlib.suppress(OSError):  # file systems without locks
             fcntl.flock(self.file, fcntl.LOCK_EX)
         return data
@@ -1287,7 +1218,7 @@ def crawl_files(crawl: str) -> list[str]:
             return [CRAWL_URL + line.strip() for line in lines if line.strip()]
     except Exception as error:  # each file system of fsspec raises its own
         raise UserError(
-            f"--crawl {crawl}: cannot read {listing} ({type(error).__name__}); expected a name such as"
+            f"--crawl {crawl}: cannot read {listing} ({type(error).__name__}); expected one like"
             " CC-MAIN-2026-30 and the internet; check both, or give files with --input"
         ) from error
 
