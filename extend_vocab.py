@@ -158,7 +158,7 @@ class Arguments:
         },
     )
     max_chars: int = field(
-        default=50_000_000,
+        default=20_000_000,
         metadata={"help": "Characters read of each --corpus at most, files in random order."},
     )
     split_by_unicode_script: bool = field(
@@ -608,6 +608,9 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     old = read_json(old, f"--base_model {base_folder}") if old.is_file() else {}
     kept = (*settings, "pad_token", "padding_side", "chat_template")
     settings |= {name: old[name] for name in kept if old.get(name) is not None}
+    pad = settings.get("pad_token")
+    if (pad["content"] if isinstance(pad, dict) else pad) not in vocab:
+        settings.pop("pad_token", None)  # it would become a piece behind the last row
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["clean_up_tokenization_spaces"] = False
     before = f"{bos} " if settings["add_bos_token"] else ""

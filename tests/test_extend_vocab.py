@@ -218,6 +218,20 @@ def test_a_saved_and_loaded_tokenizer_gives_the_same_ids(extended, tmp_path):
     assert one["input_ids"] == two["input_ids"]
 
 
+def test_the_bases_settings_are_kept(base, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, tmp_path / "base")
+    settings = {"model_max_length": 777, "add_eos_token": True, "chat_template": "{{ messages }}"}
+    settings |= {"pad_token": "<pad>", "bos_token": {"content": "<s>", "__type": "AddedToken"}}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings))
+    script.main(options(tmp_path / "base", corpus))
+    tokenizer = AutoTokenizer.from_pretrained("outputs/extended")
+    assert (tokenizer.model_max_length, tokenizer.chat_template) == (777, "{{ messages }}")
+    assert tokenizer.pad_token is None  # the base has no such piece, so there is no row for it
+    ids = tokenizer("中")["input_ids"]
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+
+
 def test_a_dead_candidate_makes_way_for_the_next():
     base = ModelProto()
     base.ParseFromString(train_base())
