@@ -60,6 +60,7 @@ if TYPE_CHECKING:  # torch, peft, ... take seconds: the functions that use them 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names, PyTorch's
 SIZES = {"BF16": 2, "F16": 2, "F32": 4}  # bytes
 BLOCK = 1 << 19  # values in a block of rows: 2 MB in fp32, small enough for a core's cache
+PADDING = 512  # rows that a model may have beyond its tokens; some round them up
 WORKERS = 3  # tensors under way at a time: some compute while another writes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -119,6 +120,7 @@ PASSAGE = (
 )
 AGAIN = "copy or download it again"
 INEXACT = "cannot be merged exactly"
+OTHER_MODEL = "is it the adapter of another model? pass its base with --base_model"
 
 # --- Arguments -----------------------------------------------------------------------------------
 
@@ -265,22 +267,18 @@ def find_adapter(name_or_path: str) -> Path:
         try:
             folder = Path(snapshot_download(name_or_path, allow_patterns=wanted))
         except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-            raise UserError(
-                f"{shown}: no such folder, and the hub does not hand it out or is out of reach; "
-                "run python train_pt.py first, or hf auth login for a private adapter"
-            ) from error
+            wrong = "no such folder, and not on the hub or the hub is out of reach"
+            raise UserError(f"{shown}: {wrong}; run python train_pt.py first") from error
     if not (folder / "adapter_config.json").is_file():
         found = [path.parent for path in folder.glob("checkpoint-*/adapter_config.json")]
         if found:
             last = max(found, key=lambda path: int(path.name.rpartition("-")[2]))
-            raise UserError(
-                f"{shown}: training is not finished; pass --adapter {last} for its last state"
-            )
-        wanted = "no adapter_config.json there; expected a PEFT LoRA adapter"
-        raise UserError(f"{shown}: {wanted}; run python train_pt.py first")
+            raise UserError(f"{shown}: training is not finished; pass --adapter {last}")
+        wrong = "no adapter_config.json there; expected a PEFT LoRA adapter"
+        raise UserError(f"{shown}: {wrong}; run python train_pt.py first")
     if not (folder / "adapter_model.safetensors").is_file():
-        wanted = "no adapter_model.safetensors there"
-        raise UserError(f"{shown}: {wanted}; save the adapter again with a current PEFT")
+        wrong = "no adapter_model.safetensors there"
+        raise UserError(f"{shown}: {wrong}; save the adapter again with a current PEFT")
     return folder
 
 
@@ -358,20 +356,17 @@ def read_header(path: Path, shown: str) -> dict[str, Stored]:
     if not isinstance(header, dict):
         raise UserError(f"{shown}: {path} is broken; expected a safetensors file; {AGAIN}")
     header.pop("__metadata__", None)
-    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    due = 8 + length + max((entry["data_offsets"][1] for _, entry in entries), default=0)
+    tensors, begin, due = {}, 8 + length, 8 + length
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, offsets = entry["dtype"], entry["data_offsets"]
+        if dtype not in DTYPES:
+            wrong = f"{name} in {path} is stored as {dtype}; expected BF16, F16 or F32"
+            raise UserError(f"{shown}: {wrong}; pass the model as it was before quantisation")
+        tensors[name] = Stored(path, begin + offsets[0], dtype, tuple(entry["shape"]))
+        due = begin + offsets[1]
     if size != due:
         raise UserError(f"{shown}: {path} has {size:,} bytes; expected {due:,}; truncated? {AGAIN}")
-    for name, entry in entries:
-        if entry["dtype"] not in DTYPES:
-            found = f"{name} in {path} is stored as {entry['dtype']}; expected BF16, F16 or F32"
-            raise UserError(f"{shown}: {found}; pass the model as it was before quantisation")
-    return {
-        name: Stored(
-            path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
-        )
-        for name, entry in entries
-    }
+    return tensors
 
 
 def read_folder(folder: Path, shown: str) -> dict[str, Stored]:
@@ -401,14 +396,12 @@ def find_base(args: Arguments, lora: dict, run: dict) -> tuple[Path, dict, dict[
         raise UserError(f"{shown}: it is quantised; pass the 16-bit model that it was made from")
     tensors, trained_on = read_folder(folder, shown), run.get("base", {})
     if EMBEDDING not in tensors:
-        raise UserError(
-            f"{shown}: no {EMBEDDING} in it; expected a Llama or a model laid out like it"
-        )
+        raise UserError(f"{shown}: no {EMBEDDING} in it; expected a Llama or a model like it")
     if trained_on.get("fingerprint") not in (None, fingerprint(folder)):
-        was = f"the adapter was trained on other weights, {trained_on['model_name_or_path']}"
-        raise UserError(
-            f"{shown}: {was}; this is the adapter of another model; pass that --base_model"
+        wrong = (
+            f"the adapter is of another model, {trained_on['model_name_or_path']} as it was then"
         )
+        raise UserError(f"{shown}: {wrong}; pass that model with --base_model, or train again")
     return folder, config, tensors
 
 
@@ -455,8 +448,9 @@ def check_adapter(config: dict, tensors: dict[str, Stored], shown: str) -> None:
         if not ADAPTER_NAME.fullmatch(name):
             raise UserError(f"{shown}: {name} {INEXACT} here; use PEFT's merge_and_unload")
         if not all(finite(tensor.block(*bounds)) for bounds in tensor.blocks()):
-            found = f"tensor {name} has NaN or infinite values"
-            raise UserError(f"{shown}: {found}; training went astray; pass an earlier checkpoint")
+            raise UserError(
+                f"{shown}: {name} has NaN or infinite values; pass an earlier checkpoint"
+            )
 
 
 def pattern_value(patterns: dict | None, module: str, default: float) -> float:
@@ -493,19 +487,16 @@ def make_plan(
         if tied and target == HEAD and whole and f"base_model.model.{EMBEDDING}" in adapter:
             continue  # the embedding once more
         if tied and (target == HEAD or (target == EMBEDDING and kind.startswith("lora"))):
-            raise UserError(
-                f"{shown}: {name} changes one of two tied matrices, which {INEXACT}; untie them"
-            )
+            wrong = "changes one of two tied matrices"
+            raise UserError(f"{shown}: {name} {wrong}, which {INEXACT}; untie them and train again")
         if target not in parts:
-            raise UserError(
-                f"{shown}: {name} is not in the base; is it the adapter of another model?"
-            )
+            raise UserError(f"{shown}: {name} is not in the base; {OTHER_MODEL}")
         part = parts[target]
         if whole:
             resizable = target in (EMBEDDING, HEAD)  # the vocabulary may have grown
             if tensor.shape[resizable:] != part.source.shape[resizable:]:
-                found = f"{name} is {tensor.shape}, in the base {part.source.shape}"
-                raise UserError(f"{shown}: {found}; is it the adapter of another model?")
+                wrong = f"{name} is {tensor.shape}, in the base {part.source.shape}"
+                raise UserError(f"{shown}: {wrong}; {OTHER_MODEL}")
             part.source = tensor
             if target == EMBEDDING:
                 config["vocab_size"] = tensor.rows
@@ -527,7 +518,7 @@ def finish_part(part: Part, lora: dict, shown: str) -> None:
         part.scaling = alpha / (math.sqrt(rank) if lora.get("use_rslora") else rank)
         found = [tensor and tensor.shape for tensor in (part.a, part.b)]
         if len(shape) != 2 or found != [(rank, shape[1]), (shape[0], rank)]:
-            wrong = f"A and B are {found}; expected rank {rank} for {shape}; is it another model's?"
+            wrong = f"A and B are {found}; expected rank {rank} for {shape}; {OTHER_MODEL}"
         elif bool(lora.get("use_dora")) != bool(part.magnitude):
             wrong = "use_dora and a magnitude vector go together; the adapter is broken"
         elif part.magnitude and math.prod(part.magnitude.shape) != shape[0]:
@@ -539,10 +530,8 @@ def finish_part(part: Part, lora: dict, shown: str) -> None:
         elif part.new.shape != (count, *shape[1:]) or count != len(part.indices):
             wrong = f"{part.new.shape} new rows for {count} indices; expected {(count, *shape[1:])}"
         elif max(part.indices) >= shape[0]:
-            wrong = (
-                f"a new row {max(part.indices)}; the base has {shape[0]}; pass the extended model "
-            )
-            wrong += "with --base_model, or run python extend_vocab.py first"
+            wrong = f"a new row {max(part.indices)}; the base has {shape[0]}; pass the extended "
+            wrong += "model with --base_model, or run python extend_vocab.py first"
     if wrong:
         raise UserError(f"{shown}: {module}: {wrong}")
 
@@ -555,16 +544,13 @@ def choose_base(parts: dict[str, Part], args: Arguments, run: dict) -> dict | No
     flags = NF4 | (trained or {})
     skipped = {"lm_head", "embed_tokens", *(flags["skip_modules"] or [])}
     for part in parts.values():
-        from_base = part.source.path.name != "adapter_model.safetensors"
-        part.quantized = (
-            from_base and len(part.source.shape) == 2 and skipped.isdisjoint(part.name.split("."))
-        )
-        if part.quantized and part.source.shape[1] % flags["blocksize"]:
-            # bitsandbytes 0.50's CPU kernel gives wrong values for rows of, for example, 96
-            found = (
-                f"{part.name} has rows of {part.source.shape[1]}, no multiple of the 4-bit blocks"
-            )
-            raise UserError(f"--merge_into dequantized: {found}; pass --merge_into original")
+        of_adapter = part.source.path.name == "adapter_model.safetensors"
+        if of_adapter or len(part.source.shape) != 2 or skipped & {*part.name.split(".")}:
+            continue
+        part.quantized, width = True, part.source.shape[1]
+        if width % flags["blocksize"]:  # 0.50's CPU kernel gives wrong values for, e.g., 96
+            wrong = f"{part.name} has rows of {width}, no multiple of bitsandbytes' blocks"
+            raise UserError(f"--merge_into dequantized: {wrong}; pass --merge_into original")
     return flags
 
 
@@ -599,12 +585,10 @@ def check_shapes(parts: dict[str, Part], config: dict, shown: str) -> None:
     """Every tensor that the config asks for is there, in its shape, and no other; of families other
     than Llama, only the vocabulary is known here."""
     found = {name: part.source.shape for name, part in parts.items()}
-    rows = {
-        name: (config.get("vocab_size"), found[name][1])
-        for name in (EMBEDDING, HEAD)
-        if name in found
-    }
-    expected = llama_shapes(config) if config.get("model_type") == "llama" else found | rows
+    vocabulary = found.keys() & {EMBEDDING, HEAD}
+    expected = found | {name: (config.get("vocab_size"), found[name][1]) for name in vocabulary}
+    if config.get("model_type") == "llama":
+        expected = llama_shapes(config)
     for name in sorted(expected.keys() | found.keys()):
         has, due = found.get(name, "missing"), expected.get(name, "no such tensor")
         if has != due:
@@ -625,15 +609,13 @@ def dequantized(tensor: Stored, flags: dict) -> Iterator["Tensor"]:
 
     loaded_as = getattr(torch, flags["compute_dtype"])  # as train_pt.py loads what it quantises
     settings = {"blocksize": flags["blocksize"], "quant_type": flags["quant_type"]}
-    packed = [
-        bnb.quantize_4bit(tensor.block(*x).to(loaded_as), **settings) for x in tensor.blocks()
-    ]
+    blocks = (tensor.block(begin, end).to(loaded_as) for begin, end in tensor.blocks())
+    packed = [bnb.quantize_4bit(block, **settings) for block in blocks]
     scales = torch.cat([state.absmax for _, state in packed])
     if flags["double_quant"]:
         mean = scales.mean()
-        scales = (
-            bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256)) + mean
-        )
+        twice = bnb.quantize_blockwise(scales - mean, blocksize=256)
+        scales = bnb.dequantize_blockwise(*twice) + mean
     for values, state in packed:
         state.absmax, scales = scales.tensor_split([len(state.absmax)])
         yield bnb.dequantize_4bit(values, state)
@@ -701,33 +683,29 @@ def write_shard(path: Path, parts: list[Part], flags: dict | None, bar: tqdm) ->
             raise
 
 
-def write_weights(
-    folder: Path, parts: dict[str, Part], flags: dict | None, shard_size: float
-) -> None:
-    """All shards and their index, in the base's order (wide numbers first: alignment)."""
+def write_weights(folder: Path, parts: dict[str, Part], flags: dict | None, limit: float) -> None:
+    """All shards of at most limit bytes, and their index; wide numbers first, for alignment."""
     import torch
 
     shards: list[list[Part]] = [[]]
     for part in sorted(parts.values(), key=lambda part: -SIZES[part.dtype]):
-        if shards[-1] and sum(p.nbytes for p in shards[-1]) + part.nbytes > shard_size:
+        if shards[-1] and sum(p.nbytes for p in shards[-1]) + part.nbytes > limit:
             shards.append([])
         shards[-1].append(part)
-    count, total = len(shards), sum(part.nbytes for part in parts.values())
-    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    names = names if count > 1 else ["model.safetensors"]
+    total = sum(part.nbytes for part in parts.values())
+    index = {"metadata": {"total_size": total}, "weight_map": {}}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each worker is one thread: blocks are too small to share
     try:
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
-            for name, shard in zip(names, shards, strict=True):
+            for i, shard in enumerate(shards, 1):
+                name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+                name = name if len(shards) > 1 else "model.safetensors"
                 write_shard(folder / name, shard, flags, bar)
+                index["weight_map"] |= {part.name: name for part in shard}
     finally:
         torch.set_num_threads(threads)
-    if count > 1:
-        where = {
-            part.name: name for name, shard in zip(names, shards, strict=True) for part in shard
-        }
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+    if len(shards) > 1:
         save_json(folder / "model.safetensors.index.json", index)
     written = read_folder(folder, f"--output_dir {folder}")  # what lies there is what was planned
     for name, part in parts.items():
@@ -742,43 +720,41 @@ def save_json(path: Path, value: dict) -> None:
 
 
 def copy_rest(adapter: Path, base: Path, folder: Path, config: dict) -> int:
-    """Tokenizer (the adapter's files before the base's), generation config and terms, byte for
-    byte. The tokenizer must agree with itself and with the embedding; returns its number of tokens."""
+    """Copy tokenizer (the adapter's files before the base's), generation config and terms, byte for
+    byte. The tokenizer must agree with itself and with the embedding; return its number of tokens."""
     from sentencepiece import SentencePieceProcessor
 
-    shown = f"--base_model {base}"
-    found = {
-        name: f / name for f in (base, adapter) for name in TOKENIZER_FILES if (f / name).is_file()
-    }
-    terms = [path for pattern in TERMS for path in base.glob(pattern)]
-    generation = [path for path in [base / "generation_config.json"] if path.is_file()]
-    for path in [*found.values(), *terms, *generation]:
-        shutil.copyfile(path, folder / path.name)
-    if not generation:
-        ids = {key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
-        ids = {f"{key}_token_id": value for key, value in ids.items() if value is not None}
-        save_json(folder / "generation_config.json", ids)
-    if "tokenizer.json" not in found:  # made from tokenizer.model; it costs some memory and seconds
+    for source in (base, adapter):
+        patterns = (*TERMS, "generation_config.json") if source == base else ()
+        for path in (p for name in (*TOKENIZER_FILES, *patterns) for p in source.glob(name)):
+            shutil.copyfile(path, folder / path.name)
+    if not (folder / "generation_config.json").is_file():
+        ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        save_json(
+            folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None}
+        )
+    shown, made, model = (
+        f"--base_model {base}",
+        folder / "tokenizer.json",
+        folder / "tokenizer.model",
+    )
+    if not made.is_file():  # it is made from tokenizer.model, which takes a little time and memory
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(found["tokenizer.model"].parent)
-            tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+            AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(made))
         except Exception as error:
-            wanted = "no tokenizer.model or tokenizer.json that can be read, nor with the adapter"
-            raise UserError(f"{shown}: {wanted}; copy the tokenizer's files there") from error
-    made = load_json(folder / "tokenizer.json", shown)
-    count = len(made["model"]["vocab"])
-    tokens = max([count, *(token["id"] + 1 for token in made.get("added_tokens", []))])
-    if "tokenizer.model" in found:
-        pieces = SentencePieceProcessor(model_file=str(found["tokenizer.model"])).vocab_size()
-        if pieces != count:
-            wrong = f"tokenizer.model has {pieces} pieces, tokenizer.json has {count}"
-            raise UserError(
-                f"{shown}: {wrong}; expected one vocabulary; copy both from the tokenizer of the training"
-            )
-    if tokens > config["vocab_size"]:
-        wrong = f"the tokenizer has {tokens} tokens, the embedding {config['vocab_size']} rows"
+            wrong = "no tokenizer.model or tokenizer.json that can be read, nor with the adapter"
+            raise UserError(f"{shown}: {wrong}; copy the tokenizer's files there") from error
+    tokenizer, rows = load_json(made, shown), config["vocab_size"]
+    count = len(tokenizer["model"]["vocab"])
+    pieces = SentencePieceProcessor(str(model)).vocab_size() if model.is_file() else count
+    if pieces != count:
+        wrong = f"tokenizer.model has {pieces} pieces, tokenizer.json {count}"
+        raise UserError(f"{shown}: {wrong}; expected the same; copy both from one tokenizer")
+    tokens = max([count, *(token["id"] + 1 for token in tokenizer.get("added_tokens", []))])
+    if not rows - PADDING <= tokens <= rows:
+        wrong = f"the tokenizer has {tokens} tokens, the embedding {rows} rows"
         raise UserError(f"{shown}: {wrong}; pass the model that belongs to this tokenizer")
     return tokens
 
@@ -828,9 +804,7 @@ def check_output(output: Path, inputs: list[Path], nbytes: int) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         record = output / "run.json"
         if not record.is_file() or load_json(record, shown).get("script") != "merge_lora.py":
-            raise UserError(
-                f"{shown}: merge_lora.py did not make it; pass a new or an empty folder"
-            )
+            raise UserError(f"{shown}: merge_lora.py did not make it; pass a new or empty folder")
     nearest = next(folder for folder in output.resolve().parents if folder.exists())
     needed, free = nbytes + (64 << 20), shutil.disk_usage(nearest).free  # 64 MB for what is small
     if needed > free:
@@ -843,10 +817,16 @@ def built_aside(output: Path) -> Iterator[Path]:
     """A folder beside the output, which takes its place when all is well and is removed when not.
     What a killed run left of it, the next run removes."""
     partial, old = (output.with_name(f"{output.name}.{word}") for word in ("partial", "old"))
-    for folder in (partial, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    partial.mkdir(parents=True)
+
+    def tidy() -> None:
+        if old.exists() and not output.exists():  # stopped between the two renames
+            old.rename(output)
+        for folder in (partial, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    tidy()
     try:
+        partial.mkdir(parents=True)
         yield partial
         for path in partial.iterdir():
             with path.open("r+b") as file:
@@ -855,12 +835,10 @@ def built_aside(output: Path) -> Iterator[Path]:
             output.rename(old)
         partial.rename(output)
     except OSError as error:
-        raise OSError(
-            error.errno, f"--output_dir {output}: {error.strerror}; nothing was changed"
-        ) from error
+        message = f"--output_dir {output}: {error.strerror}; it is as it was before"
+        raise OSError(error.errno, message) from error
     finally:
-        for folder in (partial, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        tidy()
 
 
 # --- After the merge -----------------------------------------------------------------------------
@@ -875,9 +853,7 @@ def read_passage(args: Arguments) -> str:
     except (OSError, ValueError):
         text = ""
     if not text:
-        raise UserError(
-            f"--verify {args.verify}: nothing to read there; expected a UTF-8 text file"
-        )
+        raise UserError(f"--verify {args.verify}: nothing to read; expected a UTF-8 text file")
     return text
 
 
@@ -885,7 +861,7 @@ def compare(
     base: Path, adapter: Path, folder: Path, flags: dict | None, text: str, tokens: int
 ) -> dict[str, float]:
     """Mean KL divergence from base + adapter (PEFT, in 4 bits if so trained) to the merged model,
-    and both models' bits per character: -log2 p(text) / characters."""
+    and both models' bits per character, -log2 p(text) / characters."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -918,7 +894,8 @@ def compare(
     target = ids[0, 1:, None].cpu()
     bits = [-p.gather(1, target).sum().item() / math.log(2) / characters for p in (trained, ours)]
     kl = (trained.exp() * (trained - ours)).sum(-1).mean().item()
-    return {"mean KL": kl, "bits per character": bits[1], "of base + adapter": bits[0]}
+    found = {"mean KL": kl, "bits per character": bits[1], "of base + adapter": bits[0]}
+    return {key: float(f"{value:.4g}") for key, value in found.items()}
 
 
 def push(folder: Path, repository: str) -> None:
@@ -969,9 +946,8 @@ def main(argv: list[str] | None = None) -> None:
         write_papers(folder, args, base, facts)
         save_json(folder / "config.json", config)  # last: without it no one takes it for a model
     if args.verify:
-        facts |= compare(
-            base, adapter, output, run.get("quantization") or flags, text, args.verify_tokens
-        )
+        trained = run.get("quantization") or flags
+        facts |= compare(base, adapter, output, trained, text, args.verify_tokens)
         write_papers(output, args, base, facts)
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     print(f"merged into {output} in {time.time() - began:.1f} s", flush=True)

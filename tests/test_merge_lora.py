@@ -1,0 +1,639 @@
+"""merge_lora.py against PEFT itself, bit for bit, and against everything that can go wrong."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+import merge_lora
+
+TINY = ROOT / "data" / "sample" / "tiny-llama"
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+ROWS = 1000  # of the embedding: the sample tokenizer's pieces
+NEW_ROWS = list(range(977, 1000))
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch, tmp_path):
+    """Blocks so small that every matrix is split, at rows where nothing is even."""
+    monkeypatch.setattr(merge_lora, "BLOCK", 1777)
+    monkeypatch.chdir(tmp_path)
+
+
+def make_base(folder: Path, dtype=torch.bfloat16, **config) -> Path:
+    """A random Llama of odd sizes with the sample's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 60, "intermediate_size": 131, "num_hidden_layers": 2, "head_dim": 12}
+    heads = {"num_attention_heads": 5, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    model = LlamaForCausalLM(LlamaConfig(**{"vocab_size": ROWS, **sizes, **heads, **config}))
+    model.to(dtype).save_pretrained(folder, max_shard_size="100KB")
+    for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(TINY / name, folder / name)
+    return folder
+
+
+def load(folder: Path, **kwargs):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto", **kwargs})
+
+
+def make_adapter(base: Path, folder: Path, model=None, **config) -> Path:
+    """A PEFT adapter whose every trainable number is random."""
+    from peft import LoraConfig, get_peft_model
+
+    defaults = {"r": 5, "lora_alpha": 7, "target_modules": LINEAR, "init_lora_weights": False}
+    model = get_peft_model(
+        model or load(base), LoraConfig(task_type="CAUSAL_LM", **{**defaults, **config})
+    )
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.1 * noise.to(parameter.dtype)
+    model.save_pretrained(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(base)
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def peft_merge(base: Path, adapter: Path, **kwargs):
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(load(base, **kwargs), adapter).merge_and_unload()
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def merge(adapter: Path, *options: object) -> dict[str, torch.Tensor]:
+    """Run the script; return what it wrote to ./merged."""
+    merge_lora.main(["--adapter", str(adapter), "--output_dir", "merged", *map(str, options)])
+    return read(Path("merged"))
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], model) -> None:
+    theirs = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del theirs["lm_head.weight"]
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+
+
+def refusal(capsys, adapter: Path | str, *options: object, code: int = 2) -> str:
+    """The one line with which the script gives up."""
+    with pytest.raises(SystemExit) as stop:
+        merge_lora.main(["--adapter", str(adapter), "--output_dir", "merged", *map(str, options)])
+    assert stop.value.code == code
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert not Path("merged.partial").exists()
+    return line
+
+
+# --- Equal to PEFT -------------------------------------------------------------------------------
+
+CASES = {
+    "all linear layers": {},
+    "alpha not a power of two": {"r": 3, "lora_alpha": 11},
+    "rsLoRA": {"use_rslora": True},
+    "patterns": {
+        "rank_pattern": {"layers.1.self_attn.q_proj": 3, "down_proj": 9},
+        "alpha_pattern": {".*q_proj": 3, "model.layers.0.mlp.up_proj": 31},
+    },
+    "DoRA": {"use_dora": True},
+    "DoRA and rsLoRA": {"use_dora": True, "use_rslora": True, "target_modules": ["v_proj"]},
+    "norms": {"modules_to_save": NORMS},
+    "embedding": {"modules_to_save": ["embed_tokens"]},
+    "embedding and head": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "kept tied": {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    "new rows, a list": {"trainable_token_indices": [998, 3, 50]},
+    "new rows, both": {"trainable_token_indices": {"embed_tokens": NEW_ROWS, "lm_head": NEW_ROWS}},
+    "as train_pt.py": {
+        "modules_to_save": NORMS,
+        "trainable_token_indices": {"embed_tokens": NEW_ROWS, "lm_head": NEW_ROWS},
+    },
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_merged_weights_are_those_of_peft_bit_for_bit(tmp_path, case, tied):
+    base = make_base(tmp_path / "base", tie_word_embeddings=tied)
+    adapter = make_adapter(base, tmp_path / "adapter", **CASES[case])
+    theirs = peft_merge(base, adapter)
+    assert_same_bits(merge(adapter), theirs)
+    config = json.loads(Path("merged/config.json").read_text())
+    assert config["tie_word_embeddings"] == theirs.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("case", ["patterns", "DoRA", "as train_pt.py"])
+def test_other_number_formats_equal_peft_too(tmp_path, case, dtype):
+    base = make_base(tmp_path / "base", dtype)
+    adapter = make_adapter(base, tmp_path / "adapter", **CASES[case])
+    assert_same_bits(merge(adapter), peft_merge(base, adapter))
+
+
+def test_lora_on_an_untied_head_and_biases_in_the_base(tmp_path):
+    base = make_base(tmp_path / "base", attention_bias=True, mlp_bias=True)
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
+    assert_same_bits(merge(adapter), peft_merge(base, adapter))
+
+
+@pytest.mark.parametrize("block", [64, 1000, 100_000, 1 << 30])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_depend_neither_on_blocks_nor_on_threads(tmp_path, monkeypatch, block, threads):
+    """257 rows of 129: a remainder of one row would take another BLAS kernel."""
+    sizes = {"hidden_size": 129, "intermediate_size": 257, "num_attention_heads": 3}
+    base = make_base(tmp_path / "base", num_hidden_layers=1, **sizes)
+    adapter = make_adapter(
+        base, tmp_path / "adapter", r=31, target_modules=["up_proj", "down_proj"]
+    )
+    monkeypatch.setattr(merge_lora, "BLOCK", block)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_same_bits(merge(adapter), peft_merge(base, adapter))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_adapter_with_more_rows_than_the_base_brings_its_own(tmp_path):
+    base, grown = make_base(tmp_path / "base", vocab_size=900), make_base(tmp_path / "grown")
+    model = load(grown)
+    adapter = make_adapter(
+        grown, tmp_path / "adapter", model=model, modules_to_save=["embed_tokens", "lm_head"]
+    )
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(TINY / name, adapter / name)
+    ours = merge(adapter, "--base_model", base)
+    theirs = load(base)
+    theirs.resize_token_embeddings(ROWS, mean_resizing=False)
+    from peft import PeftModel
+
+    assert_same_bits(ours, PeftModel.from_pretrained(theirs, adapter).merge_and_unload())
+    assert json.loads(Path("merged/config.json").read_text())["vocab_size"] == ROWS
+
+
+@pytest.mark.parametrize(("option", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_another_dtype_is_one_rounding_from_the_fp32_sum(tmp_path, option, dtype):
+    """An fp16 base is not rounded to bf16 on the way."""
+    base = make_base(tmp_path / "base", torch.float16)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    ours = merge(adapter, "--dtype", option)
+    in_fp32 = peft_merge(base, adapter, dtype=torch.float32).state_dict()
+    for name, tensor in in_fp32.items():
+        assert torch.equal(ours[name], tensor.to(dtype)), name
+    assert json.loads(Path("merged/config.json").read_text())["dtype"] == f"{dtype}"[6:]
+
+
+# --- The 4-bit base ------------------------------------------------------------------------------
+
+WIDE = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32, "num_attention_heads": 4}
+
+
+def load_4bit(base: Path):
+    from transformers import BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head"],
+    )
+    return load(base, quantization_config=nf4, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def qlora(tmp_path) -> tuple[Path, Path]:
+    """An fp16 base and an adapter that was trained on its 4-bit copy, as train_pt.py leaves it."""
+    base = make_base(tmp_path / "base", torch.float16, num_key_value_heads=4, **WIDE)
+    adapter = make_adapter(base, tmp_path / "adapter", model=load_4bit(base), modules_to_save=NORMS)
+    record = {"quantization": merge_lora.NF4, "base": {"model_name_or_path": str(base)}}
+    record["base"]["fingerprint"] = merge_lora.fingerprint(base)
+    (adapter / "run.json").write_text(json.dumps(record))
+    return base, adapter
+
+
+def test_dequantized_is_what_linear4bit_holds_plus_the_same_delta(qlora):
+    import bitsandbytes as bnb
+
+    base, adapter = qlora
+    ours = merge(adapter)
+    held = load_4bit(base)
+    for module in held.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            values = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            module.weight = torch.nn.Parameter(values, requires_grad=False)
+    values = {name: tensor.to(torch.float16) for name, tensor in held.state_dict().items()}
+    plain = load(base)
+    values |= {n: t for n, t in plain.state_dict().items() if "embed" in n or "lm_head" in n}
+    plain.load_state_dict(values)
+    from peft import PeftModel
+
+    assert_same_bits(ours, PeftModel.from_pretrained(plain, adapter).merge_and_unload())
+
+
+def test_the_original_base_is_one_option_away(qlora):
+    base, adapter = qlora
+    assert_same_bits(merge(adapter, "--merge_into", "original"), peft_merge(base, adapter))
+
+
+def test_dequantized_is_nearer_to_what_was_trained(qlora, capsys):
+    """Mean KL at most 1e-4, and less than the original's, by the script's own --verify."""
+    kl = {}
+    for choice in ("dequantized", "original"):
+        merge(qlora[1], "--merge_into", choice, "--verify")
+        kl[choice] = json.loads(Path("merged/run.json").read_text())["results"]["mean KL"]
+    assert 0 <= kl["dequantized"] <= 1e-4
+    assert kl["dequantized"] < kl["original"]
+    assert "bits per character" in capsys.readouterr().out
+
+
+def test_widths_that_bitsandbytes_misreads_are_refused(tmp_path, capsys):
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    line = refusal(capsys, adapter, "--merge_into", "dequantized")
+    assert "no multiple of bitsandbytes' blocks" in line and "--merge_into original" in line
+
+
+# --- A usable model ------------------------------------------------------------------------------
+
+
+def test_plain_transformers_loads_it_silently_and_goes_on_alike(tmp_path, caplog, capfd):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = make_base(tmp_path / "base", torch.float32, initializer_range=0.3)
+    adapter = make_adapter(base, tmp_path / "adapter", **CASES["as train_pt.py"])
+    merge(adapter)
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = AutoModelForCausalLM.from_pretrained("merged")
+        tokenizer = AutoTokenizer.from_pretrained("merged")
+    said = caplog.text + capfd.readouterr().err.replace("Loading weights", "")
+    assert "warn" not in said.lower()
+    tokens = tokenizer("卻說寶玉", return_tensors="pt")
+    trained = PeftModel.from_pretrained(load(base), adapter)
+    greedy = {"max_new_tokens": 30, "do_sample": False}
+    ours, theirs = (m.generate(**tokens, **greedy) for m in (model, trained))
+    assert ours.tolist() == theirs.tolist()
+    assert len(set(ours[0].tolist())) > 5  # it says something
+
+
+def test_tokenizer_travels_byte_for_byte_and_gains_a_json(tmp_path):
+    from transformers import AutoTokenizer
+
+    base = make_base(tmp_path / "base")
+    (base / "LICENSE.txt").write_text("terms")
+    merge(make_adapter(base, tmp_path / "adapter"))
+    for name in (
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "LICENSE.txt",
+    ):
+        assert Path("merged", name).read_bytes() == (base / name).read_bytes()
+    text = "卻說寶玉因見他林妹妹又病了，OK？ 𠮷\n"
+    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in ("merged", base))
+    assert ours(text).input_ids == theirs(text).input_ids
+
+
+def test_shards_index_and_buffers(tmp_path):
+    """A sharded base with old inv_freq buffers; a sharded result of the same tensors."""
+    base = make_base(tmp_path / "base")
+    assert len(list(base.glob("*.safetensors"))) > 2
+    whole = read(base)
+    for path in base.glob("model*"):
+        path.unlink()
+    whole["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+    save_file(whole, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = make_adapter(base, tmp_path / "adapter")
+    ours = merge(adapter, "--max_shard_size", 1e-4)
+    assert_same_bits(ours, peft_merge(base, adapter))
+    index = json.loads(Path("merged/model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == ours.keys()
+    assert set(index["weight_map"].values()) == {
+        p.name for p in Path("merged").glob("*.safetensors")
+    }
+    assert_same_bits(load(Path("merged")).state_dict(), peft_merge(base, adapter))
+
+
+def test_mixed_number_formats_stay_as_they_are(tmp_path):
+    base = make_base(tmp_path / "base")
+    tensors = {n: t.float() if "norm" in n else t for n, t in read(base).items()}
+    for path in base.glob("model*"):
+        path.unlink()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    ours = merge(make_adapter(base, tmp_path / "adapter"))
+    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in tensors.items()}
+
+
+def test_a_second_merge_replaces_the_first(tmp_path):
+    base = make_base(tmp_path / "base")
+    merge(make_adapter(base, tmp_path / "adapter"))
+    Path("merged", "stale").touch()
+    adapter = make_adapter(base, tmp_path / "other", r=2)
+    assert_same_bits(merge(adapter), peft_merge(base, adapter))
+    assert not Path("merged", "stale").exists()
+    assert sorted(p.name for p in Path().glob("merged*")) == ["merged"]
+
+
+def test_run_json_and_card_tell_where_the_weights_come_from(tmp_path):
+    base = make_base(tmp_path / "base")
+    merge(make_adapter(base, tmp_path / "adapter"))
+    record = json.loads(Path("merged/run.json").read_text())
+    assert record["script"] == "merge_lora.py"
+    assert record["base"]["fingerprint"] == merge_lora.fingerprint(base)
+    assert str(base) in Path("merged/README.md").read_text()
+
+
+def test_push_to_hub_uploads_the_folder(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, **kwargs):
+            calls.append(("create", name, kwargs["private"]))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append(("upload", repo_id, (Path(folder_path) / "config.json").is_file()))
+            if repo_id == "me/offline":
+                raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    adapter = make_adapter(make_base(tmp_path / "base"), tmp_path / "adapter")
+    merge(adapter, "--push_to_hub", "me/model")
+    assert calls == [("create", "me/model", True), ("upload", "me/model", True)]
+    line = refusal(capsys, adapter, "--push_to_hub", "me/offline")
+    assert "no network" in line and "merged is whole" in line
+    assert Path("merged/config.json").is_file()
+
+
+# --- What is refused -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    base = make_base(tmp_path / "base")
+    return base, make_adapter(base, tmp_path / "adapter")
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensor(folder: Path, name: str, change) -> None:
+    """Change the first tensor whose name ends so; None drops it."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for key in [key for key in tensors if key.endswith(name)][:1]:
+            tensor = change(tensors.pop(key).clone())
+            if tensor is not None:
+                tensors[key] = tensor.contiguous()
+            save_file(tensors, path, metadata={"format": "pt"})
+            return
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bias", "all"),
+        ("fan_in_fan_out", True),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("lora_bias", True),
+        ("layer_replication", [[0, 2]]),
+        ("peft_type", "LOHA"),
+        ("target_parameters", ["experts.down_proj"]),
+        ("a_field_of_tomorrow", True),
+    ],
+)
+def test_kinds_of_adapter_that_cannot_be_merged_exactly_are_named(pair, capsys, field, value):
+    edit(pair[1] / "adapter_config.json", **{field: value})
+    line = refusal(capsys, pair[1])
+    assert field in line and str(value) in line and "merge_and_unload" in line
+
+
+def test_lora_on_embeddings_is_named(tmp_path, capsys):
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens"])
+    assert "lora_embedding_A cannot be merged exactly" in refusal(capsys, adapter)
+
+
+def test_lora_on_a_tied_head_is_named(tmp_path, capsys):
+    base = make_base(tmp_path / "base", tie_word_embeddings=True)
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["lm_head"])
+    assert "one of two tied matrices" in refusal(capsys, adapter)
+
+
+def poke(value: float):
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[-1] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "change", "expected"),
+    [
+        ("adapter", "k_proj.lora_B.weight", poke(float("nan")), "k_proj.lora_B.weight has NaN"),
+        ("adapter", "up_proj.lora_A.weight", poke(float("inf")), "up_proj.lora_A.weight has NaN"),
+        ("adapter", "up_proj.lora_A.weight", lambda t: None, "A and B are [None, (131, 5)]"),
+        ("adapter", "up_proj.lora_A.weight", lambda t: t[:4], "expected rank 5"),
+        (
+            "adapter",
+            "up_proj.lora_A.weight",
+            lambda t: t[:, :9],
+            "is it the adapter of another model?",
+        ),
+        ("base", "v_proj.weight", poke(float("-inf")), "v_proj.weight is not finite"),
+        ("base", "v_proj.weight", lambda t: None, "v_proj.lora_A.weight is not in the base"),
+        ("base", "model.norm.weight", lambda t: None, "model.norm.weight is missing"),
+        ("base", "model.norm.weight", lambda t: t[:59], "(59,); expected (60,)"),
+        ("base", "lm_head.weight", lambda t: t[:99], "(99, 60); expected (1000, 60)"),
+        ("base", "lm_head.weight", lambda t: t.to(torch.int8), "is stored as I8"),
+    ],
+)
+def test_broken_tensors(pair, capsys, where, name, change, expected):
+    edit_tensor(pair[where == "adapter"], name, change)
+    assert expected in refusal(capsys, pair[1])
+
+
+def test_an_adapter_of_another_model(pair, capsys):
+    """Same shapes, other weights: only the fingerprint tells."""
+    base, adapter = pair
+    record = {"base": {"model_name_or_path": "base", "fingerprint": merge_lora.fingerprint(base)}}
+    (adapter / "run.json").write_text(json.dumps(record))
+    merge(adapter)
+    edit_tensor(base, "q_proj.weight", poke(0.5))
+    assert "the adapter is of another model" in refusal(capsys, adapter)
+
+
+def test_the_fingerprint_sees_both_ends_of_every_tensor(pair):
+    base = pair[0]
+    prints = {merge_lora.fingerprint(base)}
+    for name in ("embed_tokens.weight", "norm.weight"):
+        for place in (0, -1):
+            edit_tensor(base, name, lambda t, place=place: t.view(-1)[place].fill_(7) is None or t)
+            prints.add(merge_lora.fingerprint(base))
+    edit(base / "config.json", rope_theta=1.0)
+    assert len(prints | {merge_lora.fingerprint(base)}) == 6
+
+
+def test_new_rows_beyond_the_base(tmp_path, capsys):
+    grown, base = make_base(tmp_path / "grown"), make_base(tmp_path / "base", vocab_size=900)
+    adapter = make_adapter(grown, tmp_path / "adapter", trainable_token_indices=[950])
+    line = refusal(capsys, adapter, "--base_model", base)
+    assert "new row 950; the base has 900" in line and "extend_vocab.py" in line
+
+
+def test_truncated_missing_and_foreign_shards(pair, capsys):
+    base, adapter = pair
+    first, second = sorted(base.glob("*.safetensors"))[:2]
+    whole = first.read_bytes()
+    for size in (len(whole) - 1, 100, 5, 0):
+        first.write_bytes(whole[:size])
+        line = refusal(capsys, adapter)
+        assert first.name in line and "copy or download it again" in line
+    first.write_bytes(b"not a safetensors file at all")
+    assert "expected a safetensors file" in refusal(capsys, adapter)
+    first.write_bytes(whole)
+    second.unlink()
+    assert f"{second.name} is missing" in refusal(capsys, adapter)
+    (base / "config.json").write_text("{")
+    assert "config.json is broken" in refusal(capsys, adapter)
+
+
+def test_missing_models_say_what_to_run(pair, capsys, tmp_path):
+    base, adapter = pair
+    assert "run python train_pt.py first" in refusal(capsys, "outputs/pt")
+    assert "expected a PEFT LoRA adapter" in refusal(capsys, base)
+    edit(adapter / "adapter_config.json", base_model_name_or_path="outputs/extended")
+    assert "run python extend_vocab.py first" in refusal(capsys, adapter)
+    edit(adapter / "adapter_config.json", base_model_name_or_path=None)
+    assert "pass --base_model" in refusal(capsys, adapter)
+    edit(base / "config.json", quantization_config={"load_in_4bit": True})
+    assert "it is quantised" in refusal(capsys, adapter, "--base_model", base)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    assert "no adapter_model.safetensors" in refusal(capsys, adapter)
+
+
+def test_unfinished_training_points_to_its_last_checkpoint(pair, capsys):
+    for step in (9, 10):
+        shutil.copytree(pair[1], Path("pt") / f"checkpoint-{step}")
+    assert "training is not finished; pass --adapter pt/checkpoint-10" in refusal(capsys, "pt")
+    assert merge(Path("pt/checkpoint-9"))
+
+
+def test_tokenizers_that_do_not_fit(pair, capsys, tmp_path):
+    base, adapter = pair
+    merge(adapter)
+    shutil.copyfile("merged/tokenizer.json", base / "tokenizer.json")
+    made = json.loads((base / "tokenizer.json").read_text())
+    made["model"]["vocab"]["one more"] = ROWS
+    (base / "tokenizer.json").write_text(json.dumps(made))
+    assert "tokenizer.model has 1000 pieces, tokenizer.json 1001" in refusal(capsys, adapter)
+    (base / "tokenizer.model").unlink()
+    assert "the tokenizer has 1001 tokens" in refusal(capsys, adapter)
+    (base / "tokenizer.json").unlink()
+    assert "no tokenizer.model or tokenizer.json" in refusal(capsys, adapter)
+
+
+def test_output_folders_that_are_not_ours(pair, capsys):
+    base, adapter = pair
+    Path("merged").mkdir()
+    Path("merged/diary.txt").touch()
+    assert "merge_lora.py did not make it" in refusal(capsys, adapter)
+    assert Path("merged/diary.txt").exists()
+    assert "lies in it" in refusal(capsys, adapter, "--output_dir", base)
+    assert "lies in it" in refusal(capsys, adapter, "--output_dir", adapter.parent)
+
+
+def test_texts_that_cannot_be_read(pair, capsys):
+    Path("latin").write_bytes(b"\xff\xfe\xfd")
+    assert "expected a UTF-8 text" in refusal(capsys, pair[1], "--verify", "latin")
+    assert "expected a UTF-8 text" in refusal(capsys, pair[1], "--verify", "nowhere")
+
+
+# --- A full disk, a kill -------------------------------------------------------------------------
+
+
+def test_a_disk_too_small_is_seen_before_the_first_byte(pair, capsys, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=65_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "free; make room" in refusal(capsys, pair[1], code=1)
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_model(pair, capsys, monkeypatch):
+    adapter = pair[1]
+    before = merge(adapter)
+    original, calls = merge_lora.merged, iter(range(1000))
+
+    def failing(part, flags):
+        if next(calls) == 7:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield from original(part, flags)
+
+    monkeypatch.setattr(merge_lora, "merged", failing)
+    assert "No space left on device; it is as it was before" in refusal(capsys, adapter, code=1)
+    after = read(Path("merged"))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("moment", ["merged", "copy_rest", "write_papers"])
+def test_a_killed_run_leaves_nothing_that_looks_finished(pair, moment):
+    """kill -9 from within; what is left has no config.json, and the next run clears it away."""
+    adapter = pair[1]
+    before = merge(adapter)
+    code = f"""if True:
+        import os, signal, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import merge_lora
+        def die(*args): os.kill(os.getpid(), signal.SIGKILL)
+        merge_lora.{moment} = die
+        merge_lora.main(sys.argv[1:])"""
+    command = [sys.executable, "-c", code, "--adapter", str(adapter), "--output_dir", "merged"]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert Path("merged.partial").is_dir() and not Path("merged.partial/config.json").exists()
+    after = read(Path("merged"))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    merge(adapter)
+    assert sorted(p.name for p in Path().glob("merged*")) == ["merged"]
+
+
+def test_ctrl_c_cleans_up(pair, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge_lora, "write_papers", interrupt)
+    with contextlib.suppress(SystemExit):
+        merge(pair[1])
+    assert not list(Path().glob("merged*"))
