@@ -126,8 +126,8 @@ class Arguments:
         None, "Optimizer; None: Adam with 8-bit states on a GPU (adamw_8bit), else adamw_torch."
     )
     eval_strategy: str = option("steps", "When to evaluate: steps, epoch or no.")
-    eval_steps: float = option(0.05, "Steps between evaluations; under 1: a share of all steps.")
-    save_steps: float = option(0.05, "Steps between checkpoints; under 1: a share of all steps.")
+    eval_steps: float = option(0.1, "Steps between evaluations; under 1: a share of all steps.")
+    save_steps: float = option(100, "Steps between checkpoints; under 1: a share of all steps.")
     save_total_limit: int = option(2, "Checkpoints kept.")
     logging_steps: float = option(5, "Steps between points of the loss curve.")
     report_to: str = option("none", "Also log to: wandb, tensorboard, ... or none.")
@@ -176,7 +176,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
             "label_names": ["labels"],
             "ddp_find_unused_parameters": False,
             "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
+            "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
             "save_strategy": "steps",
         }
     )
@@ -189,6 +189,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
                 "fused_linear_cross_entropy": False,
                 "cross_entropy": False,
             }
+        training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     except (ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
     if unknown:
@@ -323,9 +324,8 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
             f"--block_size {args.block_size}: longer than the model's {config.max_position_embeddings} "
             "positions; choose a smaller one, or set rope scaling in its config.json"
         )
-    record = folder / "run.json"
-    known = json.loads(record.read_text())["results"] if record.is_file() else {}
-    first = args.base_vocab_size or (known or {}).get("base_vocab_size") or LLAMA_2_PIECES
+    known = (read_record(folder).get("results") or {}).get("base_vocab_size")
+    first = args.base_vocab_size or known or LLAMA_2_PIECES
     first = min(first, config.vocab_size)
     if args.train_embeddings == "none" and first < config.vocab_size:
         raise UserError(
@@ -427,7 +427,8 @@ def s2_attention(
     B, H, T, D = query.shape
     group = module.config.group_size if module.training else None
     if cuts is None:
-        flash = flash_is_here() and query.dtype in (torch.float16, torch.bfloat16)
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        flash = query.is_cuda and half and flash_is_here()
         cuts = cut_points(kwargs["position_ids"].expand(B, T), group, flash)
         cuts = {n: x.to(query.device) if torch.is_tensor(x) else x for n, x in cuts.items()}
     else:
@@ -950,11 +951,11 @@ class PackedTraining:
         return 0  # the stock estimate counts every parameter at each step
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        import torch
-
-        stop = torch.tensor(len(self.stop), device=self.args.device)
+        stop = len(self.stop)
         if self.args.world_size > 1:  # the signal may reach the processes at different steps
-            stop = self.accelerator.reduce(stop, "sum")
+            import torch
+
+            stop = self.accelerator.reduce(torch.tensor(stop, device=self.args.device), "sum")
         if stop:
             self.control.should_evaluate = False
             self.control.should_save = self.control.should_training_stop = True
@@ -1020,6 +1021,9 @@ class PackedTraining:
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         load_adapter(model or self.model, Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        load_adapter(self.model, Path(self.state.best_model_checkpoint))
+
 
 def build_trainer(args, training, model, head, blocks, held_out, record, report, stop):
     """transformers.Trainer with PackedTraining in front."""
@@ -1070,6 +1074,14 @@ def write_json(path: Path, content: Any) -> None:
     building.replace(path)
 
 
+def read_record(folder: Path) -> dict:
+    """A folder's run.json; empty where there is none."""
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def file_sums(folder: Path) -> dict[str, list[int]]:
     """Size and CRC-32 of every file but run.json."""
     sums = {}
@@ -1090,11 +1102,8 @@ def checkpoints(output: Path) -> list[Path]:
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file is as it was written."""
-    try:
-        sums = json.loads((checkpoint / "run.json").read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return file_sums(checkpoint) == sums
+    sums = read_record(checkpoint).get("files")
+    return sums is not None and file_sums(checkpoint) == sums
 
 
 def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, key: str) -> dict:
@@ -1129,52 +1138,36 @@ def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, k
 
 
 def open_run(args: Arguments, record: dict) -> str | None:
-    """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to mix
-    two runs; a finished one is moved aside."""
+    """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to
+    mix two runs; a finished one with other settings is moved aside."""
     output = Path(args.output_dir)
-    try:
-        old = json.loads((output / "run.json").read_text())
-    except FileNotFoundError:
-        if output.is_dir() and any(output.iterdir()):
+    if output.is_file() or output.is_dir() and any(output.iterdir()):
+        old = read_record(output)
+        if old.get("script") != "train_pt.py":
+            raise UserError(f"--output_dir {output}: holds something else; choose another folder")
+        new, before = record["settings"], old["settings"]
+        changed = [n for n in sorted(new | before) if new.get(n) != before.get(n)]
+        if changed and old["results"] is None:
+            what = "; ".join(f"{n} was {before.get(n)}, now {new.get(n)}" for n in changed)
             raise UserError(
-                f"--output_dir {output}: holds files, but no run of train_pt.py; choose another folder"
-            ) from None
-        return None
-    except (ValueError, NotADirectoryError) as error:
-        raise UserError(
-            f"--output_dir {output}: not a run's folder ({error}); choose another"
-        ) from None
-    new, before = record["settings"], old.get("settings") or {}
-    changed = [n for n in sorted(new | before) if new.get(n) != before.get(n)]
-    if changed and old["results"] is None:
-        what = "; ".join(f"{n} was {before.get(n)}, now {new.get(n)}" for n in changed)
-        raise UserError(
-            f"--output_dir {output}: an unfinished run with other settings ({what}); give the same "
-            "settings to go on, name another --output_dir, or remove the folder"
-        )
-    if changed:
-        number = next(n for n in range(1, 10**6) if not Path(f"{output}.{n}").exists())
-        output.rename(f"{output}.{number}")
-        print(f"the finished run in {output} had other settings: moved to {output}.{number}")
-        return None
-    if old["results"] is not None:
-        return "done"
-    return find_checkpoint(args, output)
-
-
-def find_checkpoint(args: Arguments, output: Path) -> str | None:
-    """The checkpoint to go on from, the last that is whole."""
+                f"--output_dir {output}: an unfinished run with other settings ({what}); give the "
+                "same settings to go on, name another --output_dir, or remove the folder"
+            )
+        if changed:
+            aside = next(p for n in range(1, 10**6) if not (p := Path(f"{output}.{n}")).exists())
+            output.rename(aside)
+            print(f"the finished run in {output} had other settings: moved to {aside}")
+        elif old["results"] is not None:
+            return "done"
     wanted = args.resume_from_checkpoint
-    if wanted == "none":
-        return None
-    for folder in [Path(wanted)] if wanted != "auto" else checkpoints(output):
+    if wanted not in ("auto", "none") and not is_whole(Path(wanted)):
+        raise UserError(f"--resume_from_checkpoint {wanted}: not a whole checkpoint; use auto")
+    if wanted != "auto":
+        return None if wanted == "none" else wanted
+    for folder in checkpoints(output):
         if is_whole(folder):
             return str(folder)
-        if wanted != "auto":
-            raise UserError(f"--resume_from_checkpoint {wanted}: not a whole checkpoint; use auto")
-        print(
-            f"{folder} is broken (not what was written): falling back to the one before", flush=True
-        )
+        print(f"{folder} is broken (not what was written): falling back to the one before")
     return None
 
 
@@ -1275,8 +1268,10 @@ class Report:
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line.endswith("}")]
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, checkpoint: str | None) -> None:
         """Forget what a resumed run will write again."""
+        state = Path(checkpoint or "", "trainer_state.json")
+        step = json.loads(state.read_text())["global_step"] if checkpoint else -1
         rows = [
             json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows() if row["step"] <= step
         ]
@@ -1509,7 +1504,7 @@ def main(argv: list[str] | None = None) -> None:
     model, head = build_model(args, training, folder, first_new)
     report = Report(args, tokenizer, facts, source[0]["input_ids"][:32].tolist())
     if first:
-        report.rewind(int(checkpoint.rsplit("-", 1)[1]) if checkpoint else -1)
+        report.rewind(checkpoint)
     with stop_signals() as stop:
         trainer = build_trainer(args, training, model, head, blocks, held_out, record, report, stop)
         trainer.train(resume_from_checkpoint=checkpoint)
