@@ -719,37 +719,36 @@ def save_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_rest(adapter: Path, base: Path, folder: Path, config: dict) -> int:
-    """Copy tokenizer (the adapter's files before the base's), generation config and terms, byte for
-    byte. The tokenizer must agree with itself and with the embedding; return its number of tokens."""
-    from sentencepiece import SentencePieceProcessor
-
-    for source in (base, adapter):
-        patterns = (*TERMS, "generation_config.json") if source == base else ()
-        for path in (p for name in (*TOKENIZER_FILES, *patterns) for p in source.glob(name)):
+def copy_rest(adapter: Path, base: Path, folder: Path, config: dict) -> None:
+    """Tokenizer (the adapter's files over the base's), generation config, terms, byte for byte."""
+    of_base = [*TOKENIZER_FILES, "generation_config.json", *TERMS]
+    for source, names in ((base, of_base), (adapter, TOKENIZER_FILES)):
+        for path in (path for name in names for path in source.glob(name)):
             shutil.copyfile(path, folder / path.name)
     if not (folder / "generation_config.json").is_file():
-        ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        save_json(
-            folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None}
-        )
-    shown, made, model = (
-        f"--base_model {base}",
-        folder / "tokenizer.json",
-        folder / "tokenizer.model",
-    )
-    if not made.is_file():  # it is made from tokenizer.model, which takes a little time and memory
-        from transformers import AutoTokenizer
+        ids = {f"{key}_token_id": config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
+        ids = {key: value for key, value in ids.items() if value is not None}
+        save_json(folder / "generation_config.json", ids)
 
-        try:
+
+def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
+    """tokenizer.model, tokenizer.json and the embedding must agree; returns the number of tokens."""
+    from sentencepiece import SentencePieceProcessor
+
+    made, model, pieces = folder / "tokenizer.json", folder / "tokenizer.model", None
+    try:
+        if model.is_file() or not made.is_file():
+            pieces = SentencePieceProcessor(str(model)).vocab_size()
+        if not made.is_file():  # it is made from tokenizer.model, which takes some time and memory
+            from transformers import AutoTokenizer
+
             AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(made))
-        except Exception as error:
-            wrong = "no tokenizer.model or tokenizer.json that can be read, nor with the adapter"
-            raise UserError(f"{shown}: {wrong}; copy the tokenizer's files there") from error
-    tokenizer, rows = load_json(made, shown), config["vocab_size"]
+    except Exception as error:
+        wrong = "no tokenizer.model or tokenizer.json that can be read, nor with the adapter"
+        raise UserError(f"{shown}: {wrong}; copy the tokenizer's files there") from error
+    tokenizer = load_json(made, shown)
     count = len(tokenizer["model"]["vocab"])
-    pieces = SentencePieceProcessor(str(model)).vocab_size() if model.is_file() else count
-    if pieces != count:
+    if pieces not in (None, count):
         wrong = f"tokenizer.model has {pieces} pieces, tokenizer.json {count}"
         raise UserError(f"{shown}: {wrong}; expected the same; copy both from one tokenizer")
     tokens = max([count, *(token["id"] + 1 for token in tokenizer.get("added_tokens", []))])
@@ -935,7 +934,8 @@ def main(argv: list[str] | None = None) -> None:
     check_output(output, [adapter, base], nbytes)
 
     with built_aside(output) as folder:
-        tokens = copy_rest(adapter, base, folder, config)
+        copy_rest(adapter, base, folder, config)
+        tokens = check_tokenizer(folder, config["vocab_size"], f"--base_model {base}")
         write_weights(folder, parts, flags, args.max_shard_size * 1e9)
         facts = {
             "adapter": f"{adapter}, rank {lora['r']}",
