@@ -34,6 +34,7 @@ import tempfile
 import threading
 import time
 import zlib
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,11 +43,11 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import fsspec  # datatrove, matplotlib and ray are imported where they are used: --help stays quick
 import numpy as np
-from fastwarc.warc import WarcRecord, WarcRecordType
+from fastwarc.warc import WarcRecord
 from isal import igzip_lib
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -60,7 +61,7 @@ MAX_TASKS = 256  # deduplication opens one file of every task at once
 FIRST_WAVE = 32  # files read before the yield of a crawl is known (--target_size)
 BLOCK = 1 << 20  # bytes that a stream gives at a time
 MAX_RECORD = 16 << 20  # bytes; no page of prose is larger
-MAX_HEADER = 1024  # bytes inflated before a record is refused on its header
+HEADER = 512  # compressed bytes that hold a record's header
 SCRIPTS = ("other", "han", "traditional", "simplified", "rare", "kana", "hangul", "broken")
 SCORES = ("han", "traditional", "mainland", "repeated", "distinct", "closing", "spam")
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
@@ -157,25 +158,23 @@ SHARED = (
     "網關 網卡 諾蘭 奶酪 冰棍 貝多 凱奇 薩提 福雷 拉莫 布爾 創建 格拉斯 視圖 圖標 觸摸 調製 的士 "
     "標識符 屏蔽 寬帶 移動通信 移動電話 南卡羅來納 北卡羅來納 新澤西 哈薩克斯坦 帕金森病 大眾汽車 "
     "集群 空間 卸載 免提 串行 通用 白細胞 紅細胞 胰腺 前列腺 知識產權 市場營銷 默認 截屏 高清 "
-    "數字人文 觸摸屏 激活 審核 覈心 目標代碼 移動網絡 納米 硅 納米比亞 支持者 程序正義 程序不正義 "
+    "數字人文 觸摸屏 激活 審核 覈心 目標代碼 移動網絡 納米 納米比亞 支持者 程序正義 程序不正義 "
     "正當程序 訴訟程序 司法程序 處理程序 方程式 軟體動物 演算法 大數據 公元紀年 海內存知己 "
     "電視頻道 衛視頻道 影視頻道 感激光 相信息 本土豆 打印度 強硬件 高考慮 高考驗 高考量 微信心 "
     "微信仰 給力量 給力氣 土豆腐 靠譜系 外賣力 打車輪 下單位 下單純 下單元"
 )
 
-# Personal data and what stands in its place. Digits and letters around them must end first.
-PRIVATE = (
-    (re.compile(r"(?a)[\w.+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+"), "[EMAIL]"),
-    (re.compile(r"(?<![\d.])((25[0-5]|2[0-4]\d|1?\d?\d)(\.(?=\d)|(?![\d.]\d|\d))){4}"), "[IP]"),
-    (re.compile(r"(?a)(?<![A-Z\d])[A-Z][1289A-D]\d{8}(?!\d)"), "[ID]"),
-    (
-        re.compile(
-            r"(?a)(?<![\d-])((\+|00)886[-\s]?(\(0\)|0)?|\(?0)"  # country code or trunk prefix
-            r"(9\d{2}([-\s.]?\d{3}){2}|[2-8]\d{0,2}\)?[-\s.]?\d{3,4}[-\s.]?\d{4}|800([-\s]?\d{3}){2})"
-            r"(?!\d)(\s*(#|轉|分機)\s*\d{1,5})?"
-        ),
-        "[PHONE]",
-    ),
+# Personal data. Digits and letters around them must have ended; that is asked after the first
+# character, because a pattern that begins with a set of characters is found much faster.
+EMAIL = re.compile(r"(?a)[\w.+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+")
+IP_ADDRESS = re.compile(r"(?a)\d(?<![\d.]\d)\d{0,2}(\.\d{1,3}){3}(?!\d|\.\d)")
+NATIONAL_ID = re.compile(r"(?a)[A-Z](?<![A-Za-z\d][A-Z])[1289A-D]\d{8}(?!\d)")
+PHONE = re.compile(
+    r"(?a)[+(0](?<![\d-][+(0])"
+    r"((?<=\+)886[-\s]?(\(0\)|0)?|(?<=0)0886[-\s]?0?|(?<=\()0|(?<=0))"  # country or trunk prefix
+    r"(9\d{2}([-\s.]?\d{3}){2}|[2-8]\d{0,2}\)?[-\s.]?\d{3,4}[-\s.]?\d{4}|800([-\s]?\d{3}){2}"
+    r"|8(2|26|36)\)?[-\s]?\d{5,6})"
+    r"(?!\d)(\s*(#|轉|分機)\s*\d{1,5})?"
 )
 
 # --- Arguments -----------------------------------------------------------------------------------
@@ -185,93 +184,48 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the docstring as it is written and every option's default."""
 
 
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class Arguments:
     """Every option of the command line; the help text is the documentation."""
 
     input: list[str] = field(
         default_factory=lambda: ["data/sample"],
-        metadata={
-            "help": "Files, folders, globs or fsspec URLs (s3://, https://): .wet[.gz], .warc[.gz],"
-            " .jsonl[.gz|.zst] or .parquet."
-        },
+        metadata={"help": "Files, folders, globs, URLs: .wet, .warc[.gz], .jsonl[.zst], .parquet."},
     )
-    crawl: str | None = field(
-        default=None,
-        metadata={"help": "Common Crawl to read, such as CC-MAIN-2026-30; None: --input."},
+    crawl: str | None = option(None, "Crawl to read, such as CC-MAIN-2026-30; None: --input.")
+    limit_files: int | None = option(None, "Read only so many files; None: all.")
+    output_dir: str = option("data/cc_filtered", "Folder for the corpus; made if missing.")
+    target_size: str | None = option(None, "Stop at so much text (UTF-8), such as 6GB; None: all.")
+    executor: Literal["local", "ray", "slurm"] = option("local", "datatrove executor to run on.")
+    workers: int = option(1, "Tasks at a time.")
+    tasks: int | None = option(None, f"Groups of files; None: one a file, at most {MAX_TASKS}.")
+    save_rejected: bool = option(False, "Write refused pages to rejected/<rule>/ to read and tune.")
+    min_han: float = option(0.5, "Least share of Han among the letters.")
+    max_kana_hangul: float = option(0.2, "Largest share of kana and hangul in East Asian letters.")
+    min_traditional: float = option(
+        0.9, "Least share of Traditional where scripts differ (OpenCC)."
     )
-    limit_files: int | None = field(
-        default=None, metadata={"help": "Read only so many files; None: all."}
+    max_broken: float = option(0.002, "Largest share of broken characters (U+FFFD, private use).")
+    max_rare: float = option(0.1, "Largest share of Han outside Big5 level 1, the 5,401 in use.")
+    min_length: int = option(200, "Least number of Han left when the lines are cleaned.")
+    max_mainland: float = option(3.0, "Most mainland words, less Taiwan words, per 1,000 Han.")
+    max_repeated: float = option(0.2, "Largest share of 10-grams of characters repeated (Gopher).")
+    min_distinct: float = option(0.4, "Least share of distinct 2-grams in the first 1,000.")
+    min_closing: float = option(
+        0.3, "Least share of text in lines that end a sentence (C4, FineWeb)."
     )
-    output_dir: str = field(
-        default="data/cc_filtered", metadata={"help": "Folder for the corpus; made if missing."}
-    )
-    target_size: str | None = field(
-        default=None,
-        metadata={"help": "Stop at so much text (UTF-8), such as 500MB or 6GB; None: all."},
-    )
-    executor: Literal["local", "ray", "slurm"] = field(
-        default="local", metadata={"help": "datatrove executor that runs the tasks."}
-    )
-    workers: int = field(default=1, metadata={"help": "Tasks at a time."})
-    tasks: int | None = field(
-        default=None,
-        metadata={"help": f"Groups of files; None: one per file, at most {MAX_TASKS}."},
-    )
-    save_rejected: bool = field(
-        default=False,
-        metadata={"help": "Write refused pages to rejected/<rule>/ to read and tune."},
-    )
-    min_han: float = field(default=0.5, metadata={"help": "Least share of Han among the letters."})
-    max_kana_hangul: float = field(
-        default=0.2, metadata={"help": "Largest share of kana and hangul."}
-    )
-    min_traditional: float = field(
-        default=0.9,
-        metadata={"help": "Least share of Traditional among characters that differ (OpenCC)."},
-    )
-    max_broken: float = field(
-        default=0.002,
-        metadata={"help": "Largest share of broken characters (U+FFFD, private use)."},
-    )
-    max_rare: float = field(
-        default=0.1,
-        metadata={"help": "Largest share of Han outside Big5 level 1, the 5,401 in use."},
-    )
-    min_length: int = field(
-        default=200, metadata={"help": "Least number of Han left when lines are cleaned."}
-    )
-    max_mainland: float = field(
-        default=3.0, metadata={"help": "Most mainland words, less Taiwan words, per 1,000 Han."}
-    )
-    max_repeated: float = field(
-        default=0.2,
-        metadata={"help": "Largest share of 10-grams of characters seen before (Gopher)."},
-    )
-    min_distinct: float = field(
-        default=0.4,
-        metadata={"help": "Least share of distinct 2-grams in the first 1,000 characters."},
-    )
-    min_closing: float = field(
-        default=0.3,
-        metadata={"help": "Least share of text in lines that end like a sentence (C4, FineWeb)."},
-    )
-    max_spam: float = field(default=8.0, metadata={"help": "Most spam words per 1,000 Han."})
-    url_lists: bool = field(
-        default=False,
-        metadata={"help": "Refuse addresses on datatrove's block lists too (0.8 GB a worker)."},
-    )
-    minhash_buckets: int = field(
-        default=20, metadata={"help": "MinHash bands: more find more near duplicates."}
-    )
-    minhash_rows: int = field(
-        default=8, metadata={"help": "MinHash values a band: more are stricter."}
-    )
-    partition: str = field(default="cpu", metadata={"help": "Slurm partition."})
-    time: str = field(default="08:00:00", metadata={"help": "Slurm time limit of a task."})
-    picture: str = field(
-        default="pictures/filter.png", metadata={"help": "Where to draw what each rule left."}
-    )
+    max_spam: float = option(8.0, "Most spam words per 1,000 Han.")
+    url_lists: bool = option(False, "Refuse datatrove's listed addresses too (0.8 GB a worker).")
+    minhash_buckets: int = option(20, "MinHash bands: more find more near duplicates.")
+    minhash_rows: int = option(8, "MinHash values in a band: more are stricter.")
+    partition: str = option("cpu", "Slurm partition.")
+    time: str = option("08:00:00", "Slurm time limit of a task.")
+    picture: str = option("pictures/filter.png", "Where to draw what each rule left.")
 
 
 def parse_args(argv: list[str] | None) -> Arguments:
@@ -323,8 +277,7 @@ def user_errors() -> Iterator[None]:
 
 def content_length(lower_header: bytes) -> int | None:
     """Return the length that a WARC header (in lower case) gives, None if it gives none."""
-    at = lower_header.find(b"\ncontent-length:")
-    value = lower_header[at + 16 : at + 48].split(b"\n")[0].strip() if at >= 0 else b""
+    value = lower_header.partition(b"\ncontent-length:")[2].partition(b"\n")[0].strip()
     return int(value) if value.isdigit() else None
 
 
@@ -332,9 +285,9 @@ def plain_records(data, wanted: Callable, damage: Callable) -> Iterator[bytes]:
     """Cut records out of WARC bytes; where a length is wrong, go on at the next record's header."""
     at, lost = 0, False
     while (start := data.find(b"WARC/1.", at)) >= 0:
-        if not lost and data[at : min(start, at + MAX_HEADER)].strip():
+        if not lost and data[at : min(start, at + HEADER)].strip():
             damage("foreign bytes")
-        head = data[start : start + 64 * MAX_HEADER]
+        head = data[start : start + (1 << 16)]
         end = head.find(b"\r\n\r\n")
         lower = head[: max(end, 0)].lower()
         length = content_length(lower)
@@ -353,7 +306,7 @@ def plain_records(data, wanted: Callable, damage: Callable) -> Iterator[bytes]:
             at = start + 7  # past this header's WARC/1., on to the next
         elif wanted(lower, length):
             yield data[start:at]
-    if not lost and data[at : at + MAX_HEADER].strip():
+    if not lost and data[at : at + HEADER].strip():
         damage("foreign bytes")
 
 
@@ -361,33 +314,30 @@ def only_record(piece: bytes, wanted: Callable) -> bytes | None:
     """Return the record of a healthy gzip member that holds just one; b"" if `wanted` refuses its
     header, in which case the rest is not even inflated; None if the member is anything else. Its
     last four bytes, the inflated size, must agree with the record's own length."""
+    size = int.from_bytes(piece[-4:], "little")
     with contextlib.suppress(igzip_lib.IsalError):
         inflate = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
-        head = inflate.decompress(piece, MAX_HEADER)
+        head = inflate.decompress(piece[:HEADER])  # inflated, it is longer than this
         end = head.find(b"\r\n\r\n")
-        if end < 0 and not inflate.eof:
-            head += inflate.decompress(b"", 64 * MAX_HEADER)
-            end = head.find(b"\r\n\r\n")
         lower = head[: max(end, 0)].lower()
         length = content_length(lower)
-        if length is None or length > MAX_RECORD or not head.startswith(b"WARC/1."):
+        if length is None or end + 8 + length != size or not lower.startswith(b"warc/1."):
             return None
-        if end + 8 + length != int.from_bytes(piece[-4:], "little"):
-            return None
-        if not wanted(lower, length):
-            return b""
-        record = head if inflate.eof else head + inflate.decompress(b"")
-        return record if inflate.eof else None
+        if size <= MAX_RECORD:
+            if not wanted(lower, length):
+                return b""
+            inflate = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
+            record = inflate.decompress(piece, size + 1)
+            return record if inflate.eof else None
     return None
 
 
-def find_member(data: bytes, start: int) -> int:
-    """Return where the next gzip member starts at or after `start`, -1 if that is not in sight."""
-    while 0 <= (at := data.find(b"\x1f\x8b\x08", start)) <= len(data) - 9:
-        if data[at + 3] < 32 and data[at + 8] in (0, 2, 4):
-            return at
-        start = at + 1
-    return -1
+def member_starts(data: bytes) -> list[int]:
+    """Return where gzip members start in `data`, the first place left out."""
+    codes = np.frombuffer(data, np.uint8)
+    at = np.flatnonzero(codes[1:-8] == 0x1F) + 1
+    at = at[(codes[at + 1] == 0x8B) & (codes[at + 2] == 8) & (codes[at + 3] < 32)]
+    return at[codes[at + 8] <= 4].tolist()
 
 
 def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Iterator[bytes]:
@@ -395,14 +345,19 @@ def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Ite
     that damage ends with its member. One record each is the rule; any other member (many records,
     a wrong length, damage, magic bytes that were none) is inflated into a file and looked through.
     """
-    at, more = 0, True
+    at, more, starts = 0, True, member_starts(data)
 
     def refill(keep: int) -> bool:
         """Read another block; what lies before `keep` is done with."""
-        nonlocal data, at, more
+        nonlocal data, at, more, starts
         block = stream.read(BLOCK) if more else b""
         data, at, more = data[keep:] + block, at - keep, bool(block)
+        starts = member_starts(data)
         return more
+
+    def next_start() -> int:
+        following = bisect(starts, at)
+        return starts[following] if following < len(starts) else len(data)
 
     def inflate_into(file) -> bool:
         """Inflate the member at `at` and go to its end; False, and stay, if it is damaged."""
@@ -424,10 +379,9 @@ def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Ite
         return inflate.eof
 
     while True:
-        end = find_member(data, at + 1)
-        if end < 0 and len(data) - at < MAX_RECORD and refill(at):
+        end = next_start()
+        if end == len(data) and end - at < MAX_RECORD and refill(at):
             continue
-        end = end if end >= 0 else len(data)
         if at == len(data):
             return
         record = only_record(data[at:end], wanted)
@@ -441,8 +395,7 @@ def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Ite
             whole = inflate_into(file)
             if not whole:
                 damage(kind)
-                end = find_member(data, max(at, -1) + 1)
-                at = end if end >= 0 else len(data)
+                at = next_start()
             yield from file_records(file, wanted, damage if whole else lambda kind: None)
 
 
@@ -476,15 +429,16 @@ class Tally:
     """What a task read, refused and kept: for progress, stats.json and the log; one file a task."""
 
     path: str
-    pages: Counter = field(default_factory=Counter)  # rule, "read" or "kept" -> pages
+    pages: Counter = field(default_factory=Counter)  # rule or "kept" -> pages
     bytes: Counter = field(default_factory=Counter)  # the same -> bytes of UTF-8
     damage: Counter = field(default_factory=Counter)  # kind -> how often
     files: int = 0
     saved: float = 0.0
 
-    def count(self, name: str, size: int) -> None:
-        self.pages[name] += 1
-        self.bytes[name] += size
+    def count(self, rule: str, size: int) -> None:
+        """Count a page under the rule that refuses it, or under "kept"."""
+        self.pages[rule] += 1
+        self.bytes[rule] += size
 
     def save(self, every: float = 0.0) -> None:
         """Write the counts; with `every`, only if so many seconds passed since the last time."""
@@ -519,31 +473,31 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
             return b"\nwarc-type: response" in header
         if save or not foreign(header):
             return True
-        tally.count("read", length)
         tally.count("language", length)
         return False
 
+    names = {"id": "WARC-Record-ID", "url": "WARC-Target-URI", "date": "WARC-Date"}
     for data in stream_records(stream, wanted, damage):
+        header, _, page = data.partition(b"\r\n\r\n")
+        header = header.lower()
         try:
-            record = WarcRecord.from_bytes(data)
-            html = record.record_type == WarcRecordType.response
-            page = main_text(record, judge) if html else record.reader.read()
-            names = {"id": "WARC-Record-ID", "url": "WARC-Target-URI", "date": "WARC-Date"}
-            known = {name: record.headers.get(header) for name, header in names.items()}
-        except (OSError, ValueError, LookupError):
-            damage("record that does not parse")
-            continue
-        if page is None:
-            continue
-        tally.count("read", len(page))
-        refused, counts = judge.refuse_bytes(page)
-        if save and foreign(data[: data.find(b"\r\n\r\n")].lower()):
-            refused = "language"
-        if refused and not save:
-            tally.count(refused, len(page))
-        else:
+            if html := b"\nwarc-type: response" in header:
+                page = main_text(WarcRecord.from_bytes(data), judge)
+            page = page if html else page[: content_length(header)]
+            if page is None:
+                continue
+            refused, counts = judge.refuse_bytes(page)
+            if save and foreign(header):
+                refused = "language"
+            if refused and not save:
+                tally.count(refused, len(page))
+                continue
+            headers = WarcRecord.from_bytes(data).headers
+            known = {name: headers.get(field) for name, field in names.items()}
             text = page.decode("utf-8", errors="replace")
             yield known | {"text": text, "refused": refused, "counts": counts}
+        except (OSError, ValueError, LookupError):
+            damage("record that does not parse")
 
 
 def foreign(lower_header: bytes) -> bool:
@@ -608,11 +562,9 @@ def script_table() -> np.ndarray:
     return table
 
 
-def word_finder():
-    """Return an automaton that finds mainland (1), Taiwan (2) and spam words (3), longest first.
-
-    OpenCC's TWPhrases pair mainland words in Traditional glyphs with Taiwan's."""
-    import ahocorasick
+def word_kinds() -> dict[str, int]:
+    """Return words that only mainland (1) or Taiwan (2) pages or spam (3) use, and others (0) that
+    hide such a word. OpenCC's TWPhrases pair mainland words in Traditional glyphs with Taiwan's."""
     import opencc
 
     folder = Path(opencc.__file__).parent / "clib"
@@ -627,18 +579,38 @@ def word_finder():
             words[to_taiwan(word)] = 1
     for kind, listed in enumerate((SHARED, MAINLAND, TAIWAN, SPAM)):
         words |= dict.fromkeys(listed.split(), kind)
-    finder = ahocorasick.Automaton(ahocorasick.STORE_INTS)
-    for word, kind in words.items():
-        finder.add_word(word, kind)
-    finder.make_automaton()
-    return finder
+    return words
+
+
+class Words:
+    """Finds listed words, the longest first. A table of the hashes of their first two characters
+    lets numpy point out the few places that are worth a look."""
+
+    def __init__(self, kinds: dict[str, int]):
+        self.kinds, self.lengths = kinds, {}
+        self.starts = np.zeros(1 << 16, bool)
+        for word in sorted(kinds, key=len, reverse=True):
+            self.lengths.setdefault(word[:2], []).append(len(word))
+            self.starts[(ord(word[0]) * 31 + ord(word[1])) & 0xFFFF] = True
+
+    def count(self, text: str) -> Counter:
+        """Return how many words of each kind the text holds."""
+        codes = np.frombuffer(text.encode("utf-32-le", errors="replace"), np.uint32)
+        found, end = Counter(), 0
+        for at in np.flatnonzero(self.starts[(codes[:-1] * 31 + codes[1:]) & 0xFFFF]).tolist():
+            for length in self.lengths.get(text[at : at + 2], ()) if at >= end else ():
+                if (kind := self.kinds.get(text[at : at + length])) is not None:
+                    found[kind] += 1
+                    end = at + length
+                    break
+        return found
 
 
 class Judge:
     """The rules with their limits and tables; it travels to the workers whole."""
 
     def __init__(self, limits: Arguments):
-        self.limits, self.scripts, self.words = limits, script_table(), word_finder()
+        self.limits, self.scripts, self.words = limits, script_table(), Words(word_kinds())
 
     def count(self, page: bytes) -> dict[str, int]:
         """Count the characters of UTF-8 by script without decoding: three bytes are one of them."""
@@ -694,7 +666,7 @@ class Judge:
         han = counts["all_han"]
         if han < limits.min_length:
             return text, {}, "length"
-        found = Counter(kind for _, kind in self.words.iter_long(text))
+        found = self.words.count(text)
         abroad = found[1] - found[2]
         scores = {
             "han": han / counts["letters"],
@@ -772,10 +744,10 @@ def block_lines(lines: list[str], kinds: list[str], before_prose: bool) -> list[
 
 def hide_private(text: str) -> str:
     """Put placeholders in the place of e-mail and IP addresses, national ids and phone numbers."""
-    for (pattern, placeholder), sign in zip(PRIVATE, ("@", ".", None, "0"), strict=True):
-        if sign is None or sign in text:
-            text = pattern.sub(placeholder, text)
-    return text
+    if "@" in text:
+        text = EMAIL.sub("[EMAIL]", text)
+    text = NATIONAL_ID.sub("[ID]", IP_ADDRESS.sub("[IP]", text))
+    return PHONE.sub("[PHONE]", text)
 
 
 def distinct_share(text: str, size: int) -> float:
@@ -858,7 +830,6 @@ def blocks() -> SimpleNamespace:
             folder, _, name = path.rpartition("/")
             reader = ParquetReader if path.endswith(".parquet") else JsonlReader
             for row in reader(folder).read_file(name):
-                self.tally.count("read", len(row.text.encode("utf-8", errors="replace")))
                 known = {name: row.metadata.get(name) for name in ("url", "date")}
                 yield known | {"text": row.text, "id": row.id, "refused": None, "counts": None}
 
@@ -1110,7 +1081,7 @@ def progress(executor, name: str, tallies: Path | None, files: int) -> Iterator[
     logger.remove()
     total, unit = (files, "file") if tallies else (executor.world_size, "task")
     bar, ended, start = tqdm(total=total, desc=name, unit=unit), threading.Event(), time.monotonic()
-    before = sum_tallies(tallies).bytes["read"] if tallies else 0
+    before = sum_tallies(tallies).bytes.total() if tallies else 0
 
     def watch() -> None:
         last = False
@@ -1120,7 +1091,7 @@ def progress(executor, name: str, tallies: Path | None, files: int) -> Iterator[
             if tallies:
                 tally = sum_tallies(tallies)
                 bar.n = tally.files
-                speed = (tally.bytes["read"] - before) / 1e6 / (time.monotonic() - start)
+                speed = (tally.bytes.total() - before) / 1e6 / (time.monotonic() - start)
                 bar.set_postfix_str(f"{speed:.0f} MB/s, {tally.pages['kept']:,} pages kept")
             bar.refresh()
 
@@ -1306,7 +1277,7 @@ def publish(args: Arguments, work: Path, turn: int) -> dict:
         if size >= left:
             break
     judged = sum_tallies(work / "tally")
-    pages_left, bytes_left = judged.pages["read"], judged.bytes["read"]
+    pages_left, bytes_left = judged.pages.total(), judged.bytes.total()
     left_after = {"read": (pages_left, bytes_left)}
     for rule in list(RULES)[:-3]:
         pages_left, bytes_left = pages_left - judged.pages[rule], bytes_left - judged.bytes[rule]
