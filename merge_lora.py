@@ -298,11 +298,17 @@ class Stored:
     def rows(self) -> int:  # a vector is one row
         return math.prod(self.shape[:-1])
 
-    def block(self, begin: int, end: int) -> "Tensor":
-        """Rows begin to end, in memory of their own."""
+    def room(self, rows: int) -> "Tensor":
+        """Memory for so many rows."""
         import torch
 
-        rows = torch.empty((end - begin, self.shape[-1]), dtype=getattr(torch, DTYPES[self.dtype]))
+        return torch.empty((rows, self.shape[-1]), dtype=getattr(torch, DTYPES[self.dtype]))
+
+    def block(self, begin: int, end: int, room: "Tensor | None" = None) -> "Tensor":
+        """Rows begin to end, in memory of their own or at the start of a room."""
+        import torch
+
+        rows = self.room(end - begin) if room is None else room[: end - begin]
         data = rows.view(torch.uint8).numpy()
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start + begin * self.shape[-1] * SIZES[self.dtype])
@@ -428,11 +434,25 @@ class Part:
         return math.prod(self.source.shape) * SIZES[self.dtype]
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Blocks are too small to be shared out among PyTorch's threads; workers share the tensors."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def finite(rows: "Tensor") -> bool:
     """No NaN, no infinity; the sum tells in one pass, unless it overflows by itself."""
     return math.isfinite(rows.sum().item()) or bool(rows.isfinite().all())
 
 
+@one_thread()
 def check_adapter(config: dict, tensors: dict[str, Stored], shown: str) -> None:
     """Refuse, by name, what cannot be merged exactly, and what is broken."""
     odd = {key: value for key, value in config.items() if value and key not in KNOWN_FIELDS}
@@ -634,14 +654,17 @@ def merged(part: Part, flags: dict | None) -> Iterator["Tensor"]:
     if part.new:
         position = torch.full((part.source.rows,), -1)  # which new row goes where; -1: none
         position[part.indices] = torch.arange(len(part.indices))
-    for begin, end in part.source.blocks():
-        rows = next(from_4bit) if from_4bit else part.source.block(begin, end)
+    blocks = part.source.blocks()
+    room = part.source.room(max(end - begin for begin, end in blocks))  # asking the system for
+    wide, out = torch.empty(room.shape), torch.empty(room.shape, dtype=dtype)  # new takes longer
+    for begin, end in blocks:
+        rows = next(from_4bit) if from_4bit else part.source.block(begin, end, room)
         if part.a:
-            delta = (part.b.block(begin, end).float() @ a).mul_(part.scaling)
-            rows = delta.add_(rows)
+            delta = torch.mm(part.b.block(begin, end).float(), a, out=wide[: end - begin])
+            rows = delta.mul_(part.scaling).add_(rows)
         if part.magnitude:
             rows = magnitude[begin:end] / torch.linalg.norm(rows, dim=1, keepdim=True) * rows
-        rows = rows.to(dtype)
+        rows = out[: end - begin].copy_(rows)
         if part.new and (hit := position[begin:end] >= 0).any():
             which = position[begin:end][hit]
             first, last = int(which.min()), int(which.max())
@@ -683,10 +706,9 @@ def write_shard(path: Path, parts: list[Part], flags: dict | None, bar: tqdm) ->
             raise
 
 
+@one_thread()
 def write_weights(folder: Path, parts: dict[str, Part], flags: dict | None, limit: float) -> None:
     """All shards of at most limit bytes, and their index; wide numbers first, for alignment."""
-    import torch
-
     shards: list[list[Part]] = [[]]
     for part in sorted(parts.values(), key=lambda part: -SIZES[part.dtype]):
         if shards[-1] and sum(p.nbytes for p in shards[-1]) + part.nbytes > limit:
@@ -694,17 +716,12 @@ def write_weights(folder: Path, parts: dict[str, Part], flags: dict | None, limi
         shards[-1].append(part)
     total = sum(part.nbytes for part in parts.values())
     index = {"metadata": {"total_size": total}, "weight_map": {}}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # each worker is one thread: blocks are too small to share
-    try:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
-            for i, shard in enumerate(shards, 1):
-                name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-                name = name if len(shards) > 1 else "model.safetensors"
-                write_shard(folder / name, shard, flags, bar)
-                index["weight_map"] |= {part.name: name for part in shard}
-    finally:
-        torch.set_num_threads(threads)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
+        for i, shard in enumerate(shards, 1):
+            name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+            name = name if len(shards) > 1 else "model.safetensors"
+            write_shard(folder / name, shard, flags, bar)
+            index["weight_map"] |= {part.name: name for part in shard}
     if len(shards) > 1:
         save_json(folder / "model.safetensors.index.json", index)
     written = read_folder(folder, f"--output_dir {folder}")  # what lies there is what was planned

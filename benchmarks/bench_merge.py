@@ -1,0 +1,269 @@
+"""merge_lora.py beside PEFT's merge_and_unload and beside cp -r: time, memory, bits.
+
+    python benchmarks/bench_merge.py            # a 2.7 GB model; about 12 GB of disk
+    python benchmarks/bench_merge.py --full     # and a 13.5 GB one; about 30 GB of disk
+
+Random weights in Llama's shapes with 61,388 rows, and an adapter laid out like train_pt.py's: rank
+32 on all linear layers, norms, 29,388 new rows of embedding and head. Each way is a process of its
+own, from start to files that are safely on the disk (fsync). The ways take turns, the medians are
+shown; times are comparable within one run only, and only on a machine that does nothing else. Then
+every tensor of ours is compared with PEFT's.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "merge.json"
+WORK = ROOT / "outputs" / "bench_merge"
+ROWS, NEW_FROM, RANK, SEED = 61_388, 32_000, 32, 0
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+SIZES = {
+    "1.4B": (22, 2048, 5504),
+    "7B": (32, 4096, 11008),
+}
+sys.path.insert(0, str(ROOT))
+
+import merge_lora as script  # noqa: E402
+
+# --- Material ------------------------------------------------------------------------------------
+
+
+def random_tensor(shape: tuple[int, ...], dtype, generator):
+    """Normal numbers; beyond 16 million they repeat, which no way of merging notices."""
+    import torch
+
+    count = torch.Size(shape).numel()
+    pool = torch.empty(min(count, 1 << 24), dtype=dtype).normal_(0, 0.02, generator=generator)
+    return pool.repeat(-(-count // len(pool)))[:count].reshape(shape).contiguous()
+
+
+def make_base(folder: Path, size: str) -> dict[str, tuple[int, ...]]:
+    """A model in shards of about 2 GB, with as much of a tokenizer as merging looks at."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    layers, hidden, inner = SIZES[size]
+    heads = {"num_attention_heads": hidden // 128, "num_key_value_heads": hidden // 128}
+    config = LlamaConfig(
+        vocab_size=ROWS,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        **heads,
+    )
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    config.save_pretrained(folder)
+    vocabulary = {f"piece {i}": i for i in range(ROWS)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    shapes = script.llama_shapes(json.loads((folder / "config.json").read_text()))
+    generator, shards, held = torch.Generator().manual_seed(SEED), [[]], 0
+    for name, shape in shapes.items():
+        held += 2 * torch.Size(shape).numel()
+        if held > 2e9:
+            shards.append([])
+            held = 2 * torch.Size(shape).numel()
+        shards[-1].append(name)
+    where = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {n: random_tensor(shapes[n], torch.bfloat16, generator) for n in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return shapes
+
+
+def make_adapter(folder: Path, base: Path, size: str) -> None:
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    shapes = make_base(base, size)
+    generator, tensors = torch.Generator().manual_seed(SEED + 1), {}
+    for name, shape in shapes.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if len(shape) == 1:
+            tensors[f"{module}.weight"] = random_tensor(shape, torch.bfloat16, generator)
+        elif name in (script.EMBEDDING, script.HEAD):
+            rows = (ROWS - NEW_FROM, shape[1])
+            key = f"{module}.token_adapter.trainable_tokens_delta"
+            tensors[key] = random_tensor(rows, torch.float32, generator)
+        else:
+            for kind, size in (("A", (RANK, shape[1])), ("B", (shape[0], RANK))):
+                key = f"{module}.lora_{kind}.weight"
+                tensors[key] = random_tensor(size, torch.float32, generator)
+    new = list(range(NEW_FROM, ROWS))
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules=LINEAR,
+        modules_to_save=NORMS,
+        trainable_token_indices={"embed_tokens": new, "lm_head": new},
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base),
+        inference_mode=True,
+    )
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+# --- The ways ------------------------------------------------------------------------------------
+
+SYNC = """
+import os, pathlib, sys
+for path in pathlib.Path(sys.argv[-1]).iterdir():
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+"""
+PEFT = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+"""
+
+
+def commands(base: Path, adapter: Path) -> dict[str, list[str]]:
+    """Each way's command; the last word is its output folder."""
+    copy = f"cp -r {base} $0 && {sys.executable} -c '{SYNC}' $0"
+    ours = [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(adapter)]
+    return {
+        "cp": ["bash", "-c", copy],
+        "original": [*ours, "--merge_into", "original", "--output_dir"],
+        "dequantized": [*ours, "--merge_into", "dequantized", "--output_dir"],
+        "PEFT": [sys.executable, "-c", PEFT + SYNC, str(base), str(adapter)],
+    }
+
+
+def run(command: list[str], out: Path) -> dict[str, float]:
+    """Wall and processor seconds and peak resident memory of one process."""
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"failed: {' '.join(command)[:200]} {out}")
+    seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_mb": usage.ru_maxrss / 1024,
+    }
+
+
+def same_bits(ours: Path, theirs: Path) -> tuple[int, int]:
+    """(tensors that are equal, tensors), read from the files one at a time."""
+    import torch
+
+    left, right = (script.read_folder(folder, str(folder)) for folder in (ours, theirs))
+    assert left.keys() == right.keys()
+    equal = 0
+    for name, a in left.items():
+        equal += a.shape == right[name].shape and all(
+            torch.equal(a.block(begin, end), right[name].block(begin, end))
+            for begin, end in a.blocks()
+        )
+    return equal, len(left)
+
+
+def aside(function: Callable, *args: object) -> object:
+    """Call it in a process of its own: a child's peak memory begins with what its parent holds."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measure(size: str, ways: list[str], rounds: int) -> dict:
+    """All ways on one model, in turns; one round of cp first, to warm the file cache."""
+    base, adapter = WORK / "base", WORK / "adapter"
+    for folder in (base, adapter):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    aside(make_adapter, adapter, base, size)
+    command = commands(base, adapter)
+    run(command["cp"], WORK / "cp")
+    runs: dict[str, list[dict]] = {way: [] for way in ways}
+    for turn in range(rounds):
+        for way in ways:
+            if way in ("PEFT", "dequantized") and turn:
+                continue  # minutes long: once is enough
+            runs[way].append(run(command[way], WORK / way))
+            print(size, way, {k: round(v, 1) for k, v in runs[way][-1].items()}, flush=True)
+            if way not in ("original", "PEFT"):
+                shutil.rmtree(WORK / way)
+    found = {
+        way: {key: round(statistics.median(r[key] for r in all_), 2) for key in all_[0]}
+        for way, all_ in runs.items()
+    }
+    copy = found["cp"]["seconds"]
+    result = {
+        "model": size,
+        "gigabytes": round(sum(p.stat().st_size for p in base.iterdir()) / 1e9, 2),
+        "adapter_gigabytes": round(sum(p.stat().st_size for p in adapter.iterdir()) / 1e9, 2),
+        "rounds": rounds,
+        "load_average": round(os.getloadavg()[0], 1),
+        "ways": {way: {**f, "times_cp": round(f["seconds"] / copy, 2)} for way, f in found.items()},
+    }
+    if "PEFT" in ways:
+        equal, count = aside(same_bits, WORK / "original", WORK / "PEFT")
+        result["tensors"], result["tensors_equal_to_peft"] = count, equal
+        times = found["PEFT"]["seconds"] / found["original"]["seconds"]
+        result["times_faster_than_peft"] = round(times, 2)
+    shutil.rmtree(WORK)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="also a 13.5 GB model")
+    parser.add_argument("--only_7b", action="store_true", help="only that one")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    old = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else []
+    results = {row["model"]: row for row in old}
+    if not args.only_7b:
+        results["1.4B"] = measure("1.4B", ["cp", "original", "dequantized", "PEFT"], args.rounds)
+    if args.full or args.only_7b:
+        results["7B"] = measure("7B", ["cp", "original"], 1)
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    record = {
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "date": str(date.today()),
+        "versions": {n: version(n) for n in ("torch", "transformers", "peft", "bitsandbytes")},
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        "seed": SEED,
+        "command": "python " + " ".join(sys.argv),
+        "results": list(results.values()),
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+    for row in results.values():
+        print(f"\n{row['model']}, {row['gigabytes']} GB, equal to PEFT: ", end="")
+        print(f"{row.get('tensors_equal_to_peft', '-')} of {row.get('tensors', '-')} tensors")
+        print("| way | seconds | times cp | peak MB |\n| --- | --- | --- | --- |")
+        for way, f in row["ways"].items():
+            print(f"| {way} | {f['seconds']} | {f['times_cp']} | {f['peak_mb']:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
