@@ -661,44 +661,42 @@ class TailEmbedding:
 
 class ChunkedLoss:
     """Sum of the cross entropy of hidden (N, D) against labels (N,), with head rows `frozen` (V0, D)
-    and `trained` (V1, D), over chunks of C tokens: (C, V) logits exist where (N, V) would. The
-    gradient softmax - onehot needs nothing from above but a factor, so each chunk gives its share of
-    both gradients while its logits are at hand, and the backward pass only scales them."""
+    and `trained` (V1, D), over chunks of C tokens: (C, V) logits exist where (N, V) would. Its slope,
+    softmax - onehot, needs nothing from above but a factor: so each chunk adds to both gradients
+    while its logits are at hand, and the backward pass only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, frozen, trained, labels):
+    def forward(ctx, hidden, frozen, trained, labels, train):
         import torch
 
         first, dtype = len(frozen), hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
         new = trained.to(dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_trained = torch.zeros_like(trained, dtype=wide) if ctx.needs_input_grad[2] else None
+        d_hidden = torch.empty_like(hidden) if train else None
+        d_trained = torch.zeros_like(trained, dtype=wide) if train and len(trained) else None
         for start in range(0, len(hidden), LOSS_CHUNK):
-            x, y = hidden[start : start + LOSS_CHUNK], labels[start : start + LOSS_CHUNK, None]
-            logits = x.new_empty(len(x), first + len(new), dtype=wide)  # (C, V)
-            logits[:, :first] = x @ frozen.T
-            logits[:, first:] = x @ new.T
+            part = slice(start, start + LOSS_CHUNK)
+            x, y = hidden[part], labels[part, None]
             kept, y = (y != IGNORED).to(wide), y.clamp(min=0)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += ((log_sum - logits.gather(1, y)) * kept).sum()
-            if d_hidden is None:
-                continue
-            slope = logits.sub_(log_sum).exp_().scatter_add_(1, y, -torch.ones_like(kept))
-            slope = slope.mul_(kept).to(dtype)
-            d_hidden[start : start + LOSS_CHUNK] = (
-                slope[:, :first] @ frozen + slope[:, first:] @ new
-            )
-            if d_trained is not None:
-                d_trained += slope[:, first:].T @ x
+            logits = x.new_empty(len(x), first + len(new), dtype=wide)  # (C, V)
+            logits[:, :first], logits[:, first:] = x @ frozen.T, x @ new.T
+            top = logits.amax(-1, keepdim=True)
+            right = logits.gather(1, y) - top
+            mass = logits.sub_(top).exp_().sum(-1, keepdim=True)
+            total += ((mass.log() - right) * kept).sum()
+            if train:
+                slope = logits.mul_(kept / mass).scatter_add_(1, y, -kept).to(dtype)
+                d_hidden[part] = slope[:, :first] @ frozen + slope[:, first:] @ new
+                if d_trained is not None:
+                    d_trained += slope[:, first:].T @ x
         ctx.gradients = d_hidden, d_trained
         return total
 
     @staticmethod
     def backward(ctx, factor):
         d_hidden, d_trained = (g if g is None else g.mul_(factor) for g in ctx.gradients)
-        return d_hidden, None, d_trained, None
+        return d_hidden, None, d_trained, None, None
 
 
 class TailHead(TailEmbedding):
@@ -729,7 +727,7 @@ class TailHead(TailEmbedding):
         hidden, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         with torch.autocast(hidden.device.type, enabled=False):
             total = based_on(ChunkedLoss, torch.autograd.Function).apply(
-                hidden, self.frozen, self.trained, targets
+                hidden, self.frozen, self.trained, targets, torch.is_grad_enabled()
             )
         items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return total / items
