@@ -15,7 +15,7 @@ outputs/extended: tokenizer.model, tokenizer.json and the model with a row for e
 A run of a minute on any CPU (this command was run):
     python extend_vocab.py --base_model data/sample/tiny-llama --corpus data/cc_filtered \\
         --vocab_size 8000
-The real run (a Hong lou meng is fetched from Project Gutenberg when data/ has none):
+The real run (the novel is fetched from Project Gutenberg when data/hongloumeng.txt is missing):
     python extend_vocab.py
 Far better on modern text, with what filter_cc.py kept weighted against the novel:
     python extend_vocab.py --corpus data/hongloumeng.txt data/cc_filtered --corpus_weight 1 8
@@ -684,8 +684,8 @@ def measure(model, texts: list[str]) -> dict[str, float]:
 def new_rows(name: str, matrix, spelling: list[list[int]], init: str, std: float, seed: int):
     """Yield rows for the new pieces, in blocks (B, H) of the matrix (V, H), computed in fp32.
 
-    mean_subtoken: the mean of the rows that spell the piece; one starts where the sum of its parts
-    was. mean: the mean of all rows, so that no new piece outweighs the old ones (Hewitt, 2021).
+    mean_subtoken: the mean of the rows that spell the piece, so it starts amid its parts. mean: the
+    mean of all rows, so that no new piece outweighs the old ones (Hewitt, 2021).
     """
     import torch
 
@@ -718,8 +718,9 @@ def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of, more: i
                 grow_shard(path, target, start, header, rows_of, more)
             else:
                 shutil.copyfile(path, target)
-                sync(target)
             bar.update(path.stat().st_size)
+    for path in shards:  # only now, so that the disk was busy all the while
+        sync(folder / path.name)
     for pattern in (
         "model.*.index.json",
         "generation_config.json",
@@ -766,7 +767,6 @@ def grow_shard(source: Path, target: Path, start: int, header: dict, rows_of, mo
             if name in (EMBEDDING, HEAD):
                 for rows in rows_of(name, reader.get_tensor(name)):
                     new.write(rows.contiguous().view(torch.uint8).numpy().data)
-    sync(target)
 
 
 # --- The report ----------------------------------------------------------------------------------
