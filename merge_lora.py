@@ -732,8 +732,9 @@ def write_weights(folder: Path, parts: dict[str, Part], flags: dict | None, limi
 # --- What goes with the weights ------------------------------------------------------------------
 
 
-def save_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def save_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def copy_rest(adapter: Path, base: Path, folder: Path, config: dict) -> None:

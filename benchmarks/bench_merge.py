@@ -1,6 +1,6 @@
 """merge_lora.py beside PEFT's merge_and_unload and beside cp -r: time, memory, bits.
 
-    python benchmarks/bench_merge.py            # a 2.7 GB model; about 12 GB of disk
+    python benchmarks/bench_merge.py            # a 3.7 GB model; about 16 GB of disk
     python benchmarks/bench_merge.py --full     # and a 13.5 GB one; about 30 GB of disk
 
 Random weights in Llama's shapes with 61,388 rows, and an adapter laid out like train_pt.py's: rank
@@ -33,7 +33,7 @@ ROWS, NEW_FROM, RANK, SEED = 61_388, 32_000, 32, 0
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 SIZES = {
-    "1.4B": (22, 2048, 5504),
+    "1.9B": (32, 2048, 5504),
     "7B": (32, 4096, 11008),
 }
 sys.path.insert(0, str(ROOT))
@@ -242,7 +242,7 @@ def main() -> None:
     old = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else []
     results = {row["model"]: row for row in old}
     if not args.only_7b:
-        results["1.4B"] = measure("1.4B", ["cp", "original", "dequantized", "PEFT"], args.rounds)
+        results["1.9B"] = measure("1.9B", ["cp", "original", "dequantized", "PEFT"], args.rounds)
     if args.full or args.only_7b:
         results["7B"] = measure("7B", ["cp", "original"], 1)
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
