@@ -19,6 +19,9 @@ The real run (the novel is fetched from Project Gutenberg when data/hongloumeng.
     python extend_vocab.py
 Far better on modern text, with what filter_cc.py kept weighted against the novel:
     python extend_vocab.py --corpus data/hongloumeng.txt data/cc_filtered --corpus_weight 1 8
+
+Cost, measured on 2 busy cores: 66 s and 0.9 GB of memory for 13.5 GB of weights (2.6 times as long
+as cp -r); 20 s of CPU and 1 GB for each 10 million characters of corpus.
 """
 
 import argparse
