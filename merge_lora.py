@@ -750,7 +750,7 @@ def copy_rest(adapter: Path, base: Path, folder: Path, config: dict) -> None:
 
 
 def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
-    """tokenizer.model, tokenizer.json and the embedding must agree; returns the number of tokens."""
+    """See that tokenizer.model, tokenizer.json and embedding agree; return the number of tokens."""
     from sentencepiece import SentencePieceProcessor
 
     made, model, pieces = folder / "tokenizer.json", folder / "tokenizer.model", None

@@ -158,6 +158,16 @@ def test_other_number_formats_equal_peft_too(tmp_path, case, dtype):
     assert_same_bits(merge(adapter), peft_merge(base, adapter))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_adapters_saved_in_any_format_equal_peft(tmp_path, dtype):
+    """PEFT takes A and B to fp32, and whole tensors and new rows to the base's format."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", **CASES["as train_pt.py"])
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: t.to(dtype) for name, t in load_file(path).items()}, path)
+    assert_same_bits(merge(adapter), peft_merge(base, adapter))
+
+
 def test_lora_on_an_untied_head_and_biases_in_the_base(tmp_path):
     base = make_base(tmp_path / "base", attention_bias=True, mlp_bias=True)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
