@@ -61,8 +61,19 @@ MAX_TASKS = 256  # deduplication opens one file of every task at once
 FIRST_WAVE = 32  # files read before the yield of a crawl is known (--target_size)
 BLOCK = 1 << 20  # bytes that a stream gives at a time
 MAX_RECORD = 16 << 20  # bytes; no page of prose is larger
-HEADER = 512  # compressed bytes that hold a record's header
-SCRIPTS = ("other", "han", "traditional", "simplified", "rare", "kana", "hangul", "broken")
+HEAD = 384  # compressed bytes that hold a record's header
+SAMPLE = 640  # further bytes that show its script
+SCRIPTS = (
+    "other",
+    "han",
+    "traditional",
+    "simplified",
+    "rare",
+    "kana",
+    "hangul",
+    "letter",
+    "broken",
+)
 SCORES = ("han", "traditional", "mainland", "repeated", "distinct", "closing", "spam")
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
 
@@ -115,7 +126,7 @@ CONTACT = re.compile(
 )
 SENTENCE = re.compile("[。！？；，]|[\u3400-\u9fff」）][,.!?;](\\s|$|[\u3400-\u9fff「])")
 CLOSING = tuple("。！？…」』）；：.!?\"')~～")
-SEPARATORS = re.compile(r"[|｜│>»›＞/／·•．‧★◆■]")
+SEPARATORS = re.compile(r"[\s|｜│>»›＞/／·•．‧★◆■]+")
 FUNCTION_WORDS = frozenset(
     "的了是我你妳他她它在不有這那著也就都而又還說到過裡吧嗎呢啊讓把被與和卻才很"
 )
@@ -281,11 +292,12 @@ def content_length(lower_header: bytes) -> int | None:
     return int(value) if value.isdigit() else None
 
 
-def plain_records(data, wanted: Callable, damage: Callable) -> Iterator[bytes]:
-    """Cut records out of WARC bytes; where a length is wrong, go on at the next record's header."""
+def plain_records(data, wanted: Callable, damage: Callable) -> Iterator[tuple]:
+    """Yield the records in WARC bytes, each with the place and length of its body; where a length
+    is wrong, go on at the next record's header."""
     at, lost = 0, False
     while (start := data.find(b"WARC/1.", at)) >= 0:
-        if not lost and data[at : min(start, at + HEADER)].strip():
+        if not lost and data[at : min(start, at + HEAD)].strip():
             damage("foreign bytes")
         head = data[start : start + (1 << 16)]
         end = head.find(b"\r\n\r\n")
@@ -305,31 +317,40 @@ def plain_records(data, wanted: Callable, damage: Callable) -> Iterator[bytes]:
             damage(kind)
             at = start + 7  # past this header's WARC/1., on to the next
         elif wanted(lower, length):
-            yield data[start:at]
-    if not lost and data[at : at + HEADER].strip():
+            yield data[start:at], len(lower) + 4, length
+    if not lost and data[at : at + HEAD].strip():
         damage("foreign bytes")
 
 
-def only_record(piece: bytes, wanted: Callable) -> bytes | None:
-    """Return the record of a healthy gzip member that holds just one; b"" if `wanted` refuses its
-    header, in which case the rest is not even inflated; None if the member is anything else. Its
-    last four bytes, the inflated size, must agree with the record's own length."""
-    size = int.from_bytes(piece[-4:], "little")
-    with contextlib.suppress(igzip_lib.IsalError):
+def only_record(piece: bytes, wanted: Callable) -> tuple | None:
+    """Return the record of a healthy gzip member that holds just one, with the place and length of
+    its body; () if `wanted` refuses it for its header or for its first bytes, and then the rest is
+    not even inflated; None if the member is anything else. Its last four bytes, the inflated size,
+    must be the record's own."""
+    try:
         inflate = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
-        head = inflate.decompress(piece[:HEADER])  # inflated, it is longer than this
-        end = head.find(b"\r\n\r\n")
+        head, fed = inflate.decompress(piece[:HEAD]), HEAD
+        while (end := head.find(b"\r\n\r\n")) < 0 and not inflate.eof and fed < len(piece):
+            head += inflate.decompress(piece[fed : fed + HEAD])
+            fed += HEAD
         lower = head[: max(end, 0)].lower()
         length = content_length(lower)
+        size = int.from_bytes(piece[-4:], "little")
         if length is None or end + 8 + length != size or not lower.startswith(b"warc/1."):
             return None
-        if size <= MAX_RECORD:
-            if not wanted(lower, length):
-                return b""
-            inflate = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
-            record = inflate.decompress(piece, size + 1)
-            return record if inflate.eof else None
-    return None
+        if size > MAX_RECORD:
+            return None
+        if not wanted(lower, length):
+            return ()
+        if not inflate.eof:
+            head += inflate.decompress(piece[fed : fed + SAMPLE])
+            if not inflate.eof:
+                if not wanted(lower, length, head[end + 4 :]):
+                    return ()
+                head += inflate.decompress(piece[fed + SAMPLE :], size)
+        return (head, end + 4, length) if inflate.eof and len(head) == size else None
+    except igzip_lib.IsalError:
+        return None
 
 
 def member_starts(data: bytes) -> list[int]:
@@ -340,7 +361,7 @@ def member_starts(data: bytes) -> list[int]:
     return at[codes[at + 8] <= 4].tolist()
 
 
-def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Iterator[bytes]:
+def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Iterator[tuple]:
     """Cut records out of the gzip members in `data` and then `stream`. Magic bytes divide them, so
     that damage ends with its member. One record each is the rule; any other member (many records,
     a wrong length, damage, magic bytes that were none) is inflated into a file and looked through.
@@ -384,11 +405,11 @@ def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Ite
             continue
         if at == len(data):
             return
-        record = only_record(data[at:end], wanted)
-        if record is not None:
+        found = only_record(data[at:end], wanted)
+        if found is not None:
             at = end
-            if record:
-                yield record
+            if found:
+                yield found
             continue
         with tempfile.TemporaryFile() as file:
             kind = "damaged gzip member" if data.startswith(b"\x1f\x8b", at) else "foreign bytes"
@@ -399,7 +420,7 @@ def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Ite
             yield from file_records(file, wanted, damage if whole else lambda kind: None)
 
 
-def file_records(file, wanted: Callable, damage: Callable) -> Iterator[bytes]:
+def file_records(file, wanted: Callable, damage: Callable) -> Iterator[tuple]:
     """Yield the records of a temporary file."""
     file.flush()
     if file.tell():
@@ -407,8 +428,8 @@ def file_records(file, wanted: Callable, damage: Callable) -> Iterator[bytes]:
             yield from plain_records(data, wanted, damage)
 
 
-def stream_records(stream, wanted: Callable, damage: Callable) -> Iterator[bytes]:
-    """Yield the records of a WET or WARC file, compressed or not, whatever its name says."""
+def stream_records(stream, wanted: Callable, damage: Callable) -> Iterator[tuple]:
+    """Yield the wanted records of a WET or WARC file, compressed or not, whatever its name says."""
     start = stream.read(BLOCK)
     if not start:
         damage("empty file")
@@ -468,34 +489,34 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
     --save_rejected the refused ones as well, with the rule under "refused"."""
     save = judge.limits.save_rejected
 
-    def wanted(header: bytes, length: int) -> bool:
+    def wanted(header: bytes, length: int, start: bytes = b"") -> bool:
         if b"\nwarc-type: conversion" not in header:
             return b"\nwarc-type: response" in header
-        if save or not foreign(header):
+        refused = judge.glance(start) if start else "language" if foreign(header) else None
+        if save or not refused:
             return True
-        tally.count("language", length)
+        tally.count(refused, length)
         return False
 
     names = {"id": "WARC-Record-ID", "url": "WARC-Target-URI", "date": "WARC-Date"}
-    for data in stream_records(stream, wanted, damage):
-        header, _, page = data.partition(b"\r\n\r\n")
-        header = header.lower()
+    for data, at, length in stream_records(stream, wanted, damage):
         try:
-            if html := b"\nwarc-type: response" in header:
+            page = None if data.isascii() else data[at : at + length]
+            header = data[:at].lower() if save or b"\nHTTP/1." in data[at - 1 : at + 8] else b""
+            if b"\nwarc-type: response" in header:
                 page = main_text(WarcRecord.from_bytes(data), judge)
-            page = page if html else page[: content_length(header)]
-            if page is None:
-                continue
-            refused, counts = judge.refuse_bytes(page)
-            if save and foreign(header):
-                refused = "language"
+                if page is None:
+                    continue
+            refused = "language" if foreign(header) else judge.refuse_bytes(page or b"")
             if refused and not save:
-                tally.count(refused, len(page))
+                tally.count(refused, len(page) if page else length)
                 continue
             headers = WarcRecord.from_bytes(data).headers
             known = {name: headers.get(field) for name, field in names.items()}
-            text = page.decode("utf-8", errors="replace")
-            yield known | {"text": text, "refused": refused, "counts": counts}
+            yield known | {
+                "text": (page or data[at:]).decode("utf-8", "replace"),
+                "refused": refused,
+            }
         except (OSError, ValueError, LookupError):
             damage("record that does not parse")
 
@@ -546,6 +567,7 @@ def script_table() -> np.ndarray:
     table[0xAC00:0xD7A4] = table[0x1100:0x1200] = SCRIPTS.index("hangul")
     table[0xE000:0xF900] = table[0xFFFD] = SCRIPTS.index("broken")
     table[0x3400:0x4E00] = table[0xF900:0xFB00] = SCRIPTS.index("rare")
+    table[[code for code in range(0x1100) if chr(code).isalpha()]] = SCRIPTS.index("letter")
     han = [chr(code) for code in range(0x4E00, 0xA000)]
     to_simplified, to_traditional = (
         OpenCC(name).convert("\n".join(han)).split("\n") for name in ("t2s", "s2t")
@@ -593,9 +615,8 @@ class Words:
             self.lengths.setdefault(word[:2], []).append(len(word))
             self.starts[(ord(word[0]) * 31 + ord(word[1])) & 0xFFFF] = True
 
-    def count(self, text: str) -> Counter:
+    def count(self, text: str, codes: np.ndarray) -> Counter:
         """Return how many words of each kind the text holds."""
-        codes = np.frombuffer(text.encode("utf-32-le", errors="replace"), np.uint32)
         found, end = Counter(), 0
         for at in np.flatnonzero(self.starts[(codes[:-1] * 31 + codes[1:]) & 0xFFFF]).tolist():
             for length in self.lengths.get(text[at : at + 2], ()) if at >= end else ():
@@ -612,32 +633,33 @@ class Judge:
     def __init__(self, limits: Arguments):
         self.limits, self.scripts, self.words = limits, script_table(), Words(word_kinds())
 
-    def count(self, page: bytes) -> dict[str, int]:
-        """Count the characters of UTF-8 by script without decoding: three bytes are one of them."""
-        codes = np.frombuffer(page, np.uint8)
-        at = np.flatnonzero(codes[:-2] - np.uint8(0xE0) < 16)
-        first, second, third = (codes[at + i].astype(np.uint16) for i in range(3))
-        points = (first & 15) << 12 | (second & 63) << 6 | (third & 63)
-        numbers = np.bincount(self.scripts[points], minlength=len(SCRIPTS)).tolist()
-        counts = dict(zip(SCRIPTS, numbers, strict=True))
-        latin = np.count_nonzero((codes | 32) - np.uint8(97) < 26)
-        latin += np.count_nonzero(
-            codes - np.uint8(0xC3) < 29
-        )  # two bytes: accents, Greek, Cyrillic
-        counts["all_han"] = sum(numbers[1:5])
-        counts["letters"] = sum(numbers[1:7]) + int(latin)
-        return counts
+    def count(self, codes: np.ndarray) -> dict[str, int]:
+        """Count characters by script."""
+        numbers = np.bincount(self.scripts[np.minimum(codes, 0xFFFF)], minlength=len(SCRIPTS))
+        numbers = numbers.tolist()
+        more = {"all_han": sum(numbers[1:5]), "letters": sum(numbers[1:8])}
+        return dict(zip(SCRIPTS, numbers, strict=True)) | more
 
-    def refuse_bytes(self, page: bytes) -> tuple[str | None, dict[str, int]]:
-        """Return the rule that refuses a page for its bytes, and its counts. E4 to E9 begin nearly
-        all Han; before its lines are cleaned, much of a page may be menus in English."""
-        if page.isascii():
-            return "han", {}
+    def refuse_bytes(self, page: bytes) -> str | None:
+        """Return the rule that refuses a page for its UTF-8 bytes. E4 to E9 begin nearly all Han;
+        before its lines are cleaned, much of a page may be menus in English. Of what is left, a
+        sample tells the script."""
+        limits = self.limits
         leads = np.count_nonzero(np.frombuffer(page, np.uint8) - np.uint8(0xE4) < 6)
-        if leads < self.limits.min_length or 3 * leads < 0.4 * self.limits.min_han * len(page):
-            return "han", {}
-        counts = self.count(page)
-        return self.refuse_scripts(counts), counts
+        if leads < limits.min_length or 3 * leads < 0.4 * limits.min_han * len(page):
+            return "han"
+        return self.glance(page[:2000])
+
+    def glance(self, start: bytes) -> str | None:
+        """Return the rule that refuses a page for its first 1,000 bytes or so: no Han at all, or
+        plainly another script."""
+        if start.isascii():
+            return "han"
+        codes = np.frombuffer(start, np.uint8)
+        leads = np.count_nonzero(codes - np.uint8(0xE4) < 6)
+        if leads < 30:
+            return None if leads else "han"
+        return self.refuse_scripts(self.count(code_points(start.decode(errors="ignore"))))
 
     def refuse_scripts(self, counts: dict[str, int]) -> str | None:
         """Return the rule that refuses a page for its scripts."""
@@ -649,36 +671,35 @@ class Judge:
             "simplified" if counts["traditional"] < self.limits.min_traditional * telling else None
         )
 
-    def verdict(self, text: str, counts: dict | None = None) -> tuple[str, dict, str | None]:
+    def verdict(self, text: str) -> tuple[str, dict, str | None]:
         """Return a page's prose, its scores, and the rule that refuses it (None: it is good)."""
         limits = self.limits
-        counts = counts or self.count(text.encode("utf-8", errors="replace"))
-        if refused := self.refuse_scripts(counts):
-            return text, {}, refused
-        broken = counts["broken"] + text.count("\ufffd")
-        if (
-            broken > limits.max_broken * len(text)
-            or counts["rare"] > limits.max_rare * counts["all_han"]
-        ):
+        if text.count("\ufffd") > limits.max_broken * len(text):
             return text, {}, "mojibake"
         text = clean_lines(text)
-        counts = self.count(text.encode("utf-8", errors="replace"))
+        codes = code_points(text)
+        counts, dense = self.count(codes), codes[codes > 32]
         han = counts["all_han"]
+        if (
+            counts["broken"] > limits.max_broken * len(text)
+            or counts["rare"] > limits.max_rare * han
+        ):
+            return text, {}, "mojibake"
         if han < limits.min_length:
             return text, {}, "length"
-        found = self.words.count(text)
+        found = self.words.count(text, codes)
         abroad = found[1] - found[2]
+        telling = counts["traditional"] + counts["simplified"]
         scores = {
             "han": han / counts["letters"],
-            "traditional": counts["traditional"]
-            / max(1, counts["traditional"] + counts["simplified"]),
+            "traditional": counts["traditional"] / max(1, telling),
             "mainland": 1000 * abroad / han,
-            "repeated": 1 - distinct_share(text, 10),
-            "distinct": distinct_share(text[:1000], 2),
+            "repeated": 1 - distinct_share(shingles(dense, 10)),
+            "distinct": distinct_share(shingles(dense[:1000], 2)),
             "closing": closing_share(text),
             "spam": 1000 * found[3] / han,
         }
-        broken_rules = {
+        broken = {
             "han": scores["han"] < limits.min_han,
             "mainland": abroad > 1 and scores["mainland"] > limits.max_mainland,
             "repetition": scores["repeated"] > limits.max_repeated
@@ -687,7 +708,7 @@ class Judge:
             "spam": scores["spam"] > limits.max_spam,
         }
         refused = self.refuse_scripts(counts) or next(
-            (r for r in broken_rules if broken_rules[r]), None
+            (rule for rule in broken if broken[rule]), None
         )
         return hide_private(text), scores, refused
 
@@ -711,21 +732,28 @@ def clean_lines(text: str) -> str:
 def line_kind(line: str) -> str:
     """Return "prose" for a line that holds a sentence, "furniture", or "short" for what may be a
     heading, a verse or a menu: its neighbours tell."""
-    if len(line) < 160 and NOTICE.search(line):
-        return "furniture"
-    if len(line) < 45 and not line.endswith("。") and PROMPT.search(line):
-        return "furniture"
-    contacts = CONTACT.findall(line) if len(line) < 300 and (":" in line or "：" in line) else ()
-    if len(contacts) > 1 or (contacts and len(line) < 60):
-        return "furniture"
-    if SENTENCE.search(line) or (len(line) > 60 and line.endswith(CLOSING)):
+    sentence = SENTENCE.search(line) or (len(line) > 60 and line.endswith(CLOSING))
+    if sentence and len(line) > 300:
         return "prose"
-    menu = sum(len(match[0]) for match in FURNITURE.finditer(line))
-    items = re.split(r"[\s|｜│>»›＞/／·•．‧★◆■]+", line)
-    letters = sum(map(str.isalpha, line))
-    if menu >= 0.4 * letters or hide_private(line) != line or (menu and len(items) > 1):
+    menu = 0 if sentence else sum(len(match[0]) for match in FURNITURE.finditer(line))
+    if not sentence and (
+        not any(map(str.isalpha, line)) or (menu and menu >= 0.4 * sum(map(str.isalpha, line)))
+    ):
         return "furniture"
-    return "furniture" if len(items) > 2 and letters < 6 * len(items) else "short"
+    contacts = CONTACT.findall(line) if ":" in line or "：" in line else ()
+    if (
+        len(contacts) > 1
+        or (contacts and len(line) < 60)
+        or (len(line) < 160 and NOTICE.search(line))
+        or (len(line) < 45 and not line.endswith("。") and PROMPT.search(line))
+    ):
+        return "furniture"
+    if sentence:
+        return "prose"
+    items = SEPARATORS.split(line)
+    if hide_private(line) != line or (menu and len(items) > 1):
+        return "furniture"
+    return "furniture" if len(items) > 2 and len(line) < 7 * len(items) else "short"
 
 
 def block_lines(lines: list[str], kinds: list[str], before_prose: bool) -> list[str]:
@@ -750,11 +778,15 @@ def hide_private(text: str) -> str:
     return PHONE.sub("[PHONE]", text)
 
 
-def distinct_share(text: str, size: int) -> float:
-    """Return the share of runs of `size` characters that are there for the first time."""
-    hashes = np.sort(shingles(text, size))
-    again = np.count_nonzero(hashes[1:] == hashes[:-1])
-    return 1 - again / max(1, len(hashes))
+def code_points(text: str) -> np.ndarray:
+    """Return the text's characters as numbers."""
+    return np.frombuffer(text.encode("utf-32-le", errors="replace"), np.uint32)
+
+
+def distinct_share(hashes: np.ndarray) -> float:
+    """Return the share of hashes that are there for the first time."""
+    hashes = np.sort(hashes)
+    return 1 - np.count_nonzero(hashes[1:] == hashes[:-1]) / max(1, len(hashes))
 
 
 def closing_share(text: str) -> float:
@@ -763,14 +795,23 @@ def closing_share(text: str) -> float:
     return sum(len(line) for line in lines if line.endswith(CLOSING)) / max(1, sum(map(len, lines)))
 
 
-def shingles(text: str, size: int) -> np.ndarray:
-    """Return a 64-bit hash of every run of `size` characters, white space left out."""
-    codes = np.frombuffer("".join(text.split()).encode("utf-32-le", errors="replace"), np.uint32)
-    hashes = np.zeros(max(0, len(codes) - size + 1), np.uint64)
-    for i in range(size):
-        hashes = (hashes ^ codes[i : i + len(hashes)]) * np.uint64(0x9E3779B97F4A7C15)
-        hashes ^= hashes >> np.uint64(32)
+def shingles(codes: np.ndarray, size: int) -> np.ndarray:
+    """Return a 32-bit hash of every run of `size` characters. Runs of two are made of runs of one,
+    of four of those of two, and so on; `size` says in binary which to join."""
+    power, length, hashes, have = codes * np.uint32(0x9E3779B1), 1, None, 0
+    while have < size:
+        if size & length:
+            hashes = power if hashes is None else join(hashes, power[have:])
+            have += length
+        power, length = join(power, power[length:]), 2 * length
     return hashes
+
+
+def join(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return hashes of pairs of hashes."""
+    size = min(len(left), len(right))
+    mixed = (left[:size] ^ (left[:size] >> np.uint32(15))) * np.uint32(0x85EBCA6B)
+    return mixed + (right[:size] ^ (right[:size] >> np.uint32(13))) * np.uint32(0xC2B2AE35)
 
 
 # --- Blocks for datatrove ------------------------------------------------------------------------
@@ -780,7 +821,7 @@ def shingles(text: str, size: int) -> np.ndarray:
 def blocks() -> SimpleNamespace:
     """Return our pipeline steps; defined here because datatrove is imported only when it runs."""
     from datatrove.data import Document
-    from datatrove.io import get_datafolder
+    from datatrove.io import get_datafolder, get_shard_from_paths_file
     from datatrove.pipeline.base import PipelineStep
     from datatrove.pipeline.dedup import MinhashDedupSignature
     from datatrove.pipeline.filters.base_filter import BaseFilter
@@ -799,9 +840,11 @@ def blocks() -> SimpleNamespace:
 
         def run(self, data=None, rank: int = 0, world_size: int = 1):
             self.tally = Tally(self.tallies.format(rank))
-            for document in super().run(data, rank, world_size):
-                yield document
-                self.tally.save(every=1.0)
+            for path in get_shard_from_paths_file(self.paths_file, rank, world_size):
+                for document in self.read_file(path):
+                    yield document
+                    self.tally.save(every=1.0)
+            self.stat_update("pages", value=self.tally.pages.total(), unit="task")
             self.tally.save()
 
         def read_file(self, filepath: str):
@@ -831,7 +874,12 @@ def blocks() -> SimpleNamespace:
             reader = ParquetReader if path.endswith(".parquet") else JsonlReader
             for row in reader(folder).read_file(name):
                 known = {name: row.metadata.get(name) for name in ("url", "date")}
-                yield known | {"text": row.text, "id": row.id, "refused": None, "counts": None}
+                page = row.text.encode("utf-8", errors="replace")
+                refused = self.judge.refuse_bytes(page)
+                if refused and not self.judge.limits.save_rejected:
+                    self.tally.count(refused, len(page))
+                else:
+                    yield known | {"text": row.text, "id": row.id, "refused": refused}
 
     class Verdicts(BaseFilter):
         """Cleans a page, scores it and refuses it by the first rule that it breaks."""
@@ -843,10 +891,10 @@ def blocks() -> SimpleNamespace:
             self.judge, self.url_filter = judge, url_filter
 
         def filter(self, doc):
-            tally, counts, refused = (doc.metadata.pop(k) for k in ("tally", "counts", "refused"))
+            tally, refused = doc.metadata.pop("tally"), doc.metadata.pop("refused")
             before = len(doc.text.encode("utf-8", errors="replace"))
             if not refused:
-                text, scores, refused = self.judge.verdict(doc.text, counts)
+                text, scores, refused = self.judge.verdict(doc.text)
                 if not refused and self.url_filter and doc.metadata["url"]:
                     refused = "url" if self.url_filter.filter(doc) is not True else None
                 doc.metadata |= scores
@@ -895,7 +943,9 @@ def blocks() -> SimpleNamespace:
             self._parameters, self.skip_existing_sigs = None, False
 
         def get_shingles(self, text: str) -> np.ndarray:
-            return np.unique(shingles(text, self.config.n_grams)).reshape(-1, 1)
+            codes = code_points(text)
+            hashes = np.unique(shingles(codes[codes > 32], self.config.n_grams))
+            return hashes.astype(np.uint64).reshape(-1, 1)
 
         def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
             a, b = (part | np.uint64(1) for part in self.parameters)
@@ -936,7 +986,7 @@ def task_count(args: Arguments, files: list[str]) -> int:
     return min(len(files), args.tasks or MAX_TASKS)
 
 
-def parquet_writer(folder: str, name: str):
+def parquet_writer(folder: str, name: str, compression: str):
     """Return a step that writes the columns of the corpus."""
     import pyarrow as pa
     from datatrove.pipeline.writers import ParquetWriter
@@ -944,8 +994,20 @@ def parquet_writer(folder: str, name: str):
     columns = [pa.field(column, pa.string()) for column in ("text", "id", "url", "date")]
     schema = pa.schema(columns + [pa.field(score, pa.float32()) for score in SCORES])
     return ParquetWriter(
-        folder, name, "zstd", expand_metadata=True, schema=schema, max_file_size=-1
+        folder,
+        name,
+        compression,
+        adapter=row,
+        schema=schema,
+        batch_size=200,
+        max_file_size=-1,
+        use_content_defined_chunking=False,
     )
+
+
+def row(writer, document) -> dict:
+    """Return a document as a row of the corpus."""
+    return {"text": document.text, "id": document.id} | document.metadata
 
 
 def reject_writer(args: Arguments, name: str):
@@ -968,7 +1030,7 @@ def judging(args: Arguments, work: Path, wave: int, files: list[str]) -> tuple:
     steps = [
         blocks().CrawlReader(str(listing), tallies, judge),
         blocks().Verdicts(judge, URLFilter() if args.url_lists else None, rejected),
-        parquet_writer(f"{work}/kept", f"{wave:02d}_${{rank}}.parquet"),
+        parquet_writer(f"{work}/kept", f"{wave:02d}_${{rank}}.parquet", "lz4"),
     ]
     return (f"judge_{wave:02d}", steps, task_count(args, files))
 
@@ -1011,7 +1073,7 @@ def deduplication(args: Arguments, work: Path, kept: list[str], turn: int) -> li
                 f"{place}/removed", reject_writer(args, "near_duplicate/${rank}.jsonl")
             ),
             blocks().Meter(f"{place}/tally/near_{{:05d}}.json"),
-            parquet_writer(f"{place}/final", "${rank}.parquet"),
+            parquet_writer(f"{place}/final", "${rank}.parquet", "lz4"),
         ],
     }
     tasks = {"exact_found": 1, "clusters": 1, "buckets": buckets}
