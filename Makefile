@@ -41,7 +41,6 @@ test: $(VENV)/installed-dev
 
 lint: $(VENV)/installed-dev
 	ruff check .
-	ruff format --check .
 
 clean:
 	rm -rf outputs data/cc_filtered
