@@ -5,19 +5,20 @@ with a column `text`; JSON Lines and .txt work too). Out: outputs/pt with the ad
 LoRA, the new rows of embedding and head, the norms), checkpoints, metrics.jsonl, a model card, and
 pictures/trainloss.png, redrawn as it runs.
 
-The weights are NF4 (QLoRA, Dettmers et al. 2023); in training half of the heads attend within groups
-of --group_size tokens and half within groups shifted by half a group (LongLoRA, Chen et al. 2023,
-section 3.2), never across documents; evaluation is full causal attention. The same command goes on
-where an interrupted run stopped, to the bit. SIGTERM and Ctrl-C finish the step, save and exit with
-143 and 130; a mistake ends with 2, a full disk with 1.
+The weights are NF4 (QLoRA, Dettmers et al. 2023). In training half of the heads attend within
+groups of --group_size tokens and half within groups shifted by half a group (LongLoRA, Chen et al.
+2023, section 3.2), never across documents; evaluation is full causal attention. The same command
+goes on where an interrupted run stopped, to the bit. SIGTERM and Ctrl-C finish the step, save and
+exit with 143 and 130; a mistake or a loss gone wrong exits with 2, a full disk with 1.
 
-A run of minutes on a CPU, after the demo's first two steps:
+Minutes on any CPU, after the first two steps of `make demo`:
     python train_pt.py --block_size 256 --learning_rate 2e-3 --num_train_epochs 4 \\
         --per_device_train_batch_size 4 --gradient_accumulation_steps 1
-The real run (first see what it will take):
+The real run, and first what it will take:
     python train_pt.py --plan --plan_gpu_gb 24
     python train_pt.py --lora_rank 32
 Several GPUs: torchrun --nproc_per_node 4 train_pt.py --lora_rank 32
+Cost: not measured on a GPU yet; --plan estimates the memory from the shapes.
 
 Every option of transformers.TrainingArguments is accepted too; --help_trainer lists them.
 """
@@ -28,6 +29,7 @@ import argparse
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -38,8 +40,11 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from types import new_class
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,11 +62,10 @@ NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 LLAMA_2_PIECES = 32_000
 IGNORED = -100  # the label of a token that is not predicted
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 1,024 x 61,388 x 4 bytes = 0.25 GB
-# The Trainer options that change the result: an unfinished run goes on only with the same ones.
-TRAINER_SETTINGS = (
-    "adam_beta1 adam_beta2 adam_epsilon bf16 data_seed fp16 label_smoothing_factor lr_scheduler_kwargs "
-    "max_grad_norm max_steps neftune_noise_alpha optim_args warmup_steps weight_decay world_size"
-).split()
+# The Trainer's options that change the result, beside our own Settings.
+TRAINER_SETTINGS = re.compile(
+    "adam_|data_seed|fp16$|label_smoothing|lr_scheduler|max_(steps|grad)|neftune|optim_|w(armup|eight)"
+)
 
 # --- Arguments -----------------------------------------------------------------------------------
 
@@ -76,7 +80,41 @@ def option(default: Any, text: str) -> Any:
 
 
 @dataclass
-class Arguments:
+class Settings:
+    """What decides the result: an unfinished run goes on only under the same settings."""
+
+    block_size: int = option(
+        2048, "Tokens in a training sequence; documents are packed to fill it."
+    )
+    group_size: int | None = option(None, "Tokens in a group of S²; None: a quarter of block_size.")
+    eval_fraction: float = option(
+        0.01, "Share of the documents held out (at least 4, or a tenth if fewer than 40); 0: none."
+    )
+    quantization: Literal["nf4", "none"] = option("nf4", "How the frozen weights are held.")
+    lora_rank: int = option(32, "Rank of the LoRA matrices on all linear layers.")
+    lora_alpha: int | None = option(None, "LoRA's scale times its rank; None: twice the rank.")
+    lora_dropout: float = option(0.0, "Dropout before the LoRA matrices.")
+    train_embeddings: Literal["new", "all", "none"] = option(
+        "new", "Rows of embedding and head to train: the added pieces, all, or none."
+    )
+    base_vocab_size: int | None = option(
+        None, "First new row; None: as extend_vocab.py wrote it, else 32000."
+    )
+    train_norms: bool = option(True, "Train the norms too (LongLoRA found it decisive).")
+    learning_rate: float = option(5e-5, "Peak learning rate.")
+    lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
+    num_train_epochs: float = option(3.0, "Passes over the data.")
+    per_device_train_batch_size: int = option(8, "Sequences per device and forward pass.")
+    gradient_accumulation_steps: int = option(4, "Forward passes per optimizer step.")
+    optim: str | None = option(
+        None, "Optimizer; None: Adam with 8-bit states (adamw_8bit) on a GPU, else adamw_torch."
+    )
+    bf16: bool = option(True, "Compute in bfloat16.")
+    seed: int = option(42, "Seed of order, initial weights and dropout.")
+
+
+@dataclass
+class Arguments(Settings):
     """Every option of the command line; the help text is the documentation."""
 
     model_name_or_path: str = option("outputs/extended", "Base model: a folder or a hub id.")
@@ -86,26 +124,6 @@ class Arguments:
     output_dir: str = option("outputs/pt", "Folder of adapter, checkpoints and metrics.")
     picture: str = option("pictures/trainloss.png", "The loss chart, redrawn as it runs.")
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
-    block_size: int = option(
-        2048, "Tokens in a training sequence; documents are packed to fill it."
-    )
-    group_size: int | None = option(
-        None, "Tokens in a group of S² attention; None: a quarter of block_size."
-    )
-    eval_fraction: float = option(
-        0.01, "Share of the documents held out (at least 4, at most a tenth); 0: no evaluation."
-    )
-    quantization: Literal["nf4", "none"] = option("nf4", "How the frozen weights are held.")
-    lora_rank: int = option(32, "Rank of the LoRA matrices on all linear layers.")
-    lora_alpha: int | None = option(None, "LoRA scale times rank; None: twice the rank.")
-    lora_dropout: float = option(0.0, "Dropout before the LoRA matrices.")
-    train_embeddings: Literal["new", "all", "none"] = option(
-        "new", "Rows of embedding and head to train: the added pieces, all, or none."
-    )
-    base_vocab_size: int | None = option(
-        None, "First new row; None: as extend_vocab.py wrote it, else 32000."
-    )
-    train_norms: bool = option(True, "Train the norms too (LongLoRA found it decisive).")
     sample_tokens: int = option(64, "Length of the sample written at each evaluation; 0: none.")
     plan: bool = option(False, "Print sizes, steps and a memory estimate; train nothing.")
     plan_gpu_gb: float | None = option(None, "GPU memory to plan for, in GB; None: the GPU here.")
@@ -116,23 +134,13 @@ class Arguments:
         None, """JSON; '{"offload": true}' keeps the checkpoints in the memory of the host."""
     )
     resume_from_checkpoint: str = option("auto", "A checkpoint's folder, auto (the last), or none.")
-    learning_rate: float = option(5e-5, "Peak learning rate.")
-    lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
-    num_train_epochs: float = option(3.0, "Passes over the data.")
-    per_device_train_batch_size: int = option(8, "Sequences per device and forward pass.")
-    gradient_accumulation_steps: int = option(4, "Forward passes per optimizer step.")
-    per_device_eval_batch_size: int = option(8, "The same in evaluation.")
-    optim: str | None = option(
-        None, "Optimizer; None: Adam with 8-bit states on a GPU (adamw_8bit), else adamw_torch."
-    )
+    per_device_eval_batch_size: int = option(8, "Sequences per device in evaluation.")
     eval_strategy: str = option("steps", "When to evaluate: steps, epoch or no.")
     eval_steps: float = option(0.1, "Steps between evaluations; under 1: a share of all steps.")
     save_steps: float = option(100, "Steps between checkpoints; under 1: a share of all steps.")
     save_total_limit: int = option(2, "Checkpoints kept.")
     logging_steps: float = option(5, "Steps between points of the loss curve.")
     report_to: str = option("none", "Also log to: wandb, tensorboard, ... or none.")
-    bf16: bool = option(True, "Compute in bfloat16.")
-    seed: int = option(42, "Seed of order, initial weights and dropout.")
 
 
 def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
@@ -149,6 +157,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     args, extra, rest = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package we need not
     import torch
     from transformers import TrainingArguments
 
@@ -164,34 +173,30 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     args.lora_alpha = args.lora_alpha or 2 * args.lora_rank
     if args.activation_checkpointing is None:
         args.activation_checkpointing = on_gpu
-    known = TrainingArguments.__dataclass_fields__
+    known = TrainingArguments.__dataclass_fields__.keys()
     ours = {name: value for name, value in vars(args).items() if name in known}
-    trainer_parser.set_defaults(
-        **ours
-        | {
-            "activation_checkpointing": False,  # build_model does it, alike in all versions
-            "activation_checkpointing_kwargs": None,
-            "use_cpu": not on_gpu,
-            "remove_unused_columns": False,  # it would drop the cut points before the collator
-            "label_names": ["labels"],
-            "ddp_find_unused_parameters": False,
-            "logging_first_step": True,
-            "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
-            "save_strategy": "steps",
-        }
-    )
+    ours |= {
+        "activation_checkpointing": False,  # build_model does it, alike in all versions
+        "activation_checkpointing_kwargs": None,
+        "use_cpu": not on_gpu,
+        "remove_unused_columns": False,  # it would drop the cut points before the collator
+        "label_names": ["labels"],
+        "ddp_find_unused_parameters": False,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
+        "save_strategy": "steps",
+    }
+    trainer_parser.set_defaults(**{name: value for name, value in ours.items() if name in known})
     try:
         training, unknown = trainer_parser.parse_args_into_dataclasses(
             rest, return_remaining_strings=True, look_for_args_file=False
         )
-        if training.use_liger_kernel:  # its rope, norm and SwiGLU; the chunked loss stays ours
-            training.liger_kernel_config = (training.liger_kernel_config or {}) | {
-                "fused_linear_cross_entropy": False,
-                "cross_entropy": False,
-            }
         training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     except (ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
+    if training.use_liger_kernel:  # its rope, norm and SwiGLU; the chunked loss stays ours
+        ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+        training.liger_kernel_config = (training.liger_kernel_config or {}) | ours
     if unknown:
         parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
     return args, training
@@ -292,47 +297,41 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
 
     option = "--model_name_or_path"
     folder = find_model(args.model_name_or_path, option)
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{option} {folder}: an adapter; expected the base model that it was trained on"
-        )
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{option} {folder}: not a whole model ({reason}); make it again"
-        ) from error
-    if config.model_type != "llama":
-        raise UserError(
-            f"{option} {folder}: a {config.model_type} model; expected Llama's architecture"
-        )
-    if getattr(config, "tie_word_embeddings", False):
-        raise UserError(f"{option} {folder}: embedding and head are tied; expected two matrices")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{option} {folder}: the tokenizer has {len(tokenizer)} pieces and the model only "
-            f"{config.vocab_size} rows; run python extend_vocab.py, which makes both"
-        )
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{option} {folder}: no *.safetensors in it; expected the weights of a model"
-        )
-    if args.block_size > config.max_position_embeddings:
-        raise UserError(
-            f"--block_size {args.block_size}: longer than the model's {config.max_position_embeddings} "
-            "positions; choose a smaller one, or set rope scaling in its config.json"
-        )
-    known = (read_record(folder).get("results") or {}).get("base_vocab_size")
-    first = args.base_vocab_size or known or LLAMA_2_PIECES
-    first = min(first, config.vocab_size)
-    if args.train_embeddings == "none" and first < config.vocab_size:
-        raise UserError(
-            f"--train_embeddings none: rows {first} to {config.vocab_size - 1} of embedding and head "
-            "are new and would never be trained; use new, or say that none is new with "
-            f"--base_vocab_size {config.vocab_size}"
-        )
+        raise UserError(f"{option} {folder}: not a whole model ({reason})") from error
+    rows, positions = config.vocab_size, config.max_position_embeddings
+    recorded = (read_record(folder).get("results") or {}).get("base_vocab_size")
+    first = min(args.base_vocab_size or recorded or LLAMA_2_PIECES, rows)
+    model, block = f"{option} {folder}", f"--block_size {args.block_size}"
+    for wrong, problem in (
+        (config.model_type != "llama", f"{model}: a {config.model_type}; expected a Llama"),
+        (
+            config.tie_word_embeddings,
+            f"{model}: embedding and head are tied; expected two matrices",
+        ),
+        (not any(folder.glob("*.safetensors")), f"{model}: no *.safetensors, so no weights in it"),
+        (
+            len(tokenizer) > rows,
+            f"{model}: the tokenizer has {len(tokenizer)} pieces and the model only {rows} rows; "
+            "run python extend_vocab.py, which makes both",
+        ),
+        (
+            args.block_size > positions,
+            f"{block}: longer than the model's {positions} positions; choose a smaller one, or set "
+            "rope scaling in its config.json",
+        ),
+        (
+            args.train_embeddings == "none" and first < rows,
+            f"--train_embeddings none: rows {first} to {rows - 1} of embedding and head are new "
+            f"and would never be trained; use new, or --base_vocab_size {rows} if none is new",
+        ),
+    ):
+        if wrong:
+            raise UserError(problem)
     return folder, config, tokenizer, first
 
 
@@ -368,7 +367,7 @@ def cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> di
     return {
         "order": inverse.argsort(),
         "inverse": inverse,
-        "runs": list(zip(size.tolist(), count.tolist())),
+        "runs": list(zip(size.tolist(), count.tolist(), strict=True)),
     }
 
 
@@ -418,9 +417,7 @@ def s2_attention(
         from transformers import AttentionInterface
 
         if module.training:
-            raise ValueError(
-                "S² attention trains on packed sequences: no padding mask, no KV cache"
-            )
+            raise ValueError("S² attention trains on packed rows: no padding mask, no KV cache")
         stock = AttentionInterface()["sdpa"]
         return stock(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     assert dropout == 0.0, "attention dropout is not part of Llama"
@@ -504,9 +501,7 @@ def read_texts(path: Path) -> Iterator[str]:
                 yield from batch.column("text").to_pylist()
     except (ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors
         reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"--dataset {path}: cannot be read ({reason}); expected text in UTF-8"
-        ) from error
+        raise UserError(f"--dataset {path}: cannot be read ({reason}); expected text") from error
 
 
 @dataclass
@@ -524,66 +519,63 @@ def dataset_key(files: list[Path], base: Path) -> str:
     for path in sorted(p for p in base.glob("tokenizer*") if p.is_file()):
         digest.update(path.read_bytes())
     for path in files:
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
-def tokenize(files: list[Path], tokenizer: Any, cache: Path) -> Corpus:
+def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
     """Tokenise every document, once: the next run finds the result in the cache. The tokenizer
-    works on a thousand documents at a time, with all cores."""
+    takes a thousand documents at a time, on all cores."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    if not cache.exists():
+    if not cached.exists():
         from tqdm import tqdm
 
-        building = cache.with_name(f"{cache.name}.{os.getpid()}.building")
+        building = cached.with_name(f"{cached.name}.{os.getpid()}.building")
         building.mkdir(parents=True, exist_ok=True)
-        bos, eos = (
-            [i] if i is not None else [] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        )
-        sizes, texts = [], (text for path in files for text in read_texts(path) if text)
-        with (
-            (building / "tokens.bin").open("wb") as out,
-            tqdm(desc="tokenising", unit=" documents") as bar,
-        ):
-            while batch := [text for _, text in zip(range(1000), texts)]:
-                for text, ids in zip(
-                    batch, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-                ):
-                    out.write(np.array(bos + ids + eos, dtype=dtype).tobytes())
-                    sizes.append((len(bos) + len(ids) + len(eos), len(text)))
-                bar.update(len(batch))
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        bos, eos = ([] if piece is None else [piece] for piece in ends)
+        texts, sizes = tqdm(text for file in files for text in read_texts(file) if text), []
+        texts.set_description("tokenising")
+        with (building / "tokens.bin").open("wb") as out:
+            iterator = iter(texts)
+            while batch := list(islice(iterator, 1000)):
+                pieces = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+                for text, ids in zip(batch, pieces, strict=True):
+                    ids = [*bos, *ids, *eos]
+                    out.write(np.array(ids, dtype).tobytes())
+                    sizes.append((len(ids), len(text)))
         if not sizes:
             shutil.rmtree(building)
             raise UserError(f"--dataset {files[0]}: holds no text; expected at least one document")
-        np.save(building / "documents.npy", np.array(sizes, dtype=np.int64))
-        building.rename(cache)
-    sizes = np.load(cache / "documents.npy")
-    return Corpus(np.memmap(cache / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
+        np.save(building / "documents.npy", np.array(sizes))
+        building.rename(cached)
+    sizes = np.load(cached / "documents.npy")
+    return Corpus(np.memmap(cached / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
 
 
 class PackedBlocks:
-    """The chosen documents in the given order, cut into blocks of exactly block_size tokens. A block
-    is looked up, not stored; positions count from 0 in each piece of a document; only the last
-    block's end is padded."""
+    """The chosen documents in the given order, cut into blocks of exactly block_size tokens. A
+    block is looked up, not stored; positions count from 0 in each piece of a document; only the
+    last block's end is padded."""
 
     def __init__(self, corpus: Corpus, order: np.ndarray, block_size: int, padding: int):
         self.tokens, self.block_size, self.padding = corpus.tokens, block_size, padding
         self.starts = (np.cumsum(corpus.lengths) - corpus.lengths)[order]
         self.ends = np.cumsum(corpus.lengths[order])  # in the packed stream
-        predicted = self.ends[-1] - len(order)  # all but each document's first token
+        self.total = int(self.ends[-1])
+        predicted = self.total - len(order)  # all but each document's first token
         self.tokens_per_character = float(predicted / max(1, corpus.characters[order].sum()))
 
     def __len__(self) -> int:
-        return math.ceil(int(self.ends[-1]) / self.block_size)
+        return math.ceil(self.total / self.block_size)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        at, stop = index * self.block_size, (index + 1) * self.block_size
+        at, stop = index * self.block_size, min((index + 1) * self.block_size, self.total)
         ids, position = np.full(self.block_size, self.padding), np.arange(self.block_size)
         document, filled = int(np.searchsorted(self.ends, at, side="right")), 0
-        while at < min(stop, int(self.ends[-1])):
+        while at < stop:
             begin = int(self.ends[document - 1]) if document else 0
             size = min(stop, int(self.ends[document])) - at
             source = int(self.starts[document]) + at - begin
@@ -596,17 +588,15 @@ class PackedBlocks:
         return {"input_ids": ids, "position_ids": position, "labels": labels}
 
 
-def split_corpus(
-    corpus: Corpus, args: Arguments, padding: int
-) -> tuple[PackedBlocks, PackedBlocks | None]:
-    """Shuffle the documents by seed and hold some out, whole."""
+def split_corpus(corpus: Corpus, args: Arguments, padding: int) -> tuple[PackedBlocks, Any]:
+    """Shuffle the documents by seed and hold some out, whole: (training, held out or None)."""
     documents = len(corpus.lengths)
     order = np.random.default_rng(args.seed).permutation(documents)
     held = max(round(args.eval_fraction * documents), min(4, documents // 10))
-    if args.eval_fraction <= 0 or args.eval_strategy == "no":
-        held = 0
-    train = PackedBlocks(corpus, order[held:], args.block_size, padding)
-    return train, PackedBlocks(corpus, order[:held], args.block_size, padding) if held else None
+    held = 0 if args.eval_fraction == 0 or args.eval_strategy == "no" else held
+    train, held_out = order[held:], order[:held]
+    blocks = PackedBlocks(corpus, train, args.block_size, padding)
+    return blocks, PackedBlocks(corpus, held_out, args.block_size, padding) if held else None
 
 
 @dataclass
@@ -646,7 +636,6 @@ class TailEmbedding:
         self.trained = torch.nn.Parameter(trained, requires_grad=len(trained) > 0)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        import torch
         from torch.nn.functional import embedding
 
         first = len(self.frozen)
@@ -656,14 +645,14 @@ class TailEmbedding:
         if not first:
             return new
         old = embedding(ids.clamp(max=first - 1), self.frozen)
-        return torch.where((ids < first).unsqueeze(-1), old, new)  # (B, T, D)
+        return old.where((ids < first).unsqueeze(-1), new)  # (B, T, D)
 
 
 class ChunkedLoss:
-    """Sum of the cross entropy of hidden (N, D) against labels (N,), with head rows `frozen` (V0, D)
-    and `trained` (V1, D), over chunks of C tokens: (C, V) logits exist where (N, V) would. Its slope,
-    softmax - onehot, needs nothing from above but a factor: so each chunk adds to both gradients
-    while its logits are at hand, and the backward pass only scales them."""
+    """Sum of the cross entropy of hidden (N, D) against labels (N,), with head rows `frozen`
+    (V0, D) and `trained` (V1, D), over chunks of C tokens: (C, V) logits exist where (N, V) would.
+    Its slope, softmax - onehot, needs nothing from above but a factor: so each chunk adds to both
+    gradients while its logits are at hand, and the backward pass only scales them."""
 
     @staticmethod
     def forward(ctx, hidden, frozen, trained, labels, train):
@@ -725,12 +714,10 @@ class TailHead(TailEmbedding):
         import torch
 
         hidden, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        with torch.autocast(hidden.device.type, enabled=False):
-            total = based_on(ChunkedLoss, torch.autograd.Function).apply(
-                hidden, self.frozen, self.trained, targets, torch.is_grad_enabled()
-            )
         items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / items
+        function, rows = based_on(ChunkedLoss, torch.autograd.Function), (self.frozen, self.trained)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return function.apply(hidden, *rows, targets, torch.is_grad_enabled()) / items
 
 
 def train_tail(llama: Any, first: int) -> None:
@@ -747,11 +734,10 @@ def train_tail(llama: Any, first: int) -> None:
     llama.loss_function = llama.lm_head.loss
 
 
-def build_model(
-    args: Arguments, training: Any, folder: Path, first_new: int
-) -> tuple[Any, TailHead]:
-    """The base in NF4 with LoRA on its linear layers, trainable rows and norms. (PEFT's
-    prepare_model_for_kbit_training would turn embeddings, norms and the residual stream to fp32.)"""
+def build_model(args: Arguments, training: Any, folder: Path, first_new: int) -> tuple[Any, Any]:
+    """The base in NF4 with LoRA on its linear layers, trainable rows and norms; and its head.
+    (PEFT's prepare_model_for_kbit_training would turn embeddings, norms and the residual stream to
+    fp32, twice the memory of checkpoints; nothing here needs it.)"""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
@@ -779,20 +765,17 @@ def build_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     set_seed(args.seed)
-    model = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules=LINEAR_LAYERS,
-        ),
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=LINEAR_LAYERS,
     )
+    model = get_peft_model(model, lora)
     llama = model.base_model.model
-    rows = llama.config.vocab_size
-    first = {"new": first_new, "all": 0, "none": rows}[args.train_embeddings]
-    train_tail(llama, first)
+    first = {"new": first_new, "all": 0, "none": llama.config.vocab_size}
+    train_tail(llama, first[args.train_embeddings])
     if args.train_norms:
         for name, module in model.named_modules():
             if name.endswith(tuple(NORMS)):
@@ -810,65 +793,56 @@ def checkpoint_layers(llama: Any, options: dict[str, Any]) -> None:
     from torch.autograd.graph import save_on_cpu
     from torch.utils.checkpoint import checkpoint
 
-    offload = options.pop("offload", False)
+    offload, options = options.get("offload", False), {"use_reentrant": False} | options
+    options.pop("offload", None)
 
     def run(function, *inputs):
         if not offload:
-            return checkpoint(function, *inputs, **{"use_reentrant": False} | options)
+            return checkpoint(function, *inputs, **options)
         with save_on_cpu(pin_memory=torch.cuda.is_available()):
-            return checkpoint(function, *inputs, **{"use_reentrant": False} | options)
+            return checkpoint(function, *inputs, **options)
 
     llama._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
 
 
-def adapter_key(name: str, whole: bool) -> str:
-    """A trained parameter's name in PEFT's adapter file."""
-    new = "weight" if whole else "token_adapter.trainable_tokens_delta"
-    return name.replace(".default.", ".").replace(".trained", f".{new}")
-
-
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """The trained parameters by their names in the adapter file."""
-    whole = len(model.base_model.model.lm_head.frozen) == 0
-    return {adapter_key(n, whole): p for n, p in model.named_parameters() if p.requires_grad}
+    """The trained parameters by their names in PEFT's adapter file."""
+    whole = not len(model.base_model.model.lm_head.frozen)
+    rows = ".weight" if whole else ".token_adapter.trainable_tokens_delta"
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {n.replace(".default.", ".").replace(".trained", rows): p for n, p in trained}
 
 
 def save_adapter(model: Any, folder: Path, base: str) -> None:
     """Write what stock PeftModel.from_pretrained loads: rows replaced, norms as modules_to_save."""
-    from copy import deepcopy
-
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = adapter_tensors(model)
-    head = model.base_model.model.lm_head
+    tensors, head = adapter_tensors(model), model.base_model.model.lm_head
     config = deepcopy(model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
-    whole = NORMS if any(key.endswith("norm.weight") for key in tensors) else []
+    saved = NORMS if any(key.endswith("norm.weight") for key in tensors) else []
     if head.trained.requires_grad and not len(head.frozen):
-        whole = [*whole, "embed_tokens", "lm_head"]
+        saved = [*saved, "embed_tokens", "lm_head"]
     elif head.trained.requires_grad:
         rows = list(range(len(head.frozen), len(head.frozen) + len(head.trained)))
         config.trainable_token_indices = {"embed_tokens": rows, "lm_head": rows}
-    config.modules_to_save = whole or None
+    config.modules_to_save = saved or None
     config.save_pretrained(str(folder))
     building = folder / "adapter_model.building"
-    save_file(
-        {k: t.detach().contiguous().cpu() for k, t in tensors.items()}, building, {"format": "pt"}
-    )
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    save_file(tensors, building, {"format": "pt"})
     building.rename(folder / "adapter_model.safetensors")
 
 
 def load_adapter(model: Any, folder: Path) -> None:
     """Put a checkpoint's weights back, exactly."""
-    import torch
     from safetensors.torch import load_file
 
     saved, tensors = load_file(folder / "adapter_model.safetensors"), adapter_tensors(model)
     assert saved.keys() == tensors.keys(), "the checkpoint holds other parameters than the model"
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            tensor.copy_(saved[key])
+    for key, tensor in tensors.items():
+        tensor.data.copy_(saved[key])
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -878,9 +852,9 @@ class PackedTraining:
     """What transformers.Trainer lacks for us; build_trainer puts this class in front of it."""
 
     head: TailHead
-    record: dict[str, Any]  # run.json
-    report: "Report"
+    report: Report
     stop: list[int]  # signals caught
+    keep: int  # checkpoints
     saving: Path | None = None
     lowest, worse = math.inf, 0
 
@@ -897,9 +871,9 @@ class PackedTraining:
     def give_up(self, step: int, reason: str) -> None:
         print(file=sys.stderr)  # below the progress bar
         raise UserError(
-            f"step {step}: {reason}; the last checkpoint is from before. Try a lower --learning_rate "
-            f"(now {self.args.learning_rate:g}), --warmup_steps 100 or a lower --max_grad_norm, and "
-            f"look at the text of that step; a run with other settings needs another --output_dir"
+            f"step {step}: {reason}; the last checkpoint is from before. Try a lower "
+            f"--learning_rate (now {self.args.learning_rate:g}), --warmup_steps 100 or a lower "
+            "--max_grad_norm, in another --output_dir, and look at the text of that step"
         )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -919,30 +893,25 @@ class PackedTraining:
         import torch
 
         blocks, size = self.eval_dataset, self.args.per_device_eval_batch_size
-        world, rank = self.args.world_size, self.args.process_index
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
-        for start in range(rank * size, len(blocks), world * size):
-            batch = self.data_collator(
-                [blocks[i] for i in range(start, min(start + size, len(blocks)))]
-            )
-            batch = self._prepare_inputs(batch)
+        for start in range(
+            self.args.process_index * size, len(blocks), self.args.world_size * size
+        ):
+            chosen = range(start, min(start + size, len(blocks)))
+            batch = self._prepare_inputs(self.data_collator([blocks[i] for i in chosen]))
             with torch.no_grad(), self.accelerator.autocast(), self.head.inside_the_loss():
                 sums[0] += self.model(**batch, num_items_in_batch=1).loss
             sums[1] += (batch["labels"] != IGNORED).sum()
-        loss, predicted = self.accelerator.reduce(sums, "sum").tolist()
+        total, predicted = self.accelerator.reduce(sums, "sum").tolist()
         # Where a block cuts a document, one token has no context: the mean stands for it.
-        bits = loss / predicted / math.log(2) * blocks.tokens_per_character
-        metrics = {
-            f"{metric_key_prefix}_loss": loss / predicted,
-            f"{metric_key_prefix}_bits_per_character": bits,
-        }
+        bits = total / predicted / math.log(2) * blocks.tokens_per_character
+        metrics = {"eval_loss": total / predicted, "eval_bits_per_character": bits}
         if self.is_world_process_zero():
             metrics |= self.report.sample(self)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        note = self.callback_handler.on_evaluate
+        self.control = note(self.args, self.state, self.control, metrics)
         return metrics
 
     def floating_point_ops(self, inputs) -> int:
@@ -964,11 +933,8 @@ class PackedTraining:
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         if self.args.should_save:
-            save_adapter(
-                self.accelerator.unwrap_model(self.model),
-                Path(output_dir),
-                self.record["base"]["model_name_or_path"],
-            )
+            base = self.report.record["base"]["model_name_or_path"]
+            save_adapter(self.accelerator.unwrap_model(self.model), Path(output_dir), base)
 
     def _save_checkpoint(self, model, trial=None, *args, **kwargs) -> None:
         """Trainer's checkpoint, built aside, sealed with the sums of its files, then renamed."""
@@ -980,41 +946,36 @@ class PackedTraining:
         if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
             self.give_up(self.state.global_step, "weights are no longer finite")
         self.saving = output / "checkpoint.building"
-        if self.args.should_save:
-            shutil.rmtree(self.saving, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        folder = self.saving / final.name
         try:
             super()._save_checkpoint(model, trial, *args, **kwargs)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                best = output / f"checkpoint-{self.state.best_global_step}"
-                if self.state.best_global_step:
-                    self.state.best_model_checkpoint = str(best)
-                    self.state.save_to_json(str(folder / "trainer_state.json"))
-                write_json(folder / "run.json", self.record | {"files": file_sums(folder)})
-                folder.rename(final)
-                for old in checkpoints(output)[self.keep :]:
-                    if old != best:
-                        shutil.rmtree(old)
+                self.seal(self.saving / final.name, final)
         except Exception as error:  # torch and safetensors name a full disk each in their own way
             full = shutil.disk_usage(output).free < 1 << 26 or "No space left" in str(error)
             if not (full or isinstance(error, OSError)):
                 raise
-            last = next(iter(checkpoints(output)), "none")
             print(file=sys.stderr)
-            raise OSError(
-                errno.ENOSPC,
-                (
-                    f"checkpoint {final} cannot be written ({error}); the last good one is {last}; "
-                    "make room and run the same command again"
-                ),
-            ) from error
+            last = next(iter(checkpoints(output)), "none")
+            reason = f"{final} cannot be written ({error}); the last good checkpoint is {last}; "
+            raise OSError(errno.ENOSPC, reason + "make room and run the same command") from error
         finally:
             if self.args.should_save:
                 shutil.rmtree(self.saving, ignore_errors=True)
             self.saving = None
         self.accelerator.wait_for_everyone()
+
+    def seal(self, folder: Path, final: Path) -> None:
+        """Give a checkpoint its sums and its name; remove the oldest."""
+        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(best)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        write_json(folder / "run.json", self.report.record | {"files": file_sums(folder)})
+        folder.rename(final)
+        for old in checkpoints(final.parent)[self.keep :]:
+            if old != best:
+                shutil.rmtree(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         load_adapter(model or self.model, Path(resume_from_checkpoint))
@@ -1023,11 +984,11 @@ class PackedTraining:
         load_adapter(self.model, Path(self.state.best_model_checkpoint))
 
 
-def build_trainer(args, training, model, head, blocks, held_out, record, report, stop):
+def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report: Report) -> Any:
     """transformers.Trainer with PackedTraining in front."""
     from transformers import Trainer
 
-    keep, training.save_total_limit = training.save_total_limit or 10**9, None  # pruned by us
+    keep, training.save_total_limit = training.save_total_limit or sys.maxsize, None  # see seal
     if held_out is None:
         training.eval_strategy = "no"
     flash = flash_is_here() and not training.use_cpu and (training.bf16 or training.fp16)
@@ -1036,10 +997,9 @@ def build_trainer(args, training, model, head, blocks, held_out, record, report,
         args=training,
         train_dataset=blocks,
         eval_dataset=held_out,
-        data_collator=Collate(args.group_size, flash),
+        data_collator=Collate(report.args.group_size, flash),
     )
-    trainer.head, trainer.record, trainer.report, trainer.stop = head, record, report, stop
-    trainer.keep = keep
+    trainer.head, trainer.report, trainer.keep = model.base_model.model.lm_head, report, keep
     return trainer
 
 
@@ -1106,31 +1066,20 @@ def is_whole(checkpoint: Path) -> bool:
 
 def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, key: str) -> dict:
     """What run.json holds from the start: with other settings or inputs it is another run."""
-    import importlib.metadata
-
-    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
-    aside = set(
-        "output_dir picture cache_dir sample_tokens plan plan_gpu_gb resume_from_checkpoint report_to "
-        "save_steps save_total_limit logging_steps eval_strategy eval_steps per_device_eval_batch_size "
-        "activation_checkpointing activation_checkpointing_kwargs model_name_or_path dataset".split()
-    )
-    settings = {n: v for n, v in asdict(args).items() if n not in aside}
-    settings |= {n: getattr(training, n) for n in TRAINER_SETTINGS}
-    settings |= {"first_new_row": first_new, "model": fingerprint(folder), "dataset": key}
-    nf4 = {
-        "quant_type": "nf4",
-        "double_quant": True,
-        "blocksize": 64,
-        "compute_dtype": "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
-        "skip_modules": ["lm_head"],
-    }
+    settings = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
+    settings |= {n: v for n, v in training.to_dict().items() if TRAINER_SETTINGS.match(n)}
+    settings |= {"processes": training.world_size, "first_new_row": first_new}
+    settings |= {"model": fingerprint(folder), "dataset": key}
+    compute = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+    nf4 = {"quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": compute}
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
     return {
         "script": "train_pt.py",
         "arguments": asdict(args),
-        "versions": {n: importlib.metadata.version(n) for n in names},
+        "versions": {package: version(package) for package in packages},
         "results": None,
         "base": {"model_name_or_path": args.model_name_or_path, "fingerprint": settings["model"]},
-        "quantization": nf4 if args.quantization == "nf4" else None,
+        "quantization": nf4 | {"skip_modules": ["lm_head"]} if args.quantization == "nf4" else None,
         "settings": json.loads(json.dumps(settings, default=str)),
     }
 
@@ -1139,7 +1088,7 @@ def open_run(args: Arguments, record: dict) -> str | None:
     """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to
     mix two runs; a finished one with other settings is moved aside."""
     output = Path(args.output_dir)
-    if output.is_file() or output.is_dir() and any(output.iterdir()):
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
         old = read_record(output)
         if old.get("script") != "train_pt.py":
             raise UserError(f"--output_dir {output}: holds something else; choose another folder")
@@ -1177,39 +1126,31 @@ def total_steps(sequences: int, training: Any) -> int:
     if training.max_steps > 0:
         return training.max_steps
     batches = math.ceil(sequences / (training.per_device_train_batch_size * training.world_size))
-    return math.ceil(
-        training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps)
-    )
+    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    return math.ceil(training.num_train_epochs * per_epoch)
 
 
-def memory_items(
-    config: Any, args: Arguments, first_new: int, batch: int, block: int
-) -> dict[str, float]:
-    """Bytes on the GPU at the peak, the backward pass of one layer. Derived from the shapes."""
-    D, I, L, V = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_hidden_layers,
-        config.vocab_size,
-    )
+def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block: int) -> dict:
+    """Bytes on the GPU at the peak, the backward pass of one layer: derived from the shapes."""
+    D, M, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    V, tokens = config.vocab_size, batch * block
     kv = config.num_key_value_heads * D // config.num_attention_heads
-    shapes = [(D, D), (D, kv), (D, kv), (D, D), (D, I), (D, I), (I, D)]
-    linear = L * sum(a * b for a, b in shapes)
+    shapes = [(D, D), (D, kv), (D, kv), (D, D), (D, M), (D, M), (M, D)]
+    weights = L * sum(a * b for a, b in shapes)
     lora = L * sum(a + b for a, b in shapes) * args.lora_rank
     rows = {"new": V - first_new, "all": V, "none": 0}[args.train_embeddings]
     state = 4 + 4 + (2 if "8bit" in args.optim else 8)  # fp32 weight and gradient, Adam's moments
-    options = json.loads(args.activation_checkpointing_kwargs or "{}")
-    tokens = batch * block
-    # Under recomputation one layer keeps 42 bytes per hidden and 8 per intermediate unit and token.
-    layer = tokens * (42 * D + 8 * I)
-    kept = 1 if options.get("offload") else L
+    offload = json.loads(args.activation_checkpointing_kwargs or "{}").get("offload")
+    # Recomputed, one layer keeps about 42 bytes per hidden and 8 per inner unit for each token.
+    layer = tokens * (42 * D + 8 * M)
+    inputs = (1 if offload else L) * tokens * D * 2
     return {
-        "frozen linear layers": linear * (4.127 / 8 if args.quantization == "nf4" else 2),
+        "frozen linear layers": weights * (4.127 / 8 if args.quantization == "nf4" else 2),
         "frozen rows of embedding and head": 2 * (V - rows) * D * 2,
         "trained rows, gradient, optimizer": 2 * rows * D * state,
         "LoRA, gradient, optimizer": lora * state,
-        "checkpoints": kept * tokens * D * 2 if args.activation_checkpointing else (L - 1) * layer,
-        "backward pass of one layer, or loss": max(layer, LOSS_CHUNK * V * 10 + tokens * D * 4),
+        "kept for the backward pass": inputs if args.activation_checkpointing else (L - 1) * layer,
+        "backward pass of a layer, or loss": max(layer, LOSS_CHUNK * V * 10 + tokens * D * 4),
     }
 
 
@@ -1217,99 +1158,118 @@ def print_plan(args: Arguments, training: Any, config: Any, first_new: int, fact
     """Sizes, steps, and what fits."""
     import torch
 
+    def items(batch: int, block: int) -> dict:
+        parts = memory_items(config, args, first_new, batch, block)
+        return parts | {"in all": sum(parts.values())}
+
     for name, value in facts.items():
-        print(
-            f"{name.replace('_', ' '):>40}: {value:,}"
-            if isinstance(value, int)
-            else f"{name:>40}: {value}"
-        )
-
-    def peak(batch: int, block: int) -> float:
-        return sum(memory_items(config, args, first_new, batch, block).values())
-
+        print(f"{name.replace('_', ' '):>36}: {value:,}")
     batch, block = training.per_device_train_batch_size, args.block_size
-    print(f"memory on a GPU, estimated, at batch {batch} x {block} tokens:")
-    for name, size in memory_items(config, args, first_new, batch, block).items():
-        print(f"{name:>40}: {size / 1e9:7.2f} GB")
-    print(f"{'in all':>40}: {peak(batch, block) / 1e9:7.2f} GB")
-    size = args.plan_gpu_gb and args.plan_gpu_gb * 1e9
-    if size is None and torch.cuda.is_available():
+    print(f"memory on a GPU, estimated from the shapes, at batch {batch} x {block} tokens:")
+    for name, size in items(batch, block).items():
+        print(f"{name:>36}: {size / 1e9:7.2f} GB")
+    size = (args.plan_gpu_gb or 0) * 1e9
+    if torch.cuda.is_available() and not size:
         size = torch.cuda.get_device_properties(0).total_memory
-    if size is None:
-        print("no GPU here: --plan_gpu_gb 24 says what fits on one of 24 GB")
-        return
+    if not size:
+        return print("no GPU here: --plan_gpu_gb 24 says what fits on one of 24 GB")
     room = size - 0.8e9  # CUDA's context and fragmentation
-    blocks = [
-        b for b in range(256, config.max_position_embeddings + 1, 256) if peak(batch, b) <= room
-    ]
-    batches = [b for b in range(1, 257) if peak(b, block) <= room]
-    print(
-        f"on {size / 1e9:.0f} GB: at batch {batch} the largest block is {max(blocks, default=0)}; "
-        f"at block {block} the largest batch is {max(batches, default=0)}"
-    )
+    blocks = range(256, config.max_position_embeddings + 1, 256)
+    longest = max((b for b in blocks if items(batch, b)["in all"] <= room), default=0)
+    widest = max((b for b in range(1, 257) if items(b, block)["in all"] <= room), default=0)
+    print(f"on {size / 1e9:.0f} GB: at batch {batch} the largest block is {longest}; ", end="")
+    print(f"at block {block} the largest batch is {widest}")
 
 
 # --- Report --------------------------------------------------------------------------------------
+
+CARD = """---
+library_name: peft
+base_model: {base}
+language: zh
+tags: [llama, lora, qlora, traditional-chinese]
+---
+
+# Adapter of {base}, trained further on Traditional Chinese text
+
+Trained by train_pt.py of 落九 (Luojiu) on {documents:,} documents: {tokens:,} tokens in
+{sequences:,} sequences, {steps:,} steps.
+
+![training loss](trainloss.png)
+
+Loss per token at the end: {loss_last} in training; on documents held out {eval_loss}, that is
+{eval_bits_per_character} bits per character.
+
+## Hyperparameters
+
+{hyperparameters}
+
+## Documents held out
+
+| epoch | step | loss | bits per character |
+| --- | --- | --- | --- |
+{held_out}
+
+## Framework versions
+
+{versions}
+"""
 
 
 class Report:
     """metrics.jsonl, the chart, the samples and the model card of a run."""
 
-    def __init__(self, args: Arguments, tokenizer: Any, facts: dict, prompt: list[int]):
-        self.args, self.tokenizer, self.facts, self.prompt = args, tokenizer, facts, prompt
-        self.metrics = Path(args.output_dir) / "metrics.jsonl"
+    def __init__(self, args: Arguments, record: dict, tokenizer: Any, facts: dict, source: Any):
+        self.args, self.record, self.tokenizer, self.facts = args, record, tokenizer, facts
+        self.prompt = source[0]["input_ids"][:32].tolist()
+        self.output = Path(args.output_dir)
         self.drawn = 0.0
 
-    def rows(self) -> list[dict]:
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]
+    def rows(self, name: str) -> list[dict]:
+        """The lines of metrics.jsonl that hold a metric."""
+        path = self.output / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        return [row for row in rows if name in row]
 
-    def rewind(self, checkpoint: str | None) -> None:
-        """Forget what a resumed run will write again."""
+    def begin(self, checkpoint: str | None) -> None:
+        """Open the folder; forget what a resumed run will write again."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_json(self.output / "run.json", self.record)
         state = Path(checkpoint or "", "trainer_state.json")
         step = json.loads(state.read_text())["global_step"] if checkpoint else -1
-        rows = [
-            json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows() if row["step"] <= step
-        ]
-        self.metrics.write_text("".join(rows), encoding="utf-8")
+        rows = self.rows("step")
+        (self.output / "metrics.jsonl").unlink(missing_ok=True)
+        for row in rows:
+            if row["step"] <= step:
+                self.log(row, draw=False)
 
-    def log(self, row: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
+    def log(self, row: dict[str, Any], draw: bool = True) -> None:
+        with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if time.time() - self.drawn > 20 or "eval_loss" in row:
+        if draw and (time.time() - self.drawn > 20 or "eval_loss" in row):
             self.draw()
 
     def draw(self) -> None:
         """Train and eval loss over steps and tokens, the learning rate below."""
         from matplotlib.figure import Figure
 
-        rows = self.rows()
-        train, held = ([r for r in rows if name in r] for name in ("loss", "eval_loss"))
-        if not train:
+        train, held = self.rows("loss"), self.rows("eval_loss")
+        if not train or not train[-1]["tokens_seen"]:
             return
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        steps = [r["step"] for r in train]
-        axes.plot(steps, [r["loss"] for r in train], label="train", linewidth=1)
-        if held:
-            axes.plot(
-                [r["step"] for r in held], [r["eval_loss"] for r in held], "o-", label="held out"
-            )
-        axes.set(
-            ylabel="loss (nats per token)",
-            title=f"block {self.args.block_size}, {self.facts['steps']} steps",
-        )
-        per_step = train[-1]["tokens_seen"] / max(1, steps[-1])
-        if per_step:
-            top = axes.secondary_xaxis(
-                "top", (lambda x: x * per_step / 1e6, lambda x: x / per_step * 1e6)
-            )
-            top.set_xlabel("million tokens seen")
+        for rows, name, label in ((train, "loss", "train"), (held, "eval_loss", "held out")):
+            line = "o-" if rows is held else "-"
+            axes.plot([r["step"] for r in rows], [r[name] for r in rows], line, label=label)
+        title = f"{self.facts['steps']} steps, blocks of {self.args.block_size} tokens"
+        axes.set(ylabel="loss (nats per token)", title=title)
+        millions = train[-1]["tokens_seen"] / train[-1]["step"] / 1e6
+        top = axes.secondary_xaxis("top", (lambda x: x * millions, lambda x: x / millions))
+        top.set_xlabel("million tokens seen")
         axes.legend()
         axes.grid(alpha=0.3)
-        below.plot(steps, [r["learning_rate"] for r in train], color="gray")
+        below.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="gray")
         below.set(xlabel="step", ylabel="learning rate")
         picture = Path(self.args.picture)
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -1320,18 +1280,16 @@ class Report:
 
     def sample(self, trainer: Any) -> dict[str, Any]:
         """What the model writes after a held-out beginning, without touching the run's dice."""
-        import torch
-
         if not self.args.sample_tokens:
             return {}
-        device = trainer.args.device
+        import torch
+
+        device, model = trainer.args.device, trainer.accelerator.unwrap_model(trainer.model)
         prompt = torch.tensor([self.prompt], device=device)
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            trainer.accelerator.autocast(),
-        ):
+        dice = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with dice, trainer.accelerator.autocast():
             torch.manual_seed(self.args.seed)
-            ids = trainer.accelerator.unwrap_model(trainer.model).generate(
+            ids = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 use_cache=True,
@@ -1343,76 +1301,49 @@ class Report:
         text = self.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
         return {"eval_sample": text, "eval_traditional": traditional_share(text)}
 
-    def card(self, results: dict, record: dict) -> str:
-        """A model card with this run's own figures."""
-        a, rows = self.args, [r for r in self.rows() if "eval_loss" in r]
-        table = "\n".join(
-            f"| {r.get('epoch', 0):.2f} | {r['step']} | {r['eval_loss']:.4f} | "
-            f"{r['eval_bits_per_character']:.4f} |"
-            for r in rows
+    def finish(self, trainer: Any) -> None:
+        """Adapter, chart and model card; run.json last, for it says that the run is whole."""
+        train, held = self.rows("loss"), self.rows("eval_loss")
+        last = held[-1] if held else {}
+        results = self.facts | {
+            "steps": trainer.state.global_step,
+            "loss_first": train[0]["loss"],
+            "loss_last": train[-1]["loss"],
+            "eval_loss": last.get("eval_loss"),
+            "eval_bits_per_character": last.get("eval_bits_per_character"),
+        }
+        base = self.record["base"]["model_name_or_path"]
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), self.output, base)
+        self.draw()
+        if Path(self.args.picture).exists():
+            shutil.copy(self.args.picture, self.output / "trainloss.png")
+        settings, columns = self.record["settings"], ("epoch", "step", *last)
+        row = "| {epoch:.2f} | {step} | {eval_loss:.4f} | {eval_bits_per_character:.4f} |"
+        card = CARD.format(
+            **results,
+            base=base,
+            hyperparameters="\n".join(f"- {n}: {v}" for n, v in settings.items()),
+            held_out="\n".join(row.format(**{n: r[n] for n in columns if n in r}) for r in held),
+            versions="\n".join(f"- {n} {v}" for n, v in self.record["versions"].items()),
         )
-        return CARD.format(
-            base=record["base"]["model_name_or_path"],
-            a=a,
-            f=self.facts,
-            r=results,
-            table=table,
-            total=a.per_device_train_batch_size * a.gradient_accumulation_steps,
-            versions="\n".join(f"- {n} {v}" for n, v in record["versions"].items()),
+        (self.output / "README.md").write_text(card, encoding="utf-8")
+        write_json(self.output / "run.json", self.record | {"results": results})
+        losses = f"loss {results['loss_first']:.3f} to {results['loss_last']:.3f}"
+        print(
+            f"{results['steps']} steps, {losses}; wrote {self.output}; next: python merge_lora.py"
         )
-
-
-CARD = """---
-library_name: peft
-base_model: {base}
-language: zh
-tags: [llama, lora, qlora, traditional-chinese]
----
-
-# Adapter of {base}, trained further on Traditional Chinese text
-
-Trained by train_pt.py of 落九 (Luojiu): LoRA of rank {a.lora_rank} on every linear layer, rows
-`{a.train_embeddings}` of embedding and head, S² attention in groups of {a.group_size} tokens.
-
-![training loss](trainloss.png)
-
-- documents: {f[documents]:,}; tokens: {f[tokens]:,}; sequences of {a.block_size}: {f[sequences]:,}
-- steps: {r[steps]:,}; training loss at the end: {r[loss_last]}
-- held out: loss {r[eval_loss]}, {r[eval_bits_per_character]} bits per character
-
-## Training hyperparameters
-
-- learning_rate: {a.learning_rate}
-- train_batch_size: {a.per_device_train_batch_size}
-- eval_batch_size: {a.per_device_eval_batch_size}
-- seed: {a.seed}
-- gradient_accumulation_steps: {a.gradient_accumulation_steps}
-- total_train_batch_size: {total} per process
-- optimizer: {a.optim}
-- lr_scheduler_type: {a.lr_scheduler_type}
-- num_epochs: {a.num_train_epochs}
-
-## Results on the documents held out
-
-| epoch | step | loss | bits per character |
-| --- | --- | --- | --- |
-{table}
-
-## Framework versions
-
-{versions}
-"""
 
 
 def traditional_share(text: str) -> float | None:
     """Of the characters that the two scripts write differently, the share in Traditional form."""
     from opencc import OpenCC
 
-    to_simplified, to_traditional = OpenCC("t2s").convert(text), OpenCC("s2t").convert(text)
-    if not len(text) == len(to_simplified) == len(to_traditional):
+    simple, full = OpenCC("t2s").convert(text), OpenCC("s2t").convert(text)
+    if not len(text) == len(simple) == len(full):
         return None
-    traditional = sum(c != s for c, s in zip(text, to_simplified))
-    simplified = sum(c != t and c == s for c, s, t in zip(text, to_simplified, to_traditional))
+    triples = list(zip(text, simple, full, strict=True))
+    traditional = sum(c != s for c, s, _ in triples)
+    simplified = sum(c == s != f for c, s, f in triples)
     return round(traditional / (traditional + simplified), 4) if traditional + simplified else None
 
 
@@ -1421,51 +1352,30 @@ def traditional_share(text: str) -> float | None:
 
 def check(args: Arguments) -> None:
     """Refuse impossible values before anything heavy."""
-    if args.block_size < 8:
-        raise UserError(f"--block_size {args.block_size}: too short; expected at least 8 tokens")
-    if not 2 <= args.group_size <= args.block_size:
-        raise UserError(
-            f"--group_size {args.group_size}: expected 2 to block_size ({args.block_size})"
-        )
-    if not 0 <= args.eval_fraction < 1:
-        raise UserError(f"--eval_fraction {args.eval_fraction}: expected a share, 0 to under 1")
-    if args.lora_rank < 1:
-        raise UserError(f"--lora_rank {args.lora_rank}: expected at least 1")
+    block, options = args.block_size, args.activation_checkpointing_kwargs
     try:
-        assert isinstance(json.loads(args.activation_checkpointing_kwargs or "{}"), dict)
-    except (ValueError, AssertionError):
-        raise UserError(
-            f"--activation_checkpointing_kwargs {args.activation_checkpointing_kwargs}: expected a JSON "
-            """object such as '{"offload": true}'"""
-        ) from None
-
-
-def finish(trainer: Any, record: dict, report: Report) -> None:
-    """Adapter, model card and chart; run.json last, for it says that the run is whole."""
-    rows, output = report.rows(), Path(trainer.args.output_dir)
-    train, held = ([r for r in rows if name in r] for name in ("loss", "eval_loss"))
-    results = {
-        "steps": trainer.state.global_step,
-        "loss_first": train[0]["loss"] if train else None,
-        "loss_last": train[-1]["loss"] if train else None,
-        "eval_loss": held[-1]["eval_loss"] if held else None,
-        "eval_bits_per_character": held[-1]["eval_bits_per_character"] if held else None,
-        **report.facts,
-    }
-    save_adapter(
-        trainer.accelerator.unwrap_model(trainer.model),
-        output,
-        record["base"]["model_name_or_path"],
-    )
-    report.draw()
-    if Path(report.args.picture).exists():
-        shutil.copy(report.args.picture, output / "trainloss.png")
-    (output / "README.md").write_text(report.card(results, record), encoding="utf-8")
-    write_json(output / "run.json", record | {"results": results})
-    print(
-        f"done: {results['steps']} steps, loss {results['loss_first']} to {results['loss_last']}; "
-        f"the adapter is in {output}; next: python merge_lora.py"
-    )
+        parsed = json.loads(options or "{}")
+    except ValueError:
+        parsed = None
+    for wrong, problem in (
+        (block < 8, f"--block_size {block}: too short; expected at least 8 tokens"),
+        (
+            not 2 <= args.group_size <= block,
+            f"--group_size {args.group_size}: expected 2 to block_size ({block})",
+        ),
+        (
+            not 0 <= args.eval_fraction < 1,
+            f"--eval_fraction {args.eval_fraction}: expected a share, 0 to under 1",
+        ),
+        (args.lora_rank < 1, f"--lora_rank {args.lora_rank}: expected at least 1"),
+        (
+            not isinstance(parsed, dict),
+            f"--activation_checkpointing_kwargs {options}: expected a JSON object such as "
+            """'{"offload": true}'""",
+        ),
+    ):
+        if wrong:
+            raise UserError(problem)
 
 
 @user_errors()
@@ -1477,7 +1387,6 @@ def main(argv: list[str] | None = None) -> None:
     files = text_files(args.dataset)
     key = dataset_key(files, folder)
     record = describe_run(args, training, folder, first_new, key)
-    first = training.process_index == 0
     checkpoint = None if args.plan else open_run(args, record)
     if checkpoint == "done":
         return print(f"already done: {args.output_dir} holds this very run, finished")
@@ -1486,31 +1395,27 @@ def main(argv: list[str] | None = None) -> None:
     blocks, held_out = split_corpus(corpus, args, tokenizer.eos_token_id or 0)
     facts = {
         "documents": len(corpus.lengths),
-        "tokens": int(blocks.ends[-1]),
+        "tokens": blocks.total,
         "sequences": len(blocks),
         "eval_sequences": len(held_out) if held_out else 0,
         "steps": total_steps(len(blocks), training),
     }
     if args.plan:
         return print_plan(args, training, config, first_new, facts)
-    source = held_out or blocks
-    if first:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_json(Path(args.output_dir) / "run.json", record)
-        print(", ".join(f"{n.replace('_', ' ')} {v:,}" for n, v in facts.items()))
+    report = Report(args, record, tokenizer, facts, held_out or blocks)
+    if training.process_index == 0:
+        report.begin(checkpoint)
+        print(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items()))
         print("a sample:", tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
-    model, head = build_model(args, training, folder, first_new)
-    report = Report(args, tokenizer, facts, source[0]["input_ids"][:32].tolist())
-    if first:
-        report.rewind(checkpoint)
-    with stop_signals() as stop:
-        trainer = build_trainer(args, training, model, head, blocks, held_out, record, report, stop)
+    model, _ = build_model(args, training, folder, first_new)
+    trainer = build_trainer(training, model, blocks, held_out, report)
+    with stop_signals() as trainer.stop:
         trainer.train(resume_from_checkpoint=checkpoint)
-    if stop:
+    if trainer.stop:
         print(f"stopped at step {trainer.state.global_step} and saved; the same command goes on")
-        raise SystemExit(128 + stop[0])
-    if first:
-        finish(trainer, record, report)
+        raise SystemExit(128 + trainer.stop[0])
+    if training.process_index == 0:
+        report.finish(trainer)
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -1,13 +1,14 @@
 """What train_pt.py costs and gains, measured on a CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_train.py               # both tables, about half an hour
-    python benchmarks/bench_train.py --only speed                    # five minutes
+    OMP_NUM_THREADS=1 python benchmarks/bench_train.py               # both tables
+    OMP_NUM_THREADS=1 python benchmarks/bench_train.py --only speed  # S² and loss alone
 
-speed    Step time and peak memory of one model (61,388 pieces, NF4) on the same packed documents, at
-         2,048 and 8,192 tokens: S² attention with the chunked loss, against transformers.Trainer with
-         stock SDPA attention and the plain loss, and what each half of the difference does.
+speed    Step time and peak memory of one model (61,388 pieces, NF4) on the same packed documents,
+         at 2,048 and 8,192 tokens: S² attention with the chunked loss, against
+         transformers.Trainer with stock SDPA attention and the plain loss, and each alone.
 quality  A small Llama trained first on English pages, extended to 61,388 pieces with 紅樓夢, then
-         trained by train_pt.py on articles of DRCD with the new rows trained and with none: bits per character of articles held out, over the steps.
+         trained by train_pt.py on articles of DRCD, with the new rows trained and with none: bits
+         per character of articles held out, over the steps.
 
 Each figure of `speed` comes from a process of its own; variants take turns, and the best of the
 rounds counts. Results: benchmarks/results/train.json and pictures/train_quality.png.
@@ -69,7 +70,6 @@ VARIANTS = {
 def one_speed(attention: str, loss: str, block: int, steps: int) -> dict:
     """Train a few steps with one variant; called in a process of its own."""
     import numpy as np
-    import torch
     from transformers import Trainer
 
     batch = 8192 // block
@@ -177,7 +177,8 @@ def speed(rounds: int) -> list[dict]:
 def english() -> list[str]:
     """The English pages of the labelled sample."""
     texts, label = [], ""
-    for record in gzip.open(DATA / "labelled.wet.gz", "rb").read().split(b"WARC/1.0\r\n")[1:]:
+    records = gzip.decompress((DATA / "labelled.wet.gz").read_bytes()).split(b"WARC/1.0\r\n")
+    for record in records[1:]:
         head, _, body = record.partition(b"\r\n\r\n")
         for line in head.split(b"\r\n"):
             if line.startswith(b"WARC-Target-URI:"):

@@ -1,178 +1,21 @@
-"""Whole runs: exact resume, stops, broken checkpoints, refusals, plan, charts, several processes."""
+"""Whole runs: refusals, the plan, what they leave to see, several processes."""
 
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
+from train_support import TINY, Killed, at_step, kill, metrics, same, weights
 
 import train_pt
 
-TINY = ROOT / "data" / "sample" / "tiny-llama"
+pytest_plugins = ["train_support"]
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    """A little text: 24 documents of several lengths, some 33 blocks of 32 tokens."""
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    words = "春天的花開在山上，人們從早到晚走過河邊的小路，看見雲影與水光。".split("，")
-    rows = [{"text": f"第{n}篇。" + words[n % 3] * (n % 4 + 1)} for n in range(24)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def command(text, tmp_path, monkeypatch):
-    """The options of a run of 12 steps, a pass and a half, into a folder of this test."""
-    monkeypatch.chdir(tmp_path)
-
-    def build(*options: object, name: str = "pt") -> list[str]:
-        words = {
-            "--model_name_or_path": TINY,
-            "--dataset": text,
-            "--output_dir": name,
-            "--base_vocab_size": 800,
-            "--block_size": 32,
-            "--per_device_train_batch_size": 2,
-            "--gradient_accumulation_steps": 2,
-            "--max_steps": 12,
-            "--save_steps": 5,
-            "--eval_steps": 4,
-            "--logging_steps": 1,
-            "--learning_rate": 0.01,
-            "--sample_tokens": 4,
-        }
-        return [str(w) for pair in words.items() for w in pair] + [str(o) for o in options]
-
-    return build
-
-
-def weights(folder: str) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / "adapter_model.safetensors")
-
-
-def same(one: dict, two: dict) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-
-
-class Killed(BaseException):
-    """Ends a run as kill -9 does: nothing is saved."""
-
-
-def at_step(monkeypatch, step: int, action) -> None:
-    """Do something once in a run, after the given step."""
-    log = train_pt.PackedTraining.log
-
-    def watch(self, logs, *args, **kwargs):
-        log(self, logs, *args, **kwargs)
-        if self.state.global_step == step and "loss" in logs:
-            monkeypatch.setattr(train_pt.PackedTraining, "log", log)
-            action()
-
-    monkeypatch.setattr(train_pt.PackedTraining, "log", watch)
-
-
-def kill():
-    raise Killed
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-@pytest.mark.parametrize(
-    ("stop", "step", "options"),
-    [
-        (kill, 8, []),  # goes on from step 5
-        (kill, 11, ["--lora_dropout", "0.3"]),  # from step 10, in the second pass
-        (kill, 7, ["--optim", "adamw_8bit", "--lora_dropout", "0.3"]),
-        (kill, 7, ["--optim", "paged_adamw_8bit"]),
-        (terminate, 7, ["--lora_dropout", "0.3"]),
-        (terminate, 3, ["--optim", "adamw_8bit", "--activation_checkpointing", "true"]),
-    ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
-    stop, step, options, command, monkeypatch, capsys
-):
-    train_pt.main(command(*options, name="whole"))
-    at_step(monkeypatch, step, stop)
-    with pytest.raises((Killed, SystemExit)) as stopped:
-        train_pt.main(command(*options))
-    if stop is terminate:
-        assert stopped.value.code == 143
-        assert f"stopped at step {step + 1} and saved" in capsys.readouterr().out
-        assert Path(f"pt/checkpoint-{step + 1}").is_dir()
-    assert not Path("pt/adapter_model.safetensors").exists(), "looks finished"
-    train_pt.main(command(*options))
-    assert same(weights("pt"), weights("whole"))
-    steps = [json.loads(line) for line in open("pt/metrics.jsonl")]
-    assert [r["step"] for r in steps if "loss" in r] == list(range(1, 13))
-
-
-def test_kill_9_and_ctrl_c_on_the_real_program(command):
-    train_pt.main(command(name="whole"))
-    program = [sys.executable, str(ROOT / "train_pt.py"), *command("--save_steps", "1")]
-    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        saved = len(list(Path("pt").glob("checkpoint-*")))
-        running = subprocess.Popen(
-            program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        deadline = time.time() + 120
-        before = set(Path("pt").glob("checkpoint-*"))
-        while set(Path("pt").glob("checkpoint-*")) <= before and time.time() < deadline:
-            time.sleep(0.05)
-        running.send_signal(number)
-        output = running.communicate()[0]
-        assert running.returncode == code, output
-        assert "Traceback" not in output, (output, saved)
-    train_pt.main(command("--save_steps", "1"))
-    assert same(weights("pt"), weights("whole"))
-
-
-def test_a_broken_checkpoint_falls_back_to_the_one_before(command, monkeypatch, capsys):
-    train_pt.main(command(name="whole"))
-    at_step(monkeypatch, 11, kill)
-    with pytest.raises(Killed):
-        train_pt.main(command())
-    optimizer = Path("pt/checkpoint-10/optimizer.pt")
-    content = bytearray(optimizer.read_bytes())
-    content[len(content) // 2] ^= 1
-    optimizer.write_bytes(content)
-    train_pt.main(command())
-    assert "checkpoint-10 is broken" in capsys.readouterr().out
-    assert same(weights("pt"), weights("whole"))
-
-
-def test_a_full_disk_keeps_the_last_good_checkpoint(command, monkeypatch, capsys):
-    train_pt.main(command(name="whole"))
-    save = torch.save
-
-    def full(thing, path, *args, **kwargs):
-        if "checkpoint-10" in str(path):
-            raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
-        save(thing, path, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        with pytest.raises(SystemExit) as stopped:
-            train_pt.main(command())
-    assert stopped.value.code == 1
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "checkpoint-10 cannot be written" in message
-    assert "the last good one is pt/checkpoint-5" in message
-    assert [p.name for p in Path("pt").glob("checkpoint*")] == ["checkpoint-5"]
-    train_pt.main(command())
-    assert same(weights("pt"), weights("whole"))
 
 
 def spoil_the_loss(monkeypatch, step: int, factor: float) -> None:
@@ -262,7 +105,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(options, reason, command, caps
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": "gpt2"}, "Llama's architecture"),
+        ({"model_type": "gpt2"}, "a gpt2; expected a Llama"),
         ({"tie_word_embeddings": True}, "tied"),
         ({"vocab_size": 900}, "the tokenizer has 1000 pieces and the model only 900 rows"),
     ],
@@ -338,7 +181,7 @@ def test_the_estimate_of_fixed_memory_is_what_the_model_takes(command, capsys):
 
 def test_what_a_run_leaves_to_see(command):
     train_pt.main(command())
-    rows = [json.loads(line) for line in open("pt/metrics.jsonl")]
+    rows = metrics("pt")
     held = [r for r in rows if "eval_loss" in r]
     assert [r["step"] for r in held] == [4, 8, 12]
     assert all(r["eval_bits_per_character"] > 0 and "eval_sample" in r for r in held)
@@ -368,7 +211,7 @@ def test_bits_per_character_are_those_of_each_document_alone(command, text):
     train_pt.main(
         command(*options, "--max_steps", "1", "--learning_rate", "1e-9", "--eval_steps", "1")
     )
-    row = [json.loads(line) for line in open("pt/metrics.jsonl")][1]
+    row = metrics("pt")[1]
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     args, _ = train_pt.parse_args(command(*options))
@@ -427,8 +270,7 @@ def test_two_processes_lose_as_one_with_the_same_global_batch(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
     def losses(name: str, key: str) -> list[float]:
-        rows = [json.loads(line) for line in open(f"{name}/metrics.jsonl")]
-        return [row[key] for row in rows if key in row]
+        return [row[key] for row in metrics(name) if key in row]
 
     assert losses("two", "loss") == pytest.approx(losses("one", "loss"), rel=1e-5)
     assert losses("two", "eval_loss") == pytest.approx(losses("one", "eval_loss"), rel=1e-5)

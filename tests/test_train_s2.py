@@ -16,8 +16,8 @@ def packed_positions(rows: list[list[int]]) -> torch.Tensor:
 
 
 def allowed(position: torch.Tensor, heads: int, group: int | None) -> torch.Tensor:
-    """Definition: (B, H, T, T), query sees key if both are of one document, the key is not later, and
-    both fall into one group of their half of the heads."""
+    """Definition: (B, H, T, T), query sees key if both are of one document, the key is not later,
+    and both fall into one group of their half of the heads."""
     B, T = position.shape
     document = (position == 0).cumsum(1)
     mask = torch.zeros(B, heads, T, T, dtype=torch.bool)

@@ -1,0 +1,323 @@
+"""Peak memory and speed of train_pt.py on a GPU: Llama 2 7B's shapes, 61,388 pieces, random.
+
+    python benchmarks/bench_gpu.py                 # all tables; a GPU and 14 GB of disk
+    python benchmarks/bench_gpu.py --only training --lengths 2048
+    python benchmarks/bench_gpu.py --tiny          # a tiny model on any machine: does it run at all?
+
+training   batch 8 x {1024, 2048, 4096, 8192} tokens of packed documents: S² and full attention,
+           chunked and plain loss, checkpoints on the GPU and offloaded, against the usual recipe
+           (SDPA, prepare_model_for_kbit_training, modules_to_save for embedding and head, plain
+           loss): peak memory, tokens per second, and the peak that --plan foretells.
+attention  forward and backward of S² at the same lengths: torch.nn.attention.varlen, FlexAttention
+           and SDPA over segments of one length.
+optimizer  the same step with adamw_8bit, paged_adamw_8bit and adamw_torch.
+
+What runs out of memory is recorded as such. Results: benchmarks/results/gpu.json, pictures/gpu.png.
+Nothing in them is estimated, except the column that says so.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import subprocess
+import sys
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
+SEED, BATCH, LLAMA_2_PIECES = 0, 8, 32_000
+FULL = {
+    "vocab_size": 61_388, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 8192,
+}  # fmt: skip
+TINY = FULL | {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+sys.path.insert(0, str(ROOT))
+
+import train_pt as script  # noqa: E402
+
+# name: attention, loss, offload
+VARIANTS = {
+    "train_pt.py": ("s2", "chunked", False),
+    "train_pt.py, offload": ("s2", "chunked", True),
+    "full attention": ("full", "chunked", False),
+    "full attention, offload": ("full", "chunked", True),
+    "plain loss": ("s2", "plain", False),
+    "full attention, plain loss": ("full", "plain", False),
+}
+USUAL = "usual recipe"
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def base_model(sizes: dict, folder: Path) -> Path:
+    """Random weights on disk, in 16 bits."""
+    if not (folder / "config.json").exists():
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(SEED)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            torch.set_default_dtype(torch.bfloat16)
+            model = LlamaForCausalLM(LlamaConfig(**sizes))
+            torch.set_default_dtype(torch.float32)
+        model.save_pretrained(folder)
+        del model
+        free()
+    return folder
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def arguments(folder: Path, length: int, offload: bool, optim: str):
+    words = ["--model_name_or_path", str(folder), "--block_size", str(length), "--optim", optim]
+    words += ["--base_vocab_size", str(LLAMA_2_PIECES), "--activation_checkpointing", "true"]
+    words += ["--activation_checkpointing_kwargs", json.dumps({"offload": offload})]
+    return script.parse_args(words)
+
+
+def usual_model(folder: Path, training):
+    """QLoRA as most tutorials have it, with embedding and head trained in full."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=nf4, attn_implementation="sdpa",
+        device_map={"": training.device},
+    )  # fmt: skip
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model = prepare_model_for_kbit_training(
+        model, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=32, lora_alpha=64, target_modules=script.LINEAR_LAYERS,
+        modules_to_save=["embed_tokens", "lm_head"],
+    )  # fmt: skip
+    return get_peft_model(model, config)
+
+
+def batches(args, sizes: dict, flash: bool):
+    """Packed random documents of 100 to 2,000 tokens, as web pages are."""
+    rng = np.random.default_rng(SEED)
+    lengths = rng.integers(100, 2000, 40 * BATCH * args.block_size // 1000)
+    tokens = rng.integers(3, sizes["vocab_size"], int(lengths.sum())).astype(np.uint16)
+    corpus = script.Corpus(tokens, lengths, lengths)
+    blocks = script.PackedBlocks(corpus, np.arange(len(lengths)), args.block_size, padding=0)
+    collate = script.Collate(args.group_size, flash)
+    for start in range(0, len(blocks) - BATCH, BATCH):
+        yield collate([blocks[i] for i in range(start, start + BATCH)])
+
+
+def to_device(thing, device):
+    if torch.is_tensor(thing):
+        return thing.to(device)
+    return {k: to_device(v, device) for k, v in thing.items()} if isinstance(thing, dict) else thing
+
+
+def measure(folder: Path, sizes: dict, length: int, name: str, optim: str, steps: int) -> dict:
+    """Train a few steps; peak memory from the first byte of the model on."""
+    from transformers import Trainer
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    attention, loss, offload = VARIANTS.get(name, ("sdpa", "plain", False))
+    args, training = arguments(folder, length, offload, optim)
+    row = {"length": length, "batch": BATCH, "variant": name, "optim": optim}
+    free()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    model = head = None
+    try:
+        if name == USUAL:
+            model = usual_model(folder, training)
+        else:
+            model, head = script.build_model(args, training, folder, LLAMA_2_PIECES)
+            llama = model.base_model.model
+            llama.config.group_size = args.group_size if attention == "s2" else None
+            if loss == "plain":
+                llama.loss_function = ForCausalLMLoss
+        model.train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
+        optimizer, seconds = kind(trained, **options), []
+        source = batches(args, sizes, script.flash_is_here())
+        for _ in range(steps + 1):
+            batch = to_device(next(source), training.device)
+            if name == USUAL:
+                del batch["cuts"]
+            synchronize()
+            start = time.perf_counter()
+            with torch.autocast(training.device.type, torch.bfloat16):
+                if loss == "chunked":
+                    with head.inside_the_loss():
+                        value = model(**batch, use_cache=False).loss
+                else:
+                    value = model(**batch, use_cache=False).loss
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            synchronize()
+            seconds.append(time.perf_counter() - start)
+            del value, batch
+        row["tokens_per_second"] = BATCH * length / min(seconds[1:])
+        row["trained_parameters"] = sum(p.numel() for p in trained)
+        if torch.cuda.is_available():
+            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+    except torch.cuda.OutOfMemoryError:
+        row["out_of_memory"] = True
+    if name.startswith("train_pt.py"):
+        config = SimpleNamespace(**sizes, num_key_value_heads=sizes["num_attention_heads"])
+        items = script.memory_items(config, args, LLAMA_2_PIECES, BATCH, length)
+        row["plan_gb"] = sum(items.values()) / 1e9
+    figures = {k: f"{v:,.2f}" for k, v in row.items() if isinstance(v, float)}
+    print(f"{length:6} {name:28}{optim:20}", figures or row.get("out_of_memory"), flush=True)
+    del model, head
+    trained = optimizer = None
+    free()
+    return row
+
+
+def attention_speed(sizes: dict, length: int) -> list[dict]:
+    """One layer's S² attention, forward and backward."""
+    heads, size = sizes["num_attention_heads"], sizes["hidden_size"] // sizes["num_attention_heads"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = SimpleNamespace(block_size=length, group_size=length // 4)
+    batch = next(batches(args, sizes, False))
+    shape = (BATCH, heads, length, size)
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
+    module = SimpleNamespace(training=True, config=SimpleNamespace(group_size=args.group_size))
+    position = batch["position_ids"]
+    ways = {"SDPA over segments": False}
+    if script.flash_is_here():
+        ways["torch.nn.attention.varlen"] = True
+    calls = {}
+    for name, flash in ways.items():
+        cuts = {"groups": script.cut_points(position, args.group_size, flash)}
+        cuts = to_device(cuts, device)
+        calls[name] = lambda q, k, v, cuts=cuts: script.s2_attention(
+            module, q, k, v, None, cuts=cuts
+        )[0]
+    if torch.cuda.is_available():
+        calls["FlexAttention"] = flex(position.to(device), heads, args.group_size)
+    rows = []
+    for name, call in calls.items():
+        seconds = []
+        for _ in range(8):
+            inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+            synchronize()
+            start = time.perf_counter()
+            call(*inputs).sum().backward()
+            synchronize()
+            seconds.append(time.perf_counter() - start)
+        rows.append({"length": length, "way": name, "milliseconds": 1e3 * min(seconds[2:])})
+        print(f"{length:6} {name:28}{rows[-1]['milliseconds']:10.2f} ms", flush=True)
+    return rows
+
+
+def flex(position: torch.Tensor, heads: int, group: int):
+    """S² as FlexAttention's block mask, made once per batch."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    B, T = position.shape
+    document = (position == 0).cumsum(1)
+
+    def same(b, h, q, k):
+        shift = torch.where(h < heads // 2, 0, group // 2)
+        group_of_q = (position[b, q] + shift) // group
+        group_of_k = (position[b, k] + shift) // group
+        return (q >= k) & (document[b, q] == document[b, k]) & (group_of_q == group_of_k)
+
+    mask = create_block_mask(same, B, heads, T, T, device=str(position.device))
+    compiled = torch.compile(flex_attention)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask).transpose(1, 2)
+
+
+def draw(rows: list[dict]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    memory, speed = figure.subplots(1, 2)
+    for name in dict.fromkeys(r["variant"] for r in rows):
+        mine = [r for r in rows if r["variant"] == name and "peak_gb" in r]
+        memory.plot([r["length"] for r in mine], [r["peak_gb"] for r in mine], "o-", label=name)
+        speed.plot([r["length"] for r in mine], [r["tokens_per_second"] for r in mine], "o-")
+    memory.axhline(24, color="gray", linestyle=":", label="a 24 GB card")
+    memory.set(xlabel=f"tokens x batch {BATCH}", ylabel="peak memory, GB")
+    speed.set(xlabel=f"tokens x batch {BATCH}", ylabel="tokens per second", ylim=(0, None))
+    memory.legend(fontsize="x-small")
+    for axes in (memory, speed):
+        axes.grid(alpha=0.3)
+    figure.savefig(ROOT / "pictures" / "gpu.png", dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", choices=["training", "attention", "optimizer"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one of warming up")
+    parser.add_argument("--tiny", action="store_true", help="a trial run; nothing is recorded")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() and not args.tiny:
+        raise SystemExit("no GPU here: --tiny tries the script without one")
+    sizes = TINY if args.tiny else FULL
+    folder = base_model(sizes, ROOT / "outputs" / ("bench_gpu_tiny" if args.tiny else "bench_gpu"))
+    fast = "adamw_torch" if args.tiny and not torch.cuda.is_available() else "adamw_8bit"
+    results: dict[str, list] = {}
+    if args.only in (None, "training"):
+        results["training"] = [
+            measure(folder, sizes, length, name, fast, args.steps)
+            for length in args.lengths
+            for name in [*VARIANTS, USUAL]
+        ]
+    if args.only in (None, "attention"):
+        results["attention"] = [r for n in args.lengths for r in attention_speed(sizes, n)]
+    if args.only in (None, "optimizer"):
+        results["optimizer"] = [
+            measure(folder, sizes, args.lengths[0], "train_pt.py", optim, args.steps)
+            for optim in ("adamw_8bit", "paged_adamw_8bit", "adamw_torch")
+        ]
+    if args.tiny:
+        return
+    old = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    record = {
+        "commit": subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "date": date.today().isoformat(),
+        "versions": {n: version(n) for n in ("torch", "transformers", "peft", "bitsandbytes")},
+        "hardware": f"{torch.cuda.get_device_name()}, {platform.machine()}",
+        "seed": SEED,
+        "command": " ".join(["python", "benchmarks/bench_gpu.py", *sys.argv[1:]]),
+        "results": old | results,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    if "training" in results:
+        draw(results["training"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Stopped runs go on to the same weights, bit for bit; what breaks falls back."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from train_support import Killed, at_step, kill, metrics, same, terminate, weights
+
+import train_pt
+
+pytest_plugins = ["train_support"]
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("stop", "step", "options"),
+    [
+        (kill, 8, []),  # goes on from step 5
+        (kill, 11, ["--lora_dropout", "0.3"]),  # from step 10, in the second pass
+        (kill, 7, ["--optim", "adamw_8bit", "--lora_dropout", "0.3"]),
+        (kill, 7, ["--optim", "paged_adamw_8bit"]),
+        (terminate, 7, ["--lora_dropout", "0.3"]),
+        (terminate, 3, ["--optim", "adamw_8bit", "--activation_checkpointing", "true"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
+    stop, step, options, command, monkeypatch, capsys
+):
+    train_pt.main(command(*options, name="whole"))
+    at_step(monkeypatch, step, stop)
+    with pytest.raises((Killed, SystemExit)) as stopped:
+        train_pt.main(command(*options))
+    if stop is terminate:
+        assert stopped.value.code == 143
+        assert f"stopped at step {step + 1} and saved" in capsys.readouterr().out
+        assert Path(f"pt/checkpoint-{step + 1}").is_dir()
+    assert not Path("pt/adapter_model.safetensors").exists(), "looks finished"
+    train_pt.main(command(*options))
+    assert same(weights("pt"), weights("whole"))
+    assert [row["step"] for row in metrics("pt") if "loss" in row] == list(range(1, 13))
+
+
+def test_kill_9_and_ctrl_c_on_the_real_program(command):
+    train_pt.main(command(name="whole"))
+    program = [sys.executable, str(ROOT / "train_pt.py"), *command("--save_steps", "1")]
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        saved = len(list(Path("pt").glob("checkpoint-*")))
+        running = subprocess.Popen(
+            program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        deadline = time.time() + 120
+        before = set(Path("pt").glob("checkpoint-*"))
+        while set(Path("pt").glob("checkpoint-*")) <= before and time.time() < deadline:
+            time.sleep(0.05)
+        running.send_signal(number)
+        output = running.communicate()[0]
+        assert running.returncode == code, output
+        assert "Traceback" not in output, (output, saved)
+    train_pt.main(command("--save_steps", "1"))
+    assert same(weights("pt"), weights("whole"))
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(command, monkeypatch, capsys):
+    train_pt.main(command(name="whole"))
+    at_step(monkeypatch, 11, kill)
+    with pytest.raises(Killed):
+        train_pt.main(command())
+    optimizer = Path("pt/checkpoint-10/optimizer.pt")
+    content = bytearray(optimizer.read_bytes())
+    content[len(content) // 2] ^= 1
+    optimizer.write_bytes(content)
+    train_pt.main(command())
+    assert "checkpoint-10 is broken" in capsys.readouterr().out
+    assert same(weights("pt"), weights("whole"))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(command, monkeypatch, capsys):
+    train_pt.main(command(name="whole"))
+    save = torch.save
+
+    def full(thing, path, *args, **kwargs):
+        if "checkpoint-10" in str(path):
+            raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+        save(thing, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(SystemExit) as stopped:
+            train_pt.main(command())
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "checkpoint-10 cannot be written" in message
+    assert "the last good checkpoint is pt/checkpoint-5" in message
+    assert [p.name for p in Path("pt").glob("checkpoint*")] == ["checkpoint-5"]
+    train_pt.main(command())
+    assert same(weights("pt"), weights("whole"))
