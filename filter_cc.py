@@ -646,8 +646,10 @@ class Judge:
         sample tells the script."""
         limits = self.limits
         leads = np.count_nonzero(np.frombuffer(page, np.uint8) - np.uint8(0xE4) < 6)
-        if leads < limits.min_length or 3 * leads < 0.4 * limits.min_han * len(page):
+        if page.isascii() or 3 * leads < 0.4 * limits.min_han * len(page):
             return "han"
+        if leads < limits.min_length:
+            return self.glance(page) or "length"
         return self.glance(page[:2000])
 
     def glance(self, start: bytes) -> str | None:
@@ -969,7 +971,7 @@ class TaskLock:
         os.makedirs(self.folder, exist_ok=True)
         self.file = open(f"{self.folder}/{rank:05d}", "w")  # noqa: SIM115 (held on to)
         with contextlib.suppress(OSError):  # file systems without locks
-            fcntl.flock(self.file, fcntl.LOCK_EX)
+            fcntl.lockf(self.file, fcntl.LOCK_EX)
         return data
 
 
@@ -1296,7 +1298,7 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"{where} another run is writing here; expected a folder to itself; wait for it or"
