@@ -6,18 +6,18 @@
 1. Characters per token, byte tokens and dead pieces for Llama 2, Chinese-LLaMA-2 and ours, by
    corpus and weight; then what was tried and not kept.
 2. Bits per character before training, for each --init, on a small Llama that was trained first,
-   with the pieces of Llama 2's tokenizer that its English and Chinese text use.
+   against how long it was trained.
 3. A 13.5 GB model with Llama 2 7B's shapes resized: time as a ratio to `cp -r`, peak memory.
 
 Results go to benchmarks/results/vocab.json, table by table, so each can be measured alone (--only).
 """
 
 import argparse
-import gzip
+import copy
 import json
+import math
 import os
 import platform
-import random
 import re
 import shutil
 import subprocess
@@ -34,6 +34,7 @@ DATA = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "benchmarks" / "results" / "vocab.json"
 WORK = ROOT / "outputs" / "bench_vocab"
 NEW_PIECES, TRAINED_ARTICLES, SEED = 29_388, 300, 0
+EVAL_CHARS, LEARNING_RATE = 12_000, 4e-3
 sys.path.insert(0, str(ROOT))
 
 import extend_vocab as script  # noqa: E402
@@ -123,90 +124,101 @@ def segments_with_digits(text: str) -> Iterator[str]:
 # --- 2. The rows ---------------------------------------------------------------------------------
 
 
-def starting_losses(minutes: float) -> dict:
-    """Train a small Llama with Llama 2's tokenizer for some minutes, then extend it three ways."""
+def starting_losses(steps: int) -> dict:
+    """Train a small Llama on Llama 2's tokens; at some steps extend it three ways and measure.
+
+    The model's vocabulary is cut to what matters here, the tokens staying those of Llama 2 and of
+    its extension to 61,388: the old pieces that the texts or the new pieces use, and the new ones.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
-    llama, novel, drcd = (
-        load("llama2-tokenizer.model"),
-        read("hongloumeng.txt"),
-        read("drcd_dev.jsonl"),
-    )
-    modern, unseen = drcd[:TRAINED_ARTICLES], drcd[TRAINED_ARTICLES:]
-    with gzip.open(
-        DATA / "labelled.wet.gz", "rt", encoding="utf-8", errors="replace", newline=""
-    ) as file:
-        records = file.read().split("WARC/1.0\r\n")
-    english = [
-        r.split("\r\n\r\n", 1)[1] for r in records if re.search(r"URI: https://[^/]+/en/", r)
-    ]
-    chance = random.Random(SEED)
-    texts = modern + ["\n".join(novel[i : i + 20]) for i in range(0, len(novel), 20)] + english[:60]
-    chance.shuffle(texts)
-    texts = [text for text in texts if text.strip()]
-    base = used_pieces(llama, texts)
+    torch.set_num_threads(1)
+    llama, drcd = load("llama2-tokenizer.model"), read("drcd_dev.jsonl")
+    lines = read("hongloumeng.txt")
+    novel = ["\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]
+    last = len(novel) * 19 // 20
+    trained = {"modern": drcd[:TRAINED_ARTICLES], "novel": novel[:last]}
+    unseen = {"modern": drcd[TRAINED_ARTICLES:], "novel": novel[last:]}
+    unseen = {kind: script.sample(texts, EVAL_CHARS, SEED) for kind, texts in unseen.items()}
+
+    weighted = [(8, t) for t in trained["modern"]] + [(1, t) for t in trained["novel"]]
+    candidates = script.train_pieces(weighted, script.Arguments(), NEW_PIECES)
+    whole = script.merge_pieces(llama, candidates, 61_388)[0]
+    new = list(whole.pieces)[32_000:]
+    surfaces = [piece.piece.replace(script.SPACE, " ") for piece in new]
+    base = used_pieces(llama, [*drcd, *novel, *surfaces])
+    extended = type(base)()
+    extended.CopyFrom(base)
+    extended.pieces.extend(new)
+    for small, large in ((base, llama), (extended, whole)):
+        tokens = [script.processor(m).encode(drcd[-9:], out_type=str) for m in (small, large)]
+        assert tokens[0] == tokens[1]
+    spelling = script.spellings(base, [piece.piece for piece in new])
+
     encode = script.processor(base).encode
-    assert encode(texts[:99], out_type=str) == script.processor(llama).encode(
-        texts[:99], out_type=str
-    )
-    stream = torch.tensor([i for ids in encode(texts) for i in (1, *ids)])
-    print(f"training on {len(stream):,} tokens, {minutes} minutes", flush=True)
-    sizes = {
-        "hidden_size": 128,
-        "intermediate_size": 344,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-    }
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(base.pieces), max_position_embeddings=1024, **sizes)
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, fused=True)
-    start, step, losses = time.monotonic(), 0, []
-    while (spent := (time.monotonic() - start) / 60 / minutes) < 1:
+    stream = torch.tensor([i for t in trained["modern"] * 2 + trained["novel"] for i in encode(t)])
+    print(f"{len(base.pieces):,} + {len(new):,} pieces, {len(stream):,} tokens", flush=True)
+    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 2, "vocab_size": len(base.pieces)}
+    model, window, rows = LlamaForCausalLM(LlamaConfig(**sizes)), script.LOSS_WINDOW, 4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1, betas=(0.9, 0.95), weight_decay=0.1)
+    curve, points = [], {steps >> halvings for halvings in range(6)}
+    for step in range(1, steps + 1):
+        rate = LEARNING_RATE * min(step / 100, 0.55 + 0.45 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 50) * max(0.05, 1 - spent)
-        places = torch.randint(len(stream) - 257, (4,)).tolist()
-        batch = torch.stack([stream[place : place + 257] for place in places])
+            group["lr"] = rate
+        starts = torch.randint(len(stream) - window, (rows,)).tolist()
+        batch = torch.stack([stream[start : start + window] for start in starts])
+        batch = torch.cat([torch.full((rows, 1), base.trainer_spec.bos_id), batch], 1)
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
         optimizer.step()
-        step += 1
-        losses.append(loss.item())
-        if step % 100 == 0:
-            print(f"  step {step}, loss {sum(losses[-100:]) / 100:.3f}", flush=True)
-    folder = WORK / "trained"
-    model.save_pretrained(folder)
-    (folder / "tokenizer.model").write_bytes(base.SerializeToString())
-    write_jsonl(WORK / "modern.jsonl", modern)
-    write_jsonl(WORK / "unseen.jsonl", unseen)
-    words = ["--base_model", folder, "--corpus", DATA / "hongloumeng.txt", WORK / "modern.jsonl"]
-    words += ["--corpus_weight", 1, 8, "--eval_text", WORK / "unseen.jsonl", "--eval_loss", "yes"]
-    words += ["--output_dir", WORK / "extended", "--overwrite"]
-    words += ["--vocab_size", len(base.pieces) + NEW_PIECES]
-    subprocess.run(
-        [sys.executable, ROOT / "extend_vocab.py", *map(str, words)], cwd=WORK, check=True
-    )
-    report = json.loads((WORK / "extended" / "run.json").read_text())["results"]
-    training = {
-        "base_vocab_size": len(base.pieces),
-        "minutes": minutes,
-        "steps": step,
-        "tokens": step * 4 * 256,
-        **sizes,
-    }
-    training |= {"loss_first": losses[0], "loss_last_100": sum(losses[-100:]) / 100}
-    return {
-        "training": training,
-        "bits_per_character": report["bits_per_character_before_training"],
-    }
+        if step in points:
+            point = {"step": step, "tokens": step * window * rows, "loss": loss.item()}
+            point |= bits_of_each_init(model, base, extended, spelling, unseen)
+            curve.append(point)
+            print(json.dumps(point), flush=True)
+    training = {"texts": "300 DRCD articles twice, 95% of the novel once", "stream": len(stream)}
+    training |= {"learning_rate": LEARNING_RATE, "batch": [rows, window], **sizes}
+    return {"training": training, "evaluated_characters": EVAL_CHARS, "curve": curve}
+
+
+def bits_of_each_init(model, base, extended, spelling: list, unseen: dict) -> dict:
+    """Bits per character by kind of text: the base's, and the extended model's for every init."""
+    import torch
+
+    bos, size, std = base.trainer_spec.bos_id, len(base.pieces), model.config.initializer_range
+    tokenizers = {"base": script.processor(base), "extended": script.processor(extended)}
+
+    def bits(llama, name: str) -> dict:
+        rows = llama.config.vocab_size
+        return {
+            kind: script.bits_per_character(llama, tokenizers[name], texts, bos, rows)
+            for kind, texts in unseen.items()
+        }
+
+    with torch.inference_mode():
+        found = {"base": bits(model, "base")}
+        for init in script.INITS:
+            larger = copy.deepcopy(model)
+            larger.resize_token_embeddings(len(extended.pieces), mean_resizing=False)
+            for name, matrix in (
+                (script.EMBEDDING, larger.get_input_embeddings().weight),
+                (script.HEAD, larger.get_output_embeddings().weight),
+            ):
+                blocks = script.new_rows(name, matrix[:size], spelling, init, std, SEED)
+                matrix[size:] = torch.cat(list(blocks))
+            found[init] = bits(larger, "extended")
+    return {kind: {name: found[name][kind] for name in found} for kind in unseen}
 
 
 def used_pieces(model, texts: list[str]):
-    """Llama 2's tokenizer without the pieces that the texts never use: the same tokens, and a much
+    """The tokenizer without the pieces that the texts never use: the same tokens, and a much
     smaller softmax to train. Merges only pass through parts of the pieces that come out, so
     keeping those parts keeps every merge."""
     used = {piece for row in script.processor(model).encode(texts, out_type=str) for piece in row}
@@ -217,12 +229,6 @@ def used_pieces(model, texts: list[str]):
     kept = [p for p in model.pieces if p.type != script.NORMAL or p.piece in parts]
     smaller.pieces.extend(kept)
     return smaller
-
-
-def write_jsonl(path: Path, texts: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # --- 3. The model --------------------------------------------------------------------------------
@@ -353,13 +359,13 @@ def main() -> None:
         "--full", action="store_true", help="resize a 13.5 GB model too (45 GB of disk)"
     )
     parser.add_argument("--only", choices=["tokenizers", "rows", "resize"], help="one table alone")
-    parser.add_argument("--minutes", type=float, default=15, help="training time for table 2")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps for table 2")
     args = parser.parse_args()
     if not DATA.is_dir():
         sys.exit(f"no real material: {DATA} is missing")
     tables = {
         "tokenizers": tokenizers,
-        "rows": lambda: starting_losses(args.minutes),
+        "rows": lambda: starting_losses(args.steps),
         "resize": resize,
     }
     chosen = [args.only] if args.only else [*tables][: 3 if args.full else 2]
