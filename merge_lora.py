@@ -27,7 +27,7 @@ A run of seconds on any CPU (this command was run, after the demo):
 The real run:
     python merge_lora.py --dtype bf16
 Cost: on two busy cores, 14 GB took 58 s, twice as long as cp -r, and 0.34 GB of memory;
---merge_into dequantized takes some minutes more (python benchmarks/bench_merge.py --full).
+dequantized, 3.7 GB took 102 s instead of 13 (python benchmarks/bench_merge.py --full).
 """
 
 import argparse
