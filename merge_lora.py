@@ -112,12 +112,12 @@ NF4 = {  # QLoRA's settings, for --merge_into dequantized when the adapter does 
     "compute_dtype": "bfloat16",
     "skip_modules": ["lm_head"],
 }
-# The opening of 紅樓夢 (public domain), which --verify reads when no file is named.
+# What --verify reads when no file is named.
 PASSAGE = (
-    "此開卷第一回也。作者自云：因曾歷過一番夢幻之後，故將真事隱去，而借「通靈」之說，撰此"
-    "《石頭記》一書也。故曰「甄士隱」云云。但書中所記何事何人？自又云：「今風塵碌碌，一事"
-    "無成，忽念及當日所有之女子，一一細考較去，覺其行止見識，皆出於我之上。何我堂堂鬚眉，"
-    "誠不若彼裙釵哉？實愧則有餘，悔又無益之大無可如何之日也！」"
+    "颱風過後的早晨，巷口的早餐店照常開門。老闆娘一邊煎蛋餅，一邊跟熟客聊起昨晚的停電：整條街黑了三個"
+    "小時，隔壁的阿伯搬出收音機，小孩反而高興，說終於看得見星星。我端著熱豆漿站在騎樓下，看清潔隊把吹落"
+    "的樹枝一截一截鋸開，搬上卡車。捷運已經恢復行駛，學校也公布下午照常上課，日子好像什麼都沒發生過；只"
+    "有公園那棵倒下的老榕樹，提醒路過的人，夜裡的風有多大。"
 )
 AGAIN = "copy or download it again"
 INEXACT = "cannot be merged exactly"
@@ -168,7 +168,7 @@ class Arguments:
             "const": PASSAGE,
             "help": "UTF-8 text on which to compare base + adapter with the merged model (mean KL, "
             "bits per character), one whole model in memory at a time; the option without a value "
-            "takes the opening of 紅樓夢; None: no comparison.",
+            "takes a passage of its own; None: no comparison.",
         },
     )
     verify_tokens: int = field(

@@ -309,7 +309,7 @@ def test_plain_transformers_loads_it_silently_and_goes_on_alike(tmp_path, caplog
         tokenizer = AutoTokenizer.from_pretrained("merged")
     said = caplog.text + capfd.readouterr().err.replace("Loading weights", "")
     assert "warn" not in said.lower()
-    tokens = tokenizer("卻說寶玉", return_tensors="pt")
+    tokens = tokenizer("春天的早晨，", return_tensors="pt")
     trained = PeftModel.from_pretrained(load(base), adapter)
     greedy = {"max_new_tokens": 30, "do_sample": False}
     ours, theirs = (m.generate(**tokens, **greedy) for m in (model, trained))
@@ -330,7 +330,7 @@ def test_tokenizer_travels_byte_for_byte_and_gains_a_json(tmp_path):
         "LICENSE.txt",
     ):
         assert Path("merged", name).read_bytes() == (base / name).read_bytes()
-    text = "卻說寶玉因見他林妹妹又病了，OK？ 𠮷\n"
+    text = "春天的早晨，山上起霧了，OK？ 𠮷\n"
     ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in ("merged", base))
     assert ours(text).input_ids == theirs(text).input_ids
 
