@@ -861,7 +861,10 @@ def blocks() -> SimpleNamespace:
                     if text:
                         yield Document(text, str(name), metadata=page | {"tally": self.tally})
             except (OSError, EOFError, ValueError, zlib.error) as error:
-                if "://" in filepath:  # the network's fault: the task fails, and runs again
+                full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+                if (
+                    full or "://" in filepath
+                ):  # no fault of the file: the task fails, and runs again
                     raise
                 damage(f"unreadable file ({type(error).__name__})")
             self.tally.files += 1

@@ -90,15 +90,16 @@ def speed(rounds: int) -> dict:
         times["filter_cc"].append(seconds(first_pass("ours", [wet]).run))
 
     executor = first_pass("theirs", [part])
-    reader, verdicts, writer = executor.pipeline[:]
+    verdicts, writer = executor.pipeline[-2:]
     tally = script.Tally(str(WORK / "theirs.json"))
 
     def with_tally(data, rank, world_size):
         for document in data:
-            document.metadata |= {"tally": tally, "counts": None, "refused": None}
+            document.metadata |= {"tally": tally, "refused": None}
             yield document
 
-    executor.pipeline = [WarcReader(str(WORK), glob_pattern="part.wet.gz"), with_tally, verdicts, writer]
+    reader = WarcReader(str(WORK), glob_pattern="part.wet.gz")
+    executor.pipeline = [reader, with_tally, verdicts, writer]
     rate = {name: whole["unpacked"] / 1e6 / min(taken) for name, taken in times.items()}
     rate["WarcReader"] = slice_["unpacked"] / 1e6 / seconds(executor.run)
     return {
@@ -211,7 +212,8 @@ def dedup_recall() -> dict:
         pairs.append(len(grams[0] & grams[1]) / len(grams[0] | grams[1]))
     folder = WORK / "recall"
     left = set(run_dedup(folder, write_kept(folder, texts + planted, 4)))
-    found = [text not in left or copy not in left for text, copy in zip(texts, planted, strict=True)]
+    both = zip(texts, planted, strict=True)
+    found = [text not in left or copy not in left for text, copy in both]
     rows = {}
     for low, high in ((0.6, 0.7), (0.7, 0.8), (0.8, 0.9), (0.9, 1.0)):
         hits = [hit for hit, jaccard in zip(found, pairs, strict=True) if low <= jaccard < high]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -128,16 +129,16 @@ JAPANESE = (
     "ました。電車の中でひとつ食べてみると、やさしい甘さが口の中に広がって、なんだか泣きそうになりました。"
 ) * 2
 KOREAN = (
-    "지난 주말에 가족과 함께 시골에 계신 할머니 댁에 다녀왔습니다. 마당에는 감나무가 있고 담장 아래에는 꽃이 피어 "
-    "있었습니다. 할머니는 우리를 보시고 아주 기뻐하시며 따뜻한 밥을 차려 주셨습니다. 저녁에는 모두 마루에 앉아 옛날 "
-    "이야기를 들었습니다. 돌아오는 길에 할머니께서 직접 담그신 김치를 싸 주셨습니다."
+    "지난 주말에 가족과 함께 시골에 계신 할머니 댁에 다녀왔습니다. 마당에는 감나무가 있고 담장 아래에는 "
+    "꽃이 피어 있었습니다. 할머니는 우리를 보시고 아주 기뻐하시며 따뜻한 밥을 차려 주셨습니다. 저녁에는 "
+    "모두 마루에 앉아 옛날 이야기를 들었습니다. 돌아오는 길에 할머니께서 김치를 싸 주셨습니다."
 ) * 3
 ENGLISH = "The old harbour was quiet that morning, and the boats lay still on the grey water. " * 20
-MENU = "\n".join(
-    "首頁 最新消息 關於我們 產品介紹 服務據點 下載專區 常見問題 聯絡我們 會員登入 購物車 男裝 女裝 童裝 外套 襯衫 "
-    "牛仔褲 配件 鞋子 包包 帽子 特價商品 新品上市 熱銷排行 品牌故事 門市查詢 退換貨說明 隱私權政策 網站地圖".split()
-    * 8
+MENU_WORDS = (
+    "首頁 最新消息 關於我們 產品介紹 服務據點 下載專區 常見問題 聯絡我們 會員登入 購物車 男裝 女裝 "
+    "童裝 外套 襯衫 牛仔褲 配件 鞋子 包包 帽子 特價商品 新品上市 熱銷排行 品牌故事 門市查詢 退換貨說明"
 )
+MENU = "\n".join(MENU_WORDS.split() * 8)
 SPAM = (
     "想在家輕鬆賺錢嗎？全新娛樂城盛大開幕，現在註冊送體驗金，首存立刻加碼，老虎機、百家樂、輪盤一應俱全，還有真人"
     "荷官陪你玩到天亮。我們的運彩賠率全臺最高，足球、籃球、棒球通通可以下注，出金快速，客服親切，老玩家都說讚。不"
@@ -251,10 +252,9 @@ def test_each_rule_refuses_its_page(judge, expected, text):
 
 def test_a_page_on_computers_in_taiwan_words_is_no_mainland_page(judge):
     text = MAINLAND
-    for mainland, taiwan in {
-        "軟件": "軟體", "視頻": "影片", "內存": "記憶體", "屏幕": "螢幕", "網絡": "網路", "短信": "簡訊",
-        "雲盤": "雲端", "支付寶": "銀行", "微信": "聊天程式", "卸載": "移除", "緩存": "暫存檔",
-    }.items():  # fmt: skip
+    pairs = "軟件 軟體 視頻 影片 內存 記憶體 屏幕 螢幕 網絡 網路 短信 簡訊 雲盤 雲端 支付寶 銀行 卸載 移除"
+    words = [*pairs.split(), "微信", "聊天程式", "緩存", "暫存檔"]
+    for mainland, taiwan in zip(words[::2], words[1::2], strict=True):
         text = text.replace(mainland, taiwan)
     assert rule(judge, text) is None
 
@@ -565,11 +565,14 @@ def write_wets(folder, files: int = 3, pages: int = 8) -> list[str]:
     return paths
 
 
+FEW = ("--minhash_buckets", 5)  # fewer tasks: a quicker test
+
+
 def run(run_script, folder, *options: object, **kwargs):
     """Run filter_cc.py with its outputs below `folder`."""
     return run_script(
         "filter_cc.py",
-        *("--output_dir", folder / "out", "--picture", folder / "filter.png", *options),
+        *("--output_dir", folder / "out", "--picture", folder / "filter.png", *FEW, *options),
         **kwargs,
     )
 
@@ -665,54 +668,67 @@ def test_more_workers_make_the_same_bytes(undisturbed, run_script, tmp_path, opt
 
 
 def test_slurm_is_given_one_script_a_stage(undisturbed, tmp_path):
-    """sbatch is ours here: it keeps the scripts; then the jobs are run as Slurm would."""
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text(
-        f'#!/bin/bash\nn=$(ls {tmp_path}/job* 2>/dev/null | wc -l)\necho "# $@" > {tmp_path}/job$n\n'
-        f'cat "${{@: -1}}" >> {tmp_path}/job$n\necho Submitted batch job $((100 + n))\n'
-    )
-    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
-    command = [
-        sys.executable, ROOT / "filter_cc.py", "--input", undisturbed / "crawl", "--executor", "slurm",
-        "--workers", "2", "--partition", "small", "--time", "01:30:00", "--picture", tmp_path / "p.png",
-        "--output_dir", tmp_path / "out",
-    ]  # fmt: skip
-    scripts = os.path.dirname(sys.executable)
-    path = f"{sbatch.parent}:{scripts}:{os.environ['PATH']}"
+    """sbatch is ours here: it keeps the scripts; then the jobs run as Slurm would run them."""
+    programs = {
+        "sbatch": f"""n=$(ls {tmp_path}/job* 2>/dev/null | wc -l)
+            echo "# $@" > {tmp_path}/job$n
+            cat "${{@: -1}}" >> {tmp_path}/job$n
+            echo Submitted batch job $((100 + n))""",
+        "scontrol": "echo localhost",
+    }
+    for name, body in programs.items():
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/bash\n{body}\n")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    path = f"{tmp_path}/bin:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     env = os.environ | {"PATH": path, "SLURM_NODELIST": "localhost"}
+    options = [
+        "--executor",
+        "slurm",
+        "--workers",
+        "2",
+        "--partition",
+        "small",
+        "--time",
+        "01:30:00",
+    ]
+    options += ["--output_dir", tmp_path / "out", "--picture", tmp_path / "picture.png"]
+    options += map(str, FEW)
+    command = [sys.executable, ROOT / "filter_cc.py", "--input", undisturbed / "crawl", *options]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=ROOT)
     assert "run the same command again" in done.stdout
-    jobs = [
-        file.read_text() for file in sorted(tmp_path.glob("job*"), key=lambda f: int(f.name[3:]))
-    ]
-    stages = [job for job in jobs if "launch_pickled_pipeline" in job]
-    assert len(stages) == 7
-    assert "#SBATCH --partition=small" in stages[0]
-    assert "#SBATCH --time=01:30:00" in stages[0]
-    assert "#SBATCH --array=0-2%2" in stages[0]
-    assert "judge_00" in stages[0]
-    assert "--dependency=afterok:100" in stages[1].splitlines()[0]
-    for job in stages:
-        pickled = job.split("launch_pickled_pipeline ")[1].split()[0]
-        ranks = json.loads(open(os.path.join(os.path.dirname(pickled), "ranks_to_run.json")).read())
-        for rank in range(len(ranks)):
+
+    jobs = [tmp_path / f"job{n}" for n in range(len(list(tmp_path.glob("job*"))))]
+    scripts = [job.read_text() for job in jobs if "launch_pickled_pipeline" in job.read_text()]
+    assert len(scripts) == 7
+    for line in (
+        "--partition=small",
+        "--time=01:30:00",
+        "--array=0-2%2",
+        "--job-name=luojiu_judge_00",
+    ):
+        assert f"#SBATCH {line}" in scripts[0]
+    assert "--dependency=afterok:100" in scripts[1].splitlines()[0]
+
+    for script in scripts:
+        pickled = Path(script.split("launch_pickled_pipeline ")[1].split()[0])
+        for rank in range(len(json.loads((pickled.parent / "ranks_to_run.json").read_text()))):
             subprocess.run(
                 ["launch_pickled_pipeline", pickled],
-                env=env | {"SLURM_ARRAY_TASK_ID": str(rank)}, check=True, capture_output=True,
-            )  # fmt: skip
-    subprocess.run(command, env=env, capture_output=True, text=True, check=True, cwd=ROOT)
+                env=env | {"SLURM_ARRAY_TASK_ID": str(rank)},
+                check=True,
+                capture_output=True,
+            )
+    subprocess.run(command, env=env, capture_output=True, check=True, cwd=ROOT)
     assert corpus(tmp_path) == corpus(undisturbed)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_killed_anywhere_and_run_again_it_makes_the_same_bytes(
-    undisturbed, run_script, tmp_path, seed
-):
-    command = [
-        sys.executable, str(ROOT / "filter_cc.py"), "--input", str(undisturbed / "crawl"), "--workers", "2",
-        "--output_dir", str(tmp_path / "out"), "--picture", str(tmp_path / "filter.png"),
-    ]  # fmt: skip
+def test_killed_and_run_again_it_makes_the_same_bytes(undisturbed, run_script, tmp_path, seed):
+    options = ["--output_dir", tmp_path / "out", "--picture", tmp_path / "p.png", *FEW]
+    command = [sys.executable, ROOT / "filter_cc.py", "--input", undisturbed / "crawl", *options]
+    command = [*map(str, command), "--workers", "2"]
     delay = random.Random(seed).uniform(1.5, 7)
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -810,6 +826,25 @@ def test_mistakes_end_in_one_line(run_script, tmp_path, options, words):
     assert len(done.stderr.strip().splitlines()) == 1
     for word in words:
         assert word in done.stderr
+
+
+def test_no_good_page_is_no_mistake(run_script, tmp_path):
+    (tmp_path / "english.wet").write_bytes(record("en", ENGLISH))
+    done = run(run_script, tmp_path, "--input", tmp_path / "english.wet")
+    assert "0 pages" in done.stdout
+    assert corpus(tmp_path) == {}
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(monkeypatch, capsys, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    write_wets(tmp_path / "crawl", files=1)
+    monkeypatch.setattr(filter_cc, "write_whole", full)
+    with pytest.raises(SystemExit) as ended:
+        filter_cc.main(["--input", str(tmp_path / "crawl"), "--output_dir", str(tmp_path / "out")])
+    assert ended.value.code == 1
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_a_folder_of_another_program_is_left_alone(run_script, tmp_path):
