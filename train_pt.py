@@ -71,7 +71,7 @@ TRAINER_SETTINGS = re.compile(
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the module's docstring and adds every option's default."""
+    """Shows the docstring as it is written and every option's default."""
 
 
 def option(default: Any, text: str) -> Any:
@@ -233,45 +233,32 @@ def user_errors() -> Iterator[None]:
 
 
 def find_model(name_or_path: str, option: str) -> Path:
-    """The local folder of a model: a folder with a config.json as it is, else the hub's snapshot."""
-    folder = Path(name_or_path).expanduser()
+    """The local folder of a model: a folder with config.json as it is, else the hub's snapshot."""
+    given, folder = f"{option} {name_or_path}", Path(name_or_path).expanduser()
     if (folder / "config.json").is_file():
         return folder
     if folder.exists():
-        raise UserError(
-            f"{option} {name_or_path}: no config.json in it; expected a model's folder (config.json, "
-            "*.safetensors, tokenizer.model) or a hub id such as meta-llama/Llama-2-7b-hf"
-        )
+        raise UserError(f"{given}: no config.json in it; expected a model's folder or a hub id")
     if folder.parts[:1] == ("outputs",):
-        raise UserError(
-            f"{option} {name_or_path}: there is no such folder; run python extend_vocab.py first"
-        )
+        raise UserError(f"{given}: no such folder; run python extend_vocab.py first")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) or folder.parent.is_dir():
-        raise UserError(
-            f"{option} {name_or_path}: there is no such folder; expected a model's folder or a hub id "
-            "such as meta-llama/Llama-2-7b-hf"
-        )
+        raise UserError(f"{given}: no such folder; expected a model's folder or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "LICENSE*", "USE_POLICY*"]
     try:
-        folder = Path(
-            snapshot_download(name_or_path, allow_patterns=wanted, ignore_patterns=["*/*"])
-        )
+        snapshot = snapshot_download(name_or_path, allow_patterns=wanted, ignore_patterns="*/*")
     except (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-        gated = isinstance(error, GatedRepoError)
-        reason = (
-            "the model is gated" if gated else "the hub does not hand it out or is out of reach"
-        )
+        reason = "gated" if isinstance(error, GatedRepoError) else "missing or the hub out of reach"
         raise UserError(
-            f"{option} {name_or_path}: {reason}; accept the licence on "
+            f"{given}: the model is {reason}; accept the licence on "
             f"https://huggingface.co/{name_or_path}, run hf auth login and try again; without it, "
             f"{option} data/sample/tiny-llama tries the whole pipeline"
         ) from error
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{option} {name_or_path}: the repository has no config.json; not a model")
-    return folder
+    if not (Path(snapshot) / "config.json").is_file():
+        raise UserError(f"{given}: the repository has no config.json; expected a model")
+    return Path(snapshot)
 
 
 def fingerprint(folder: Path) -> str:
@@ -878,9 +865,10 @@ class PackedTraining:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         logs = logs | {"tokens_seen": round((self.state.epoch or 0) * self.report.facts["tokens"])}
-        super().log(logs, *args, **kwargs)
+        figures = {name: value for name, value in logs.items() if name != "eval_sample"}
+        super().log(figures, *args, **kwargs)
         if self.is_world_process_zero():
-            self.report.log({"step": self.state.global_step, **logs})
+            self.report.log({"step": self.state.global_step, **logs, **figures})
         if "loss" in logs:
             self.worse = self.worse + 1 if logs["loss"] > self.lowest + 2 else 0
             self.lowest = min(self.lowest, logs["loss"])
@@ -891,6 +879,7 @@ class PackedTraining:
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Loss per token and bits per character of the documents held out, full attention."""
         import torch
+        from tqdm import tqdm
 
         blocks, size = self.eval_dataset, self.args.per_device_eval_batch_size
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
@@ -909,6 +898,7 @@ class PackedTraining:
         metrics = {"eval_loss": total / predicted, "eval_bits_per_character": bits}
         if self.is_world_process_zero():
             metrics |= self.report.sample(self)
+            tqdm.write(f"{bits:.3f} bits per character; it writes: {metrics.get('eval_sample')}")
         self.log(metrics)
         note = self.callback_handler.on_evaluate
         self.control = note(self.args, self.state, self.control, metrics)
@@ -918,6 +908,12 @@ class PackedTraining:
         return 0  # the stock estimate counts every parameter at each step
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
+        step = self.state.global_step
+        if (
+            self._globalstep_last_logged < step == self.state.max_steps
+        ):  # the end is always measured
+            self.control.should_log = True
+            self.control.should_evaluate = self.eval_dataset is not None
         stop = len(self.stop)
         if self.args.world_size > 1:  # the signal may reach the processes at different steps
             import torch
@@ -1299,7 +1295,8 @@ class Report:
                 pad_token_id=self.tokenizer.eos_token_id,
             )
         text = self.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
-        return {"eval_sample": text, "eval_traditional": traditional_share(text)}
+        share = traditional_share(text)
+        return {"eval_sample": text} | ({} if share is None else {"eval_traditional": share})
 
     def finish(self, trainer: Any) -> None:
         """Adapter, chart and model card; run.json last, for it says that the run is whole."""
@@ -1315,15 +1312,16 @@ class Report:
         base = self.record["base"]["model_name_or_path"]
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), self.output, base)
         self.draw()
-        if Path(self.args.picture).exists():
-            shutil.copy(self.args.picture, self.output / "trainloss.png")
-        settings, columns = self.record["settings"], ("epoch", "step", *last)
+        picture, beside = Path(self.args.picture), self.output / "trainloss.png"
+        if picture.exists() and picture.resolve() != beside.resolve():
+            shutil.copy(picture, beside)
+        settings = self.record["settings"]
         row = "| {epoch:.2f} | {step} | {eval_loss:.4f} | {eval_bits_per_character:.4f} |"
         card = CARD.format(
-            **results,
+            **{n: round(v, 4) if isinstance(v, float) else v for n, v in results.items()},
             base=base,
             hyperparameters="\n".join(f"- {n}: {v}" for n, v in settings.items()),
-            held_out="\n".join(row.format(**{n: r[n] for n in columns if n in r}) for r in held),
+            held_out="\n".join(row.format(**metrics) for metrics in held),
             versions="\n".join(f"- {n} {v}" for n, v in self.record["versions"].items()),
         )
         (self.output / "README.md").write_text(card, encoding="utf-8")

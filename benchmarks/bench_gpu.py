@@ -2,7 +2,7 @@
 
     python benchmarks/bench_gpu.py                 # all tables; a GPU and 14 GB of disk
     python benchmarks/bench_gpu.py --only training --lengths 2048
-    python benchmarks/bench_gpu.py --tiny          # a tiny model on any machine: does it run at all?
+    python benchmarks/bench_gpu.py --tiny          # a tiny model on any machine: does it run?
 
 training   batch 8 x {1024, 2048, 4096, 8192} tokens of packed documents: S² and full attention,
            chunked and plain loss, checkpoints on the GPU and offloaded, against the usual recipe

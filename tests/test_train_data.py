@@ -52,7 +52,16 @@ def test_positions_restart_with_each_document_and_its_first_token_is_no_target()
     assert first["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
     ignored = first["labels"] == train_pt.IGNORED
     assert ignored.tolist() == [True, False, False, True, False, False, False, False]
-    assert second["position_ids"].tolist() == [0, 0, 1, 0, 1, 2, 3, 4]  # the rest, the third, padding
+    assert second["position_ids"].tolist() == [
+        0,
+        0,
+        1,
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]  # the rest, the third, padding
     assert second["labels"].tolist() == [-100, -100, 1010, -100, -100, -100, -100, -100]
 
 
@@ -110,7 +119,8 @@ def test_a_missing_dataset_names_the_script_to_run_first():
 
 
 @pytest.mark.parametrize(
-    ("documents", "fraction", "held"), [(1000, 0.01, 10), (150, 0.01, 4), (30, 0.01, 3), (3, 0.01, 0)]
+    ("documents", "fraction", "held"),
+    [(1000, 0.01, 10), (150, 0.01, 4), (30, 0.01, 3), (3, 0.01, 0)],
 )
 def test_validation_is_held_out_by_whole_documents(documents, fraction, held):
     corpus = random_corpus([5] * documents)
