@@ -162,7 +162,10 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     from transformers import TrainingArguments
 
     trainer_parser = HfArgumentParser(
-        TrainingArguments, formatter_class=HelpFormatter, usage="%(prog)s [options]"
+        TrainingArguments,
+        formatter_class=HelpFormatter,
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
     )
     if extra.help_trainer:
         trainer_parser.print_help()
@@ -1385,7 +1388,8 @@ def main(argv: list[str] | None = None) -> None:
     files = text_files(args.dataset)
     key = dataset_key(files, folder)
     record = describe_run(args, training, folder, first_new, key)
-    checkpoint = None if args.plan else open_run(args, record)
+    with training.main_process_first():
+        checkpoint = None if args.plan else open_run(args, record)
     if checkpoint == "done":
         return print(f"already done: {args.output_dir} holds this very run, finished")
     with training.main_process_first():

@@ -12,8 +12,8 @@ attention  forward and backward of S² at the same lengths: torch.nn.attention.v
            and SDPA over segments of one length.
 optimizer  the same step with adamw_8bit, paged_adamw_8bit and adamw_torch.
 
-What runs out of memory is recorded as such. Results: benchmarks/results/gpu.json, pictures/gpu.png.
-Nothing in them is estimated, except the column that says so.
+What runs out of memory is recorded as such. Nothing is estimated, except the column that says so.
+Results: benchmarks/results/gpu.json and pictures/readme_gpu.png.
 """
 
 import argparse
@@ -269,7 +269,7 @@ def draw(rows: list[dict]) -> None:
     memory.legend(fontsize="x-small")
     for axes in (memory, speed):
         axes.grid(alpha=0.3)
-    figure.savefig(ROOT / "pictures" / "gpu.png", dpi=120)
+    figure.savefig(ROOT / "pictures" / "readme_gpu.png", dpi=120)
 
 
 def main() -> None:

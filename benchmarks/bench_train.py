@@ -11,7 +11,7 @@ quality  A small Llama trained first on English pages, extended to 61,388 pieces
          per character of articles held out, over the steps.
 
 Each figure of `speed` comes from a process of its own; variants take turns, and the best of the
-rounds counts. Results: benchmarks/results/train.json and pictures/train_quality.png.
+rounds counts. Results: benchmarks/results/train.json and pictures/readme_rows.png.
 """
 
 import argparse
@@ -300,7 +300,7 @@ def draw(curves: dict) -> None:
     )
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(ROOT / "pictures" / "train_quality.png", dpi=120)
+    figure.savefig(ROOT / "pictures" / "readme_rows.png", dpi=120)
 
 
 # --- Main ----------------------------------------------------------------------------------------
