@@ -145,10 +145,15 @@ MAINLAND = (
     "軟件 硬件 視頻 屏幕 鼠標 網絡 信息 內存 U盤 光盤 打印 服務器 互聯網 出租車 酸奶 土豆 激光 "
     "芯片 筆記本電腦 台式機 智能手機 充電寶 網約車 小哥 點贊 朋友圈 公眾號 立交橋 方便麵 西紅柿 "
     "菠蘿 獼猴桃 三文魚 公交車 公交站 領導幹部 攝像頭 操作系統 程序員 殺毒 博客 網吧 網民 雲盤 "
-    "微信 支付寶 淘寶 抖音 下單 門店 網店 衛生間 創可貼 居委會 高考 抓手 接地氣 給力 靠譜 忽悠 "
-    "立馬 咱們 打車 帶貨 自媒體 短視頻 二維碼 掃碼 快遞員 外賣員 學區房 農民工 醫保 衛健委 發改委 "
-    "充值 客戶端 用戶名 賬號 賬戶 數碼相機 家長們 早高峰 晚高峰 打工人 幹貨 乾貨滿滿 寶媽 閨蜜 "
-    "顏值 網紅店 吃貨 點外賣 叫外賣 外賣"
+    "微信 支付寶 下單 門店 網店 衛生間 創可貼 居委會 高考 抓手 接地氣 給力 靠譜 忽悠 立馬 咱們 "
+    "打車 帶貨 自媒體 短視頻 二維碼 掃碼 快遞員 外賣員 學區房 醫保 衛健委 發改委 充值 客戶端 "
+    "用戶名 賬號 賬戶 數碼相機 家長們 早高峰 晚高峰 打工人 幹貨 乾貨滿滿 寶媽 閨蜜 顏值 網紅店 "
+    "吃貨 點外賣 叫外賣 班主任 輔導班 堵車 錯峰 小姐姐 小哥哥 抓瞎 報銷 廣大群眾 國慶節 挺好 "
+    "挺不錯 挺愉快 挺多 挺有 挺大 保健品 微信群 民警 城管 村委會 咋樣 咋辦 幹啥 沒啥 貓膩 鬧心 "
+    "供暖 樓盤 首付 五險一金 年終獎 農家樂 釐米 厘米 學習成績 考研 央企 民企 私企 下崗 留守兒童 "
+    "空巢老人 廣場舞 小賣部 順風車 拼車 社保 二手房 房產證 身份證號 充電樁 電瓶車 大夥兒 一塊兒 "
+    "這會兒 媳婦兒 孩子他爸 鍛煉 貧困戶 扶貧 網課 慕課 師生們 同學們都 領導們 發票抬頭 渠道商 "
+    "質檢 質監 打假 假冒偽劣 消費者們 人社部"
 )
 TAIWAN = (
     "軟體 硬體 影片 螢幕 滑鼠 網路 資訊 記憶體 硬碟 隨身碟 光碟 簡訊 列印 伺服器 資料庫 網際網路 "
@@ -167,12 +172,13 @@ SHARED = (
     "截取 模塊 比特 綁定 聲卡 調試 進程 進制 信號 信道 串口 圖庫 實時 重載 弗吉尼亞 帕勞 歐拉 "
     "萬象 組件 移動 乍得 也門 性價比 主板 運營 回調 拋出 拷貝 掛斷 刷新 批量 控件 複印 遞歸 重裝 "
     "網關 網卡 諾蘭 奶酪 冰棍 貝多 凱奇 薩提 福雷 拉莫 布爾 創建 格拉斯 視圖 圖標 觸摸 調製 的士 "
-    "標識符 屏蔽 寬帶 移動通信 移動電話 南卡羅來納 北卡羅來納 新澤西 哈薩克斯坦 帕金森病 大眾汽車 "
-    "集群 空間 卸載 免提 串行 通用 白細胞 紅細胞 胰腺 前列腺 知識產權 市場營銷 默認 截屏 高清 "
-    "數字人文 觸摸屏 激活 審核 覈心 目標代碼 移動網絡 納米 納米比亞 支持者 程序正義 程序不正義 "
-    "正當程序 訴訟程序 司法程序 處理程序 方程式 軟體動物 演算法 大數據 公元紀年 海內存知己 "
-    "電視頻道 衛視頻道 影視頻道 感激光 相信息 本土豆 打印度 強硬件 高考慮 高考驗 高考量 微信心 "
-    "微信仰 給力量 給力氣 土豆腐 靠譜系 外賣力 打車輪 下單位 下單純 下單元"
+    "標識符 屏蔽 寬帶 移動通信 移動電話 南卡羅來納 北卡羅來納 南卡羅來納州 北卡羅來納州 "
+    "馬薩諸塞州 新澤西 哈薩克斯坦 帕金森病 大眾汽車 集群 空間 卸載 免提 串行 通用 白細胞 紅細胞 "
+    "胰腺 前列腺 知識產權 市場營銷 默認 截屏 高清 數字人文 觸摸屏 激活 審核 覈心 目標代碼 "
+    "移動網絡 納米 納米比亞 支持者 程序正義 程序不正義 正當程序 訴訟程序 司法程序 處理程序 方程式 "
+    "軟體動物 演算法 大數據 公元紀年 海內存知己 電視頻道 衛視頻道 影視頻道 感激光 相信息 本土豆 "
+    "打印度 強硬件 高考慮 高考驗 高考量 微信心 微信仰 給力量 給力氣 土豆腐 靠譜系 外賣力 打車輪 "
+    "下單位 下單純 下單元"
 )
 
 # Personal data. Digits and letters around them must have ended; that is asked after the first
@@ -224,7 +230,9 @@ class Arguments:
     max_broken: float = option(0.002, "Largest share of broken characters (U+FFFD, private use).")
     max_rare: float = option(0.1, "Largest share of Han outside Big5 level 1, the 5,401 in use.")
     min_length: int = option(200, "Least number of Han left when the lines are cleaned.")
-    max_mainland: float = option(3.0, "Most mainland words, less Taiwan words, per 1,000 Han.")
+    max_mainland: float = option(
+        5.0, "Most different mainland words, less Taiwan words, a 1,000 Han."
+    )
     max_repeated: float = option(0.2, "Largest share of 10-grams of characters repeated (Gopher).")
     min_distinct: float = option(0.4, "Least share of distinct 2-grams in the first 1,000.")
     min_closing: float = option(
@@ -240,7 +248,7 @@ class Arguments:
 
 
 def parse_args(argv: list[str] | None) -> Arguments:
-    """Read the command line (None: sys.argv); an unknown option ends the program with exit code 2."""
+    """Read the command line (None: sys.argv, and in a notebook nothing); exit code 2 if it is wrong."""
     parser = HfArgumentParser(
         Arguments,
         description=__doc__,
@@ -248,6 +256,8 @@ def parse_args(argv: list[str] | None) -> Arguments:
         usage="%(prog)s [options]",
         allow_abbrev=False,
     )
+    if argv is None and "__file__" not in globals():
+        argv = []  # a notebook's sys.argv is Jupyter's own
     args, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -616,12 +626,12 @@ class Words:
             self.starts[(ord(word[0]) * 31 + ord(word[1])) & 0xFFFF] = True
 
     def count(self, text: str, codes: np.ndarray) -> Counter:
-        """Return how many words of each kind the text holds."""
+        """Return the listed words in the text and how often each is there."""
         found, end = Counter(), 0
         for at in np.flatnonzero(self.starts[(codes[:-1] * 31 + codes[1:]) & 0xFFFF]).tolist():
             for length in self.lengths.get(text[at : at + 2], ()) if at >= end else ():
-                if (kind := self.kinds.get(text[at : at + length])) is not None:
-                    found[kind] += 1
+                if (word := text[at : at + length]) in self.kinds:
+                    found[word] += 1
                     end = at + length
                     break
         return found
@@ -690,16 +700,18 @@ class Judge:
         if han < limits.min_length:
             return text, {}, "length"
         found = self.words.count(text, codes)
-        abroad = found[1] - found[2]
+        kinds = Counter(map(self.words.kinds.get, found))  # different words, so no topic decides
+        spam = sum(number for word, number in found.items() if self.words.kinds[word] == 3)
+        abroad = kinds[1] - kinds[2]
         telling = counts["traditional"] + counts["simplified"]
         scores = {
             "han": han / counts["letters"],
             "traditional": counts["traditional"] / max(1, telling),
-            "mainland": 1000 * abroad / han,
+            "mainland": 1000 * abroad / min(han, 1000),
             "repeated": 1 - distinct_share(shingles(dense, 10)),
             "distinct": distinct_share(shingles(dense[:1000], 2)),
             "closing": closing_share(text),
-            "spam": 1000 * found[3] / han,
+            "spam": 1000 * spam / han,
         }
         broken = {
             "han": scores["han"] < limits.min_han,

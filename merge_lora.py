@@ -181,7 +181,7 @@ class Arguments:
 
 
 def parse_args(argv: list[str] | None) -> Arguments:
-    """Read the command line (None: sys.argv); an unknown option ends the program with exit code 2."""
+    """Read the command line (None: sys.argv, and in a notebook nothing); exit code 2 if it is wrong."""
     parser = HfArgumentParser(
         Arguments,
         description=__doc__,
@@ -189,6 +189,8 @@ def parse_args(argv: list[str] | None) -> Arguments:
         usage="%(prog)s [options]",
         allow_abbrev=False,
     )
+    if argv is None and "__file__" not in globals():
+        argv = []  # a notebook's sys.argv is Jupyter's own
     args, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )

@@ -154,6 +154,8 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         allow_abbrev=False,
     )
     parser.add_argument("--help_trainer", action="store_true", help="List the Trainer's options.")
+    if argv is None and "__file__" not in globals():
+        argv = []  # a notebook's sys.argv is Jupyter's own
     args, extra, rest = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
