@@ -175,7 +175,7 @@ class Arguments:
 
 
 def parse_args(argv: list[str] | None) -> Arguments:
-    """Read the command line (None: sys.argv, and in a notebook nothing); exit code 2 if it is wrong."""
+    """Read the command line (None: sys.argv; in a notebook nothing); exit code 2 if it is wrong."""
     parser = HfArgumentParser(
         Arguments,
         description=__doc__,

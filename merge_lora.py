@@ -181,7 +181,7 @@ class Arguments:
 
 
 def parse_args(argv: list[str] | None) -> Arguments:
-    """Read the command line (None: sys.argv, and in a notebook nothing); exit code 2 if it is wrong."""
+    """Read the command line (None: sys.argv; in a notebook nothing); exit code 2 if it is wrong."""
     parser = HfArgumentParser(
         Arguments,
         description=__doc__,
@@ -327,7 +327,7 @@ class Stored:
 
 def fingerprint(folder: Path) -> str:
     """Name a model's weights without reading gigabytes: the sha256 of config.json and, for every
-    *.safetensors in name order, its name, its header, and both ends (1,024 bytes) of each tensor."""
+    *.safetensors in name order, its name, its header and both ends (1,024 bytes) of each tensor."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:

@@ -268,7 +268,7 @@ def find_model(name_or_path: str, option: str) -> Path:
 
 def fingerprint(folder: Path) -> str:
     """Name a model's weights without reading gigabytes: the sha256 of config.json and, for every
-    *.safetensors in name order, its name, its header, and both ends (1,024 bytes) of each tensor."""
+    *.safetensors in name order, its name, its header and both ends (1,024 bytes) of each tensor."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
