@@ -23,6 +23,7 @@ import sys
 import time
 from datetime import date
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def mixed_wet(path: Path, records: int) -> dict:
 
     data = DATA.read_bytes()
     cuts = [0, *script.member_starts(data), len(data)]
-    members = [data[start:end] for start, end in zip(cuts, cuts[1:], strict=False)][1:]
+    members = [data[start:end] for start, end in pairwise(cuts)][1:]
     good, rest = [], []
     for member in members:
         header = igzip.decompress(member)[:400]
@@ -80,7 +81,7 @@ def speed(rounds: int) -> dict:
     from datatrove.pipeline.readers import WarcReader
 
     wet, part = WORK / "mixed.wet.gz", WORK / "part.wet.gz"
-    whole, slice_ = mixed_wet(wet, 36_000), mixed_wet(part, 1_500)
+    whole, slice_ = mixed_wet(wet, 120_000), mixed_wet(part, 1_500)
     os.sched_setaffinity(0, {0})
     times = {"igzip -dc": [], "filter_cc": []}
     for _ in range(rounds):  # side by side, so that other work on the machine meets both
@@ -111,11 +112,12 @@ def speed(rounds: int) -> dict:
 
 
 def workers(rounds: int) -> dict:
-    """Two workers against one, on four files each of the size of a crawl's."""
-    files = []
-    for number in range(4):
-        files.append(WORK / f"crawl_{number}.wet.gz")
-        mixed_wet(files[-1], 60_000)
+    """Two workers against one, on six files each of the size of a crawl's (all the same)."""
+    mixed_wet(WORK / "crawl_0.wet.gz", 120_000)
+    files = [WORK / f"crawl_{number}.wet.gz" for number in range(6)]
+    for file in files[1:]:
+        file.unlink(missing_ok=True)
+        file.symlink_to(files[0])
     os.sched_setaffinity(0, set(range(os.cpu_count())))
     times = {1: [], 2: []}
     for _ in range(rounds):
@@ -129,13 +131,13 @@ def workers(rounds: int) -> dict:
 def memory(rounds: int) -> dict:
     """Peak resident memory of a process that runs the first pass, input tenfold."""
     peaks = {}
-    for records in (6_000, 60_000):
+    for records in (20_000, 200_000):
         wet = WORK / "memory.wet.gz"
         mixed_wet(wet, records)
         code = (
-            "import resource, sys; sys.path[:0] = sys.argv[1:3]; import bench_filter as b;"
+            "import sys; sys.path[:0] = sys.argv[1:3]; import bench_filter as b;"
             "b.first_pass('memory', [b.Path(sys.argv[3])]).run();"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+            "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
         )
         command = [sys.executable, "-c", code, str(ROOT / "benchmarks"), str(ROOT), str(wet)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -379,7 +379,7 @@ def test_long_headers_and_tiny_records(judge):
         judge, members(record("x" * 3_000, LETTER), record("tiny", "短"), record("last", RECIPE))
     )
     assert names(pages) == ["x" * 3_000, "last"]
-    assert tally.pages == {"han": 1}
+    assert tally.pages == {"length": 1}
 
 
 RECORDS = [record(f"p{i}", text) for i, text in enumerate(different(8))]
