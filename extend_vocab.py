@@ -26,26 +26,24 @@ as cp -r); 20 s of CPU and 1 GB for each 10 million characters of corpus.
 
 import argparse
 import errno
-import hashlib
 import json
 import os
 import random
 import re
 import shutil
 import sys
-import tempfile
 import urllib.request
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
-from http.client import HTTPException
 from importlib.metadata import version
 from io import BytesIO
-from math import log, prod
+from itertools import chain
+from math import log
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -58,21 +56,18 @@ HONGLOUMENG = "data/hongloumeng.txt"
 HONGLOUMENG_URL = "https://www.gutenberg.org/cache/epub/24264/pg24264.txt"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+INDEX = "model.safetensors.index.json"
+BESIDE = (INDEX, "generation_config.json", "*.jinja", "LICENSE*", "USE_POLICY*")
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 NORMAL, USER_DEFINED, BPE = 1, 4, 2  # SentencePiece's piece types and its model type
 INITS = ("mean_subtoken", "mean", "random")
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
-BLOCK_ROWS, BLOCK_BYTES = 1024, 16 << 20
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 PICTURE = "pictures/vocab.png"
 PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch", "opencc")
-KINDS = {"base": "base_vocab_size", "extended": "vocab_size"}
-MEASURES = [  # key in the report, title, factor
-    ("characters_per_token", "characters per token", 1),
-    ("byte_token_share", "byte tokens, %", 100),
-]
+MEASURES = [("characters_per_token", "characters per token", 1),  # key in the report, title, factor
+            ("byte_token_share", "byte tokens, %", 100)]
 
 # Level 1 of Big5: what Taiwan's schools and newspapers use; lead bytes A4 to C6, C6 up to 7E.
 BIG5_LEVEL_1 = [
@@ -88,6 +83,7 @@ TRAINER = {  # SentencePiece's own defaults elsewhere; the text arrives in segme
     "hard_vocab_limit": False,
     "required_chars": "".join(BIG5_LEVEL_1),
     "character_coverage": 0.99999,
+    "split_by_unicode_script": False,  # pieces may join characters and punctuation: fewer tokens
     "normalization_rule_name": "identity",
     "add_dummy_prefix": False,
     "remove_extra_whitespaces": False,
@@ -120,13 +116,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the docstring as it is written and every option's default."""
 
 
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class Arguments:
     """Every option of the command line; the help text is the documentation."""
 
-    base_model: str = field(
-        default="meta-llama/Llama-2-7b-hf",
-        metadata={"help": "Model to extend: a folder or a hub id; safetensors, SentencePiece BPE."},
+    base_model: str = option(
+        "meta-llama/Llama-2-7b-hf",
+        "Model to extend: a folder or a hub id; safetensors, SentencePiece BPE.",
     )
     corpus: list[str] = field(
         default_factory=lambda: [HONGLOUMENG],
@@ -136,42 +137,26 @@ class Arguments:
         default_factory=list,
         metadata={"help": "How many times each --corpus counts, in its order; none: 1 each."},
     )
-    vocab_size: int = field(
-        default=61388, metadata={"help": "Pieces of the new tokenizer, the base's included."}
+    vocab_size: int = option(61388, "Pieces of the new tokenizer, the base's included.")
+    output_dir: str = option("outputs/extended", "Folder for tokenizer, model and report.")
+    init: Literal["mean_subtoken", "mean", "random"] = option(
+        "mean_subtoken",
+        "New rows: the mean of the base's rows that spell the piece, the mean of all rows "
+        "(Hewitt 2021), or normal noise of the config's initializer_range.",
     )
-    output_dir: str = field(
-        default="outputs/extended", metadata={"help": "Folder for tokenizer, model and report."}
+    eval_text: str | None = option(
+        None, "Text to report on (file or folder); None: 2%% held out of the corpus."
     )
-    init: Literal["mean_subtoken", "mean", "random"] = field(
-        default="mean_subtoken",
-        metadata={
-            "help": "New rows: the mean of the base's rows that spell the piece, the mean of all "
-            "rows (Hewitt 2021), or normal noise of the config's initializer_range."
-        },
+    eval_loss: Literal["auto", "yes", "no"] = option(
+        "auto",
+        "Report the loss before training for every --init; auto: when the model fits the GPU, or "
+        "is under 0.4 GB.",
     )
-    eval_text: str | None = field(
-        default=None,
-        metadata={"help": "Text to report on (file or folder); None: 2%% held out of the corpus."},
+    max_chars: int = option(
+        20_000_000, "Characters read of each --corpus at most, files in random order."
     )
-    eval_loss: Literal["auto", "yes", "no"] = field(
-        default="auto",
-        metadata={
-            "help": "Report the loss before training for every --init; auto: when the model fits "
-            "the GPU, or is under 0.4 GB."
-        },
-    )
-    max_chars: int = field(
-        default=20_000_000,
-        metadata={"help": "Characters read of each --corpus at most, files in random order."},
-    )
-    split_by_unicode_script: bool = field(
-        default=False,
-        metadata={"help": "Keep punctuation out of pieces with characters (fewer chars a token)."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the file order and of --init random."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Build anew even if --output_dir holds a finished run."}
-    )
+    seed: int = option(0, "Seed of the file order and of --init random.")
+    overwrite: bool = option(False, "Build anew even if --output_dir holds a finished run.")
 
 
 def parse_args(argv: list[str] | None) -> Arguments:
@@ -197,15 +182,10 @@ def check(args: Arguments) -> None:
     """Refuse what can be refused before anything is read."""
     args.corpus_weight = args.corpus_weight or [1.0] * len(args.corpus)
     if len(args.corpus_weight) != len(args.corpus) or min(args.corpus_weight) <= 0:
-        raise UserError(
-            f"--corpus_weight {args.corpus_weight}: expected {len(args.corpus)} numbers above 0, "
-            "one for each --corpus"
-        )
-    for name, least in (("max_chars", 1000), ("vocab_size", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: expected {least} or more")
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise UserError(f"--output_dir {args.output_dir}: is a file; name a folder")
+        wanted = f"expected {len(args.corpus)} numbers above 0, one for each --corpus"
+        raise UserError(f"--corpus_weight {args.corpus_weight}: {wanted}")
+    if args.max_chars < 1000:
+        raise UserError(f"--max_chars {args.max_chars}: expected 1000 or more")
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -271,82 +251,67 @@ def read_base(folder: Path, args: Arguments):
     """The base's tokenizer (ModelProto), config and shards, refused unless exactly extensible."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    option = f"--base_model {args.base_model}"
-    base = ModelProto()
+    given, base = f"--base_model {args.base_model}", ModelProto()
     try:
         base.ParseFromString((folder / "tokenizer.model").read_bytes())
     except Exception as error:
         raise UserError(
-            f"{option}: tokenizer.model is missing or not SentencePiece's; expected a model with a "
+            f"{given}: tokenizer.model is missing or not SentencePiece's; expected a model with a "
             "SentencePiece BPE tokenizer, such as Llama 2, TinyLlama or Mistral 7B v0.1"
         ) from error
-    spec, normal = base.trainer_spec, base.normalizer_spec
-    if (
-        spec.model_type != BPE
-        or normal.precompiled_charsmap
-        or normal.remove_extra_whitespaces
-        or not normal.add_dummy_prefix
-        or any(piece.type == USER_DEFINED for piece in base.pieces)
-        or min(spec.unk_id, spec.bos_id, spec.eos_id) < 0
-    ):
+    spec, normal, size = base.trainer_spec, base.normalizer_spec, len(base.pieces)
+    plain = spec.model_type == BPE and normal.add_dummy_prefix
+    plain &= not (normal.precompiled_charsmap or normal.remove_extra_whitespaces)
+    plain &= min(spec.unk_id, spec.bos_id, spec.eos_id) >= 0
+    if not plain or any(piece.type == USER_DEFINED for piece in base.pieces):
         raise UserError(
-            f"{option}: its tokenizer.model is not like Llama 2's; expected SentencePiece BPE, no "
+            f"{given}: its tokenizer.model is not like Llama 2's; expected SentencePiece BPE, no "
             "normalisation, a prefix space and no user-defined pieces"
         )
-    size = len(base.pieces)
     if args.vocab_size <= size:
         raise UserError(f"--vocab_size {args.vocab_size}: expected more than the base's {size}")
-    config = read_json(folder / "config.json", option)
-    shards = read_shards(folder, option)
-    items = {name: item for _, header in shards.values() for name, item in header.items()}
-    tied = config.get("tie_word_embeddings", False)
-    matrices = [EMBEDDING] if tied and HEAD not in items else [EMBEDDING, HEAD]
+    config, shards = read_json(folder / "config.json", given), read_shards(folder, given)
+    items = dict(chain.from_iterable(header.items() for _, header in shards.values()))
+    tied = config.get("tie_word_embeddings", False) and HEAD not in items
+    matrices = [EMBEDDING] if tied else [EMBEDDING, HEAD]
     rows = {name: items[name]["shape"][0] if name in items else None for name in matrices}
-    rows["config.json"] = config.get("vocab_size")
+    rows |= {"config.json": config.get("vocab_size")}
     if set(rows.values()) != {size}:
         raise UserError(
-            f"{option}: its tokenizer.model has {size} pieces, its rows are {rows}; expected the "
+            f"{given}: its tokenizer.model has {size} pieces, its rows are {rows}; expected the "
             "same number everywhere (no padding rows, no added tokens)"
         )
     kinds = {items[name]["dtype"] for name in matrices}
     if "quantization_config" in config or not kinds <= {"BF16", "F16", "F32"}:
-        raise UserError(f"{option}: is quantised; expected weights in bf16, fp16 or fp32")
+        raise UserError(f"{given}: is quantised; expected weights in bf16, fp16 or fp32")
     return base, config, shards
 
 
-def read_shards(folder: Path, option: str) -> dict[Path, tuple[int, dict]]:
-    """Each safetensors file with the offset of its data and its header, whole files only."""
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
+def read_shards(folder: Path, given: str) -> dict[Path, tuple[int, dict]]:
+    """Each safetensors file with the offset of its data and its tensors in order; whole files."""
+    from safetensors import SafetensorError, safe_open
+
+    index, names, shards = folder / INDEX, {"model.safetensors"}, {}
     if index.is_file():
-        names = set(read_json(index, option)["weight_map"].values())
-    elif next(folder.glob("*.bin"), None) and not (folder / "model.safetensors").is_file():
-        raise UserError(
-            f"{option}: has .bin weights only; expected safetensors; load it with "
-            "AutoModelForCausalLM and save it with save_pretrained(folder), then name that folder"
-        )
-    shards = {}
+        names = set(read_json(index, given)["weight_map"].values())
     for path in (folder / name for name in sorted(names)):
         if not path.is_file():
-            raise UserError(f"{option}: {path.name} is missing; fetch the model again")
+            raise UserError(
+                f"{given}: {path.name} is missing; fetch the model again, or, where it has .bin "
+                "files only, load it with AutoModelForCausalLM and save_pretrained(new folder)"
+            )
+        try:
+            safe_open(path, "np")  # refuses bad headers and sizes that do not fit
+        except SafetensorError as error:
+            wrong = f"{path.name} is cut short or is not a safetensors file ({error})"
+            raise UserError(f"{given}: {wrong}; fetch the model again") from error
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            head = file.read(length) if length < path.stat().st_size else b""
-        try:
-            header = json.loads(head)
-            end = max(item["data_offsets"][1] for item in tensors(header).values())
-        except (ValueError, AttributeError, KeyError) as error:
-            raise UserError(f"{option}: {path.name} is not a safetensors file") from error
-        if path.stat().st_size != 8 + length + end:
-            raise UserError(f"{option}: {path.name} is cut short; fetch the model again")
-        shards[path] = (8 + length, header)
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        shards[path] = 8 + length, dict(in_order)
     return shards
-
-
-def tensors(header: dict) -> dict[str, dict]:
-    """The tensors of a safetensors header, in the order in which their bytes lie."""
-    items = [(name, item) for name, item in header.items() if name != "__metadata__"]
-    return dict(sorted(items, key=lambda entry: entry[1]["data_offsets"]))
 
 
 # --- The corpus ----------------------------------------------------------------------------------
@@ -359,16 +324,15 @@ def fetch_hongloumeng(path: Path) -> None:
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             text = answer.read().decode("utf-8-sig")
-        start, end = (re.search(rf"\*\*\* ?{word} OF .*", text) for word in ("START", "END"))
-        body = text[start.end() : end.start()].strip()
-    except (OSError, ValueError, AttributeError, HTTPException) as error:
+        novel = re.search(r"\*\*\* ?START OF .*\n([^*]*)\*\*\* ?END OF", text)[1].strip()
+    except Exception as error:
         raise UserError(
             f"--corpus {path}: is missing and could not be fetched ({error}); save "
             f"{HONGLOUMENG_URL} there by hand, or name other texts with --corpus"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
-    part.write_text(body + "\n", encoding="utf-8")
+    part.write_text(novel + "\n", encoding="utf-8")
     part.replace(path)
 
 
@@ -377,17 +341,13 @@ def find_texts(name: str, option: str) -> list[Path]:
     path = Path(name)
     if name == HONGLOUMENG and not path.exists():
         fetch_hongloumeng(path)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in TEXT_SUFFIXES)
-    else:
-        files = [path] if path.is_file() and path.suffix in TEXT_SUFFIXES else []
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file() and file.suffix in TEXT_SUFFIXES]
     if not files:
         first = path.parts[:2] == ("data", "cc_filtered") and not path.exists()
         remedy = "run python filter_cc.py first" if first else "name such a file or folder"
-        kinds = ", ".join(TEXT_SUFFIXES)
-        raise UserError(
-            f"{option} {name}: no text there; expected {kinds} or a folder of them; {remedy}"
-        )
+        wanted = f"expected {', '.join(TEXT_SUFFIXES)} or a folder of them"
+        raise UserError(f"{option} {name}: no text there; {wanted}; {remedy}")
     return files
 
 
@@ -396,15 +356,15 @@ def documents(path: Path, option: str) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        if path.suffix == ".parquet":
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256, columns=["text"]):
-                yield from filter(None, batch.column("text").to_pylist())
-            return
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                text = json.loads(line)["text"] if path.suffix == ".jsonl" else line.rstrip("\n")
-                if text.strip():
-                    yield text
+        with path.open("rb") as file:
+            if path.suffix == ".parquet":
+                batches = pyarrow.parquet.ParquetFile(file).iter_batches(256, columns=["text"])
+                texts = (text for batch in batches for text in batch["text"].to_pylist())
+            elif path.suffix == ".jsonl":
+                texts = (json.loads(line)["text"] for line in file)
+            else:
+                texts = (line.decode().rstrip("\r\n") for line in file)
+            yield from (text for text in texts if text and text.strip())
     except (ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{option} {path}: cannot be read ({type(error).__name__}: {str(error)[:100]}); "
@@ -416,9 +376,7 @@ def read_corpora(args: Arguments, files: dict[str, list[Path]]) -> tuple[list, l
     """The training documents as (weight, text), and the documents that the report is about."""
     train, held_out = [], []
     for name, weight in zip(args.corpus, args.corpus_weight, strict=True):
-        paths = list(files[name])
-        random.Random(args.seed).shuffle(paths)
-        chars = 0
+        paths, chars = random.Random(args.seed).sample(files[name], len(files[name])), 0
         for number, text in enumerate(t for path in paths for t in documents(path, "--corpus")):
             if args.eval_text is None and number % HELD_OUT == HELD_OUT - 1:
                 held_out.append(text)
@@ -445,32 +403,24 @@ def sample(texts: list[str], chars: int, seed: int) -> list[str]:
 
 
 @cache
-def taiwan_forms():
+def taiwan_forms() -> dict[int, str]:
+    """Variant glyphs and how Taiwan writes them. Characters of Big5 level 1 stay: OpenCC would turn
+    the everyday 污 of 污染 into 汙."""
     import opencc
 
-    return opencc.OpenCC("t2tw"), frozenset(BIG5_LEVEL_1)
-
-
-def standard_glyphs(text: str) -> str:
-    """Variant glyphs as Taiwan writes them. Characters of Big5 level 1 stay: OpenCC would turn the
-    everyday 污 of 污染 into 汙."""
-    converter, level_1 = taiwan_forms()
-    converted = converter.convert(text)
-    if converted == text or len(converted) != len(text):
-        return converted
-    return "".join(a if a in level_1 else b for a, b in zip(text, converted, strict=True))
-
-
-# --- The tokenizer -------------------------------------------------------------------------------
+    ideographs = set(map(chr, chain(range(0x3400, 0xA000), range(0xF900, 0xFB00))))
+    convert = opencc.OpenCC("t2tw").convert
+    return {ord(sign): convert(sign) for sign in ideographs.difference(BIG5_LEVEL_1)}
 
 
 def segments(text: str) -> Iterator[str]:
-    """What pieces may come from: runs without ASCII signs, short enough for the trainer (its
-    positions have 16 bits)."""
-    for run in re.split(rf"[!-~\x00-\x1f\x7f{SPACE}]+", standard_glyphs(text)):
-        for start in range(0, len(run), 1000):
-            if not run[start : start + 1000].isspace() and run:
-                yield run[start : start + 1000]
+    """What pieces may come from, in Taiwan's glyphs: runs without ASCII signs, short enough for the
+    trainer (its positions have 16 bits)."""
+    for run in re.split(rf"[!-~\x00-\x1f\x7f{SPACE}]+", text.translate(taiwan_forms())):
+        yield from filter(str.strip, (run[i : i + 1000] for i in range(0, len(run), 1000)))
+
+
+# --- The tokenizer -------------------------------------------------------------------------------
 
 
 def train_pieces(documents: list, args: Arguments, wanted: int, **changes) -> list[str]:
@@ -480,28 +430,26 @@ def train_pieces(documents: list, args: Arguments, wanted: int, **changes) -> li
     candidates will be in the base already, and gives fewer where the corpus holds no more.
     Changes to TRAINER are for experiments.
     """
-    import sentencepiece
+    from sentencepiece import SentencePieceTrainer
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    model, trained = BytesIO(), ModelProto()
-    with tempfile.TemporaryDirectory() as folder:
-        table = Path(folder) / "segments.tsv"
-        with table.open("w", encoding="utf-8") as file:
-            for weight, text in tqdm(documents, "segments", unit=" texts", mininterval=1):
-                file.writelines(f"{s}\t{max(1, round(100 * weight))}\n" for s in segments(text))
-        if not table.stat().st_size:
-            raise UserError(f"--corpus {' '.join(args.corpus)}: holds no text but ASCII")
-        print("training SentencePiece BPE", flush=True)
-        settings = TRAINER | {"split_by_unicode_script": args.split_by_unicode_script} | changes
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(table), model_writer=model, vocab_size=wanted + 20_000, **settings
-        )
-        lines = table.read_text(encoding="utf-8")
+    lines = [
+        f"{segment}\t{max(1, round(100 * weight))}"
+        for weight, text in tqdm(documents, "segments", unit=" texts", mininterval=1)
+        for segment in segments(text)
+    ]
+    if not lines:
+        raise UserError(f"--corpus {' '.join(args.corpus)}: holds no text but ASCII")
+    print("training SentencePiece BPE", flush=True)
+    settings, model, trained = TRAINER | changes, BytesIO(), ModelProto()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=wanted + 20_000, **settings
+    )
     trained.ParseFromString(model.getvalue())
     pieces = [piece.piece for piece in trained.pieces if piece.type == NORMAL]
     merged = [piece for piece in pieces if len(piece) > 1]
     single = [piece for piece in pieces if len(piece) == 1 and piece != SPACE]
-    return merged[: first_singleton(merged, lines)] + single
+    return merged[: first_singleton(merged, "\n".join(lines))] + single
 
 
 def first_singleton(pieces: list[str], text: str) -> int:
@@ -511,12 +459,11 @@ def first_singleton(pieces: list[str], text: str) -> int:
     after it some still seem to, inside others, but hardly fifty in a row.
     """
 
-    def once(start: int) -> int | None:
-        block = enumerate(pieces[start : start + 50], start)
-        return next((i for i, p in block if text.count(p.replace(SPACE, " ")) < 2), None)
+    def once(start: int) -> list[bool]:
+        return [text.count(p.replace(SPACE, " ")) < 2 for p in pieces[start : start + 50]]
 
-    start = bisect_left(range(len(pieces)), True, key=lambda start: once(start) is not None)
-    return len(pieces) if start == len(pieces) else once(start)
+    start = bisect_left(range(len(pieces)), True, key=lambda start: any(once(start)))
+    return start + [*once(start), True].index(True)
 
 
 def merge_pieces(base, candidates: list[str], vocab_size: int):
@@ -529,19 +476,12 @@ def merge_pieces(base, candidates: list[str], vocab_size: int):
     known = {piece.piece for piece in base.pieces}
     merged = [piece for piece in candidates if len(piece) > 1 and piece not in known]
     single = [piece for piece in candidates if len(piece) == 1 and piece not in known]
-    size, dead = len(base.pieces), []
-    room, top = vocab_size - size - len(single), max(piece.score for piece in base.pieces)
+    size, top, dead = len(base.pieces), max(piece.score for piece in base.pieces), []
+    room, given = vocab_size - size - len(single), f"--vocab_size {vocab_size}"
     if room < 0:
-        raise UserError(
-            f"--vocab_size {vocab_size}: expected {size + len(single)} or more, for the base's "
-            f"{size} pieces and {len(single)} single characters"
-        )
-    while True:
-        if room > len(merged):
-            raise UserError(
-                f"--vocab_size {vocab_size}: the corpus yields {vocab_size - room + len(merged)} "
-                "at most; lower it or add to --corpus"
-            )
+        least = f"{size + len(single)} or more, for the base's {size} pieces and {len(single)}"
+        raise UserError(f"{given}: expected {least} single characters")
+    while room <= len(merged):
         extended = type(base)()
         extended.CopyFrom(base)
         extended.trainer_spec.vocab_size = vocab_size
@@ -552,16 +492,18 @@ def merge_pieces(base, candidates: list[str], vocab_size: int):
             return extended, dead
         dead += sorted(cut_off)
         merged = [piece for piece in merged if piece not in cut_off]
+    most = vocab_size - room + len(merged)
+    raise UserError(f"{given}: the corpus yields {most} at most; lower it or add to --corpus")
 
 
 def processor(model, prefix: bool = True):
     """SentencePiece's own runtime; without prefix, a text is encoded as if inside another."""
-    import sentencepiece
+    from sentencepiece import SentencePieceProcessor
 
     copy = type(model)()
     copy.CopyFrom(model)
     copy.normalizer_spec.add_dummy_prefix &= prefix
-    return sentencepiece.SentencePieceProcessor(model_proto=copy.SerializeToString())
+    return SentencePieceProcessor(model_proto=copy.SerializeToString())
 
 
 def spellings(model, pieces: list[str]) -> list[list[int]]:
@@ -598,37 +540,29 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     merges = [(left, right) for *_, left, right in sorted(splits)]
     spec = model.trainer_spec
     unk, bos, eos = (model.pieces[i].piece for i in (spec.unk_id, spec.bos_id, spec.eos_id))
-    bpe = models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True)
     )
+    spaces = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    tokenizer.normalizer = normalizers.Sequence(spaces)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", left=1, right=0)])
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (unk, bos, eos)])
 
+    path = base_folder / "tokenizer_config.json"
+    old = read_json(path, f"--base_model {base_folder}") if path.is_file() else {}
     settings = {"add_bos_token": True, "add_eos_token": False, "model_max_length": 4096}
-    settings |= {"bos_token": bos, "eos_token": eos, "unk_token": unk}
-    old = base_folder / "tokenizer_config.json"
-    old = read_json(old, f"--base_model {base_folder}") if old.is_file() else {}
-    kept = (*settings, "pad_token", "padding_side", "chat_template")
+    kept = (*settings, "padding_side", "chat_template")  # a pad token might have no row
     settings |= {name: old[name] for name in kept if old.get(name) is not None}
-    pad = settings.get("pad_token")
-    if (pad["content"] if isinstance(pad, dict) else pad) not in vocab:
-        settings.pop("pad_token", None)  # it would become a piece behind the last row
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings["clean_up_tokenization_spaces"] = False
-    before = f"{bos} " if settings["add_bos_token"] else ""
-    after = f" {eos}" if settings["add_eos_token"] else ""
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{before}$A{after}",
-        pair=f"{before}$A{after} {before}$B{after}",
-        special_tokens=[(bos, spec.bos_id), (eos, spec.eos_id)],
-    )
+    settings |= {"bos_token": bos, "eos_token": eos, "unk_token": unk}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {"clean_up_tokenization_spaces": False}
+    single = [bos] * settings["add_bos_token"] + ["$A"] + [eos] * settings["add_eos_token"]
+    pair = single + [token.replace("$A", "$B") for token in single]
+    ids = [(bos, spec.bos_id), (eos, spec.eos_id)]
+    tokenizer.post_processor = processors.TemplateProcessing(single, pair, ids)
     tokenizer.save(str(folder / "tokenizer.json"))
     save_json(folder / "tokenizer_config.json", settings)
-    specials = {name: settings[name] for name in settings if name in SPECIAL_TOKENS}
-    save_json(folder / "special_tokens_map.json", specials)
 
 
 # --- The proof -----------------------------------------------------------------------------------
@@ -642,33 +576,28 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict:
     """
     from transformers import AutoTokenizer
 
-    size = len(base.pieces)
+    size, chance = len(base.pieces), random.Random(seed)
     new = [piece.piece.replace(SPACE, " ") for piece in model.pieces][size:]
-    chance = random.Random(seed)
     texts = HARD_TEXTS + texts + ["".join(chance.choices(new, k=20)) for _ in range(1000)]
     texts += [piece * 3 for piece in chance.sample(new, min(1000, len(new)))]
     texts = [text for text in texts if not re.search(rf"{SPACE}|<unk>|</?s>", text)]
-    ours = processor(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = ours.encode(texts)
-    theirs = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    plain = [text for text in texts if text.isascii()]
-    plain_ids = zip(processor(base).encode(plain), ours.encode(plain), strict=True)
-    both = list(zip(texts, ids, strict=True))
+    ours, theirs = processor(model), AutoTokenizer.from_pretrained(folder)
+    ids, old_ids = ours.encode(texts), processor(base).encode(texts)
+    their_ids = theirs(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = list(zip(texts, ids, their_ids, old_ids, strict=True))
     trials = {
         "dead_pieces": dead_pieces(model, size),
-        "texts_differing": [t for (t, a), b in zip(both, theirs, strict=True) if a != b],
-        "texts_not_restored": [
-            t for t, a in both if not t == ours.decode(a) == tokenizer.decode(a)
-        ],
-        "ascii_texts_changed": [t for t, (a, b) in zip(plain, plain_ids, strict=True) if a != b],
-        "sizes_differing": [n for n in (len(tokenizer), len(ours)) if n != len(model.pieces)],
+        "texts_differing": [t for t, a, b, _ in rows if a != b],
+        "texts_not_restored": [t for t, a, *_ in rows if {ours.decode(a), theirs.decode(a)} != {t}],
+        "ascii_texts_changed": [t for t, a, _, old in rows if t.isascii() and a != old],
+        "sizes_differing": [n for n in (len(theirs), len(ours)) if n != len(model.pieces)],
     }
     for trial, failures in trials.items():
         if failures:
+            found = f"{trial} {len(failures)}, the first {str(failures[0])[:60]!r}"
             raise UserError(
-                f"proof failed, nothing was written: {trial} {len(failures)}, the first "
-                f"{failures[0][:60]!r}; please report it with the --corpus and --base_model used"
+                f"proof failed, nothing was written: {found}; please report it with --base_model "
+                "and --corpus"
             )
     return dict.fromkeys(trials, 0) | {"texts_compared": len(texts)}
 
@@ -687,91 +616,67 @@ def measure(model, texts: list[str]) -> dict[str, float]:
 
 
 def new_rows(name: str, matrix, spelling: list[list[int]], init: str, std: float, seed: int):
-    """Yield rows for the new pieces, in blocks (B, H) of the matrix (V, H), computed in fp32.
+    """Rows (N, H) for the N new pieces of the matrix (V, H), computed in fp32.
 
     mean_subtoken: the mean of the rows that spell the piece, so it starts amid its parts. mean: the
     mean of all rows, so that no new piece outweighs the old ones (Hewitt, 2021).
     """
     import torch
 
-    generator = torch.Generator().manual_seed(2 * seed + (name == HEAD))  # not twice the same
+    if init == "mean_subtoken":
+        return torch.stack([matrix[ids].float().mean(0).to(matrix.dtype) for ids in spelling])
+    shape = len(spelling), matrix.shape[1]
     if init == "mean":
-        total = sum(block.float().sum(0, dtype=torch.float64) for block in matrix.split(BLOCK_ROWS))
-        mean = (total / len(matrix)).to(matrix.dtype)
-    for start in range(0, len(spelling), BLOCK_ROWS):
-        block = spelling[start : start + BLOCK_ROWS]
-        if init == "mean":
-            yield mean.expand(len(block), -1)
-        elif init == "random":
-            noise = torch.randn(len(block), matrix.shape[1], generator=generator)
-            yield (std * noise).to(matrix.dtype)
-        else:
-            parts = matrix[torch.tensor([i for ids in block for i in ids])].float()
-            lengths = torch.tensor([len(ids) for ids in block])
-            yield torch.segment_reduce(parts, "mean", lengths=lengths).to(matrix.dtype)
+        total = sum(block.double().sum(0) for block in matrix.split(1024))  # little at a time
+        return (total / len(matrix)).to(matrix.dtype).expand(shape)
+    generator = torch.Generator().manual_seed(2 * seed + (name == HEAD))  # not twice the same
+    return torch.randn(shape, generator=generator).mul_(std).to(matrix.dtype)
 
 
-def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of, more: int) -> None:
+def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of) -> None:
     """Stream the base into the folder: more rows behind embedding and head, the rest unchanged."""
-    total = sum(path.stat().st_size for path in shards)
-    if total * 1.3 > shutil.disk_usage(folder).free:
-        raise OSError(errno.ENOSPC, f"--output_dir: {total * 1.3 / 1e9:.1f} GB of disk are needed")
-    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, mininterval=1) as bar:
-        for path, (start, header) in shards.items():
-            target = folder / path.name
-            if {EMBEDDING, HEAD} & header.keys():
-                grow_shard(path, target, start, header, rows_of, more)
-            else:
-                shutil.copyfile(path, target)
-            bar.update(path.stat().st_size)
-    for path in shards:  # only now, so that the disk was busy all the while
-        sync(folder / path.name)
-    for pattern in (
-        "model.*.index.json",
-        "generation_config.json",
-        "*.jinja",
-        "LICENSE*",
-        "USE_POLICY*",
-    ):
-        for path in base_folder.glob(pattern):
+    size = 1.3 * sum(path.stat().st_size for path in shards)
+    if size > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, f"--output_dir: {size / 1e9:.1f} GB of disk are needed")
+    for path, (start, items) in tqdm(shards.items(), "writing", unit=" files"):
+        if {EMBEDDING, HEAD} & items.keys():
+            grow_shard(path, folder / path.name, start, items, rows_of)
+        else:
             shutil.copyfile(path, folder / path.name)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        content = read_json(index, f"--base_model {base_folder}")
-        items = [i for _, h in read_shards(folder, "result").values() for i in tensors(h).values()]
-        sizes = {"total_size": sum(i["data_offsets"][1] - i["data_offsets"][0] for i in items)}
-        sizes["total_parameters"] = sum(prod(i["shape"]) for i in items)
-        content["metadata"] = {**content.get("metadata", {}), **sizes}
-        save_json(index, content)
+    for path in chain.from_iterable(map(base_folder.glob, BESIDE)):
+        shutil.copyfile(path, folder / path.name)
+    if (folder / INDEX).is_file():
+        index, written = read_json(folder / INDEX, "result"), read_shards(folder, "result")
+        size = sum(path.stat().st_size - start for path, (start, _) in written.items())
+        save_json(folder / INDEX, index | {"metadata": {"total_size": size}})
 
 
-def grow_shard(source: Path, target: Path, start: int, header: dict, rows_of, more: int) -> None:
-    """Copy one safetensors file (data from offset start), growing the matrices that are in it; in
-    blocks, front to back, so memory holds the touched pages of one matrix and no more."""
+def grow_shard(source: Path, target: Path, start: int, items: dict, rows_of) -> None:
+    """Copy one safetensors file (data from offset start), growing the matrices that are in it;
+    memory holds one tensor and the new rows, no more."""
     import torch
     from safetensors import safe_open
 
-    new_header, end = {key: value for key, value in header.items() if key == "__metadata__"}, 0
-    for name, item in tensors(header).items():
-        begin, shape = end, list(item["shape"])
-        size = item["data_offsets"][1] - item["data_offsets"][0]
-        if name in (EMBEDDING, HEAD):
-            size += size // shape[0] * more
-            shape[0] += more
-        end += size
-        new_header[name] = {"dtype": item["dtype"], "shape": shape, "data_offsets": [begin, end]}
-    head = json.dumps(new_header, separators=(",", ":")).encode()
+    with safe_open(source, "pt") as reader:
+        names = [name for name in (EMBEDDING, HEAD) if name in items]
+        rows = {name: rows_of(name, reader.get_tensor(name)).contiguous() for name in names}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, item in items.items():
+        first, last = item["data_offsets"]
+        begin, end, shape = end, end + last - first, item["shape"]
+        if name in rows:
+            end, shape = end + rows[name].nbytes, [shape[0] + len(rows[name]), shape[1]]
+        header[name] = item | {"shape": shape, "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    with source.open("rb") as old, target.open("wb") as new, safe_open(source, "pt") as reader:
+    with source.open("rb") as old, target.open("wb") as new:
         new.write(len(head).to_bytes(8, "little") + head)
-        for name, item in tensors(header).items():
+        for name, item in items.items():
             first, last = item["data_offsets"]
             old.seek(start + first)
-            for offset in range(first, last, BLOCK_BYTES):
-                new.write(old.read(min(BLOCK_BYTES, last - offset)))
-            if name in (EMBEDDING, HEAD):
-                for rows in rows_of(name, reader.get_tensor(name)):
-                    new.write(rows.contiguous().view(torch.uint8).numpy().data)
+            new.write(old.read(last - first))
+            if name in rows:
+                new.write(rows[name].view(torch.uint8).numpy().data)
 
 
 # --- The report ----------------------------------------------------------------------------------
@@ -784,26 +689,25 @@ def starting_losses(folder: Path, base, model, texts: list[str], rows_of, eval_l
     model is too large for this machine (see --eval_loss).
     """
     import torch
+    from transformers import AutoModelForCausalLM
 
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size
     if eval_loss == "no" or (eval_loss == "auto" and not gpu and size > CPU_LOSS_BYTES):
         return {}
-    from transformers import AutoModelForCausalLM
-
     print("measuring the loss before training for each --init", flush=True)
     dtype, device = ("auto", "cuda") if gpu else (torch.float32, "cpu")
     llama = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device).eval()
     matrices = {EMBEDDING: llama.get_input_embeddings().weight}
     if not llama.config.tie_word_embeddings:
         matrices[HEAD] = llama.get_output_embeddings().weight
-    bos, start = base.trainer_spec.bos_id, len(base.pieces)
+    bos, old, new = base.trainer_spec.bos_id, len(base.pieces), len(model.pieces)
     with torch.inference_mode():
-        losses = {"base": bits_per_character(llama, processor(base), texts, bos, start)}
+        losses = {"base": bits_per_character(llama, processor(base), texts, bos, old)}
         for init in INITS:
             for name, matrix in matrices.items():
-                matrix[start:] = torch.cat(list(rows_of(name, matrix[:start].cpu(), init=init)))
-            losses[init] = bits_per_character(llama, processor(model), texts, bos, len(matrix))
+                matrix[old:] = rows_of(name, matrix[:old].cpu(), init=init)
+            losses[init] = bits_per_character(llama, processor(model), texts, bos, new)
     return losses
 
 
@@ -825,20 +729,16 @@ def draw(report: dict, path: Path) -> None:
     """The report as a picture: base beside extended."""
     from matplotlib.figure import Figure
 
-    losses = report["bits_per_character_before_training"]
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    axes = figure.subplots(1, 3 if losses else 2)
-    names = [f"{kind}\n{report[size]:,}" for kind, size in KINDS.items()]
-    for axis, (key, title, scale) in zip(axes, MEASURES, strict=False):
-        values = [scale * report[kind][key] for kind in KINDS]
-        bars = axis.bar(names, values, color=["#9aa5b1", "#b5322a"], width=0.6)
+    names = [f"base\n{report['base_vocab_size']:,}", f"extended\n{report['vocab_size']:,}"]
+    kinds, losses = ("base", "extended"), report["bits_per_character_before_training"]
+    panels = [(t, names, [f * report[k][key] for k in kinds]) for key, t, f in MEASURES]
+    if losses:
+        panels.append(("bits per character before training", [*losses], [*losses.values()]))
+    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
+    for axis, (title, labels, values) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        bars = axis.bar(labels, values, color=["#9aa5b1", "#b5322a"], width=0.6)
         axis.bar_label(bars, fmt="%.2f")
         axis.set_title(title)
-    if losses:
-        bars = axes[2].barh(list(losses)[::-1], list(losses.values())[::-1], color="#9aa5b1")
-        axes[2].bar_label(bars, fmt="%.2f", padding=-30)
-        axes[2].set_title("bits/character before training")
-    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -847,9 +747,10 @@ def draw(report: dict, path: Path) -> None:
 def show(report: dict, text: str, model) -> None:
     """The report as a table, and one sentence in the new pieces."""
     print(f"{'':24}{'base':>12}{'extended':>12}")
-    print(f"{'pieces':24}" + "".join(f"{report[size]:12,}" for size in KINDS.values()))
-    for key, title, scale in MEASURES:
-        print(f"{title:24}" + "".join(f"{scale * report[kind][key]:12.2f}" for kind in KINDS))
+    print(f"{'pieces':24}{report['base_vocab_size']:12,}{report['vocab_size']:12,}")
+    for key, title, factor in MEASURES:
+        base, extended = (factor * report[kind][key] for kind in ("base", "extended"))
+        print(f"{title:24}{base:12.2f}{extended:12.2f}")
     for name, bits in report["bits_per_character_before_training"].items():
         print(f"bits per character before training, {name}: {bits:.2f}")
     print(f"proof: {report['proof']}; {report['replaced_pieces']} dead candidates were replaced")
@@ -859,22 +760,16 @@ def show(report: dict, text: str, model) -> None:
 # --- Files ---------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, option: str) -> dict:
+def read_json(path: Path, given: str) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{option}: {path.name} is not JSON; fetch the model again") from error
+        raise UserError(f"{given}: {path.name} is not JSON; fetch the model again") from error
 
 
 def save_json(path: Path, content: dict) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def sync(path: Path) -> None:
-    """Wait until the file is on the disk: the folder's name must not outlive a power cut alone."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -885,6 +780,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
+        for file in part.iterdir():  # the folder's name must not outlive a power cut alone
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
@@ -894,17 +792,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def identity(base_folder: Path, shards: dict, files: dict[str, list[Path]]) -> dict:
-    """What the result depends on besides the arguments: the tokenizer, and every file's size."""
-    model = (base_folder / "tokenizer.model").read_bytes()
-    paths = [*shards, *(path for paths in files.values() for path in paths)]
-    sizes = {str(path): path.stat().st_size for path in paths}
-    return {"tokenizer.model": hashlib.sha256(model).hexdigest(), "sizes": sizes}
-
-
-def already_done(args: Arguments, inputs: dict) -> bool:
+def already_done(args: Arguments, inputs: dict[str, int]) -> bool:
     """Whether the output is this very run, finished; anything else in its place is refused."""
     folder = Path(args.output_dir)
+    if folder.is_file():
+        raise UserError(f"--output_dir {folder}: is a file; name a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return False
     try:
@@ -915,13 +807,12 @@ def already_done(args: Arguments, inputs: dict) -> bool:
         raise UserError(f"--output_dir {folder}: holds something else; name another folder")
     if args.overwrite:
         return False
-    wanted = json.loads(json.dumps(asdict(args)))
-    names = [name for name in wanted if wanted[name] != run["arguments"].get(name)]
-    names = [f"--{name}" for name in names if name != "overwrite"]
-    names += ["the files it reads"] if inputs != run["inputs"] else []
-    if names:
+    then, now = (settings | {"overwrite": False} for settings in (run["arguments"], asdict(args)))
+    differing = [f"--{name}" for name in now if now[name] != then.get(name)]
+    differing += ["the files it reads"] if inputs != run["inputs"] else []
+    if differing:
         raise UserError(
-            f"--output_dir {folder}: holds a run with other settings ({', '.join(names)}); add "
+            f"--output_dir {folder}: holds a run with other settings ({', '.join(differing)}); add "
             "--overwrite to replace it, or name another folder"
         )
     print(f"already done: {folder} (--overwrite builds it anew)")
@@ -941,7 +832,8 @@ def main(argv: list[str] | None = None) -> None:
     files = {name: find_texts(name, "--corpus") for name in args.corpus}
     if args.eval_text is not None:
         files[args.eval_text] = find_texts(args.eval_text, "--eval_text")
-    inputs = identity(base_folder, shards, files)
+    read = [base_folder / "tokenizer.model", *shards, *chain.from_iterable(files.values())]
+    inputs = {str(path): path.stat().st_size for path in read}
     if already_done(args, inputs):
         return
 
@@ -959,7 +851,7 @@ def main(argv: list[str] | None = None) -> None:
         write_tokenizer(folder, base_folder, model)
         proof_texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, proof_texts, args.seed)
-        resize_model(folder, base_folder, shards, rows_of, len(spelling))
+        resize_model(folder, base_folder, shards, rows_of)
         texts = sample(report_texts, LOSS_CHARS, args.seed)
         report["bits_per_character_before_training"] = starting_losses(
             folder, base, model, texts, rows_of, args.eval_loss

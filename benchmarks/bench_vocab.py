@@ -117,7 +117,7 @@ def tokenizers() -> list[dict]:
 def segments_with_digits(text: str) -> Iterator[str]:
     """The script's segments, but years and dates stay whole: not kept, for Llama 2 reads and writes
     numbers digit by digit, and texts of digits alone would no longer have the base's ids."""
-    for run in re.split(r"[!-/:-~\x00-\x1f\x7f\u2581]+", script.standard_glyphs(text)):
+    for run in re.split(r"[!-/:-~\x00-\x1f\x7f\u2581]+", text.translate(script.taiwan_forms())):
         yield from filter(str.strip, (run[i : i + 1000] for i in range(0, len(run), 1000)))
 
 
@@ -211,8 +211,7 @@ def bits_of_each_init(model, base, extended, spelling: list, unseen: dict) -> di
                 (script.EMBEDDING, larger.get_input_embeddings().weight),
                 (script.HEAD, larger.get_output_embeddings().weight),
             ):
-                blocks = script.new_rows(name, matrix[:size], spelling, init, std, SEED)
-                matrix[size:] = torch.cat(list(blocks))
+                matrix[size:] = script.new_rows(name, matrix[:size], spelling, init, std, SEED)
             found[init] = bits(larger, "extended")
     return {kind: {name: found[name][kind] for name in found} for kind in unseen}
 
