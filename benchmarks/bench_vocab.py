@@ -34,7 +34,7 @@ DATA = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "benchmarks" / "results" / "vocab.json"
 WORK = ROOT / "outputs" / "bench_vocab"
 NEW_PIECES, TRAINED_ARTICLES, SEED = 29_388, 300, 0
-EVAL_CHARS, LEARNING_RATE = 12_000, 4e-3
+CURVE_CHARS, LEARNING_RATE = 12_000, 4e-3
 sys.path.insert(0, str(ROOT))
 
 import extend_vocab as script  # noqa: E402
@@ -125,41 +125,18 @@ def segments_with_digits(text: str) -> Iterator[str]:
 
 
 def starting_losses(steps: int) -> dict:
-    """Train a small Llama on Llama 2's tokens; at some steps extend it three ways and measure.
-
-    The model's vocabulary is cut to what matters here, the tokens staying those of Llama 2 and of
-    its extension to 61,388: the old pieces that the texts or the new pieces use, and the new ones.
-    """
+    """Train a small Llama on Llama 2's tokens; at some steps extend it three ways and measure."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
-    llama, drcd = load("llama2-tokenizer.model"), read("drcd_dev.jsonl")
-    lines = read("hongloumeng.txt")
-    novel = ["\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]
-    last = len(novel) * 19 // 20
-    trained = {"modern": drcd[:TRAINED_ARTICLES], "novel": novel[:last]}
-    unseen = {"modern": drcd[TRAINED_ARTICLES:], "novel": novel[last:]}
-    unseen = {kind: script.sample(texts, EVAL_CHARS, SEED) for kind, texts in unseen.items()}
-
-    weighted = [(8, t) for t in trained["modern"]] + [(1, t) for t in trained["novel"]]
-    candidates = script.train_pieces(weighted, script.Arguments(), NEW_PIECES)
-    whole = script.merge_pieces(llama, candidates, 61_388)[0]
-    new = list(whole.pieces)[32_000:]
-    surfaces = [piece.piece.replace(script.SPACE, " ") for piece in new]
-    base = used_pieces(llama, [*drcd, *novel, *surfaces])
-    extended = type(base)()
-    extended.CopyFrom(base)
-    extended.pieces.extend(new)
-    for small, large in ((base, llama), (extended, whole)):
-        tokens = [script.processor(m).encode(drcd[-9:], out_type=str) for m in (small, large)]
-        assert tokens[0] == tokens[1]
-    spelling = script.spellings(base, [piece.piece for piece in new])
-
+    trained, unseen = texts_by_kind()
+    some = {kind: script.sample(texts, CURVE_CHARS, SEED) for kind, texts in unseen.items()}
+    base, extended, spelling = pieces_in_use(trained, unseen)
     encode = script.processor(base).encode
     stream = torch.tensor([i for t in trained["modern"] * 2 + trained["novel"] for i in encode(t)])
-    print(f"{len(base.pieces):,} + {len(new):,} pieces, {len(stream):,} tokens", flush=True)
+    print(f"{len(base.pieces):,} pieces, {len(stream):,} tokens to train on", flush=True)
     sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3}
     sizes |= {"num_attention_heads": 2, "vocab_size": len(base.pieces)}
     model, window, rows = LlamaForCausalLM(LlamaConfig(**sizes)), script.LOSS_WINDOW, 4
@@ -180,12 +157,51 @@ def starting_losses(steps: int) -> dict:
         optimizer.step()
         if step in points:
             point = {"step": step, "tokens": step * window * rows, "loss": loss.item()}
-            point |= bits_of_each_init(model, base, extended, spelling, unseen)
+            point |= bits_of_each_init(model, base, extended, spelling, some)
             curve.append(point)
             print(json.dumps(point), flush=True)
+    last = bits_of_each_init(model, base, extended, spelling, unseen)
+    print(json.dumps(last), flush=True)
     training = {"texts": "300 DRCD articles twice, 95% of the novel once", "stream": len(stream)}
     training |= {"learning_rate": LEARNING_RATE, "batch": [rows, window], **sizes}
-    return {"training": training, "evaluated_characters": EVAL_CHARS, "curve": curve}
+    chars = {kind: sum(map(len, texts)) for kind, texts in unseen.items()}
+    return {
+        "training": training,
+        "curve_characters": CURVE_CHARS,
+        "curve": curve,
+        "last_characters": chars,
+        "last": last,
+    }
+
+
+def texts_by_kind() -> tuple[dict, dict]:
+    """Texts to train on, and texts of the same kinds that nothing was trained on."""
+    drcd, lines = read("drcd_dev.jsonl"), read("hongloumeng.txt")
+    novel = ["\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]
+    cut = len(novel) * 19 // 20
+    trained = {"modern": drcd[:TRAINED_ARTICLES], "novel": novel[:cut]}
+    return trained, {"modern": drcd[TRAINED_ARTICLES:], "novel": novel[cut:]}
+
+
+def pieces_in_use(trained: dict, unseen: dict):
+    """Llama 2's tokenizer and its extension to 61,388, both without the old pieces that neither the
+    texts nor the new pieces use: the tokens are the same, and a small model's softmax is trained
+    the sooner. And the spellings of all new pieces in old ones."""
+    llama = load("llama2-tokenizer.model")
+    weighted = [(8, t) for t in trained["modern"]] + [(1, t) for t in trained["novel"]]
+    candidates = script.train_pieces(weighted, script.Arguments(), NEW_PIECES)
+    whole = script.merge_pieces(llama, candidates, 61_388)[0]
+    new = list(whole.pieces)[32_000:]
+    surfaces = [piece.piece.replace(script.SPACE, " ") for piece in new]
+    texts = [t for kinds in (trained, unseen) for kind in sorted(kinds) for t in kinds[kind]]
+    base = used_pieces(llama, [*texts, *surfaces])
+    extended = type(base)()
+    extended.CopyFrom(base)
+    extended.pieces.extend(new)
+    for small, large in ((base, llama), (extended, whole)):
+        one, two = (script.processor(m).encode(texts[-99:], out_type=str) for m in (small, large))
+        assert one == two
+    return base, extended, script.spellings(base, [piece.piece for piece in new])
 
 
 def bits_of_each_init(model, base, extended, spelling: list, unseen: dict) -> dict:
