@@ -260,10 +260,9 @@ def read_base(folder: Path, args: Arguments):
             "SentencePiece BPE tokenizer, such as Llama 2, TinyLlama or Mistral 7B v0.1"
         ) from error
     spec, normal, size = base.trainer_spec, base.normalizer_spec, len(base.pieces)
-    plain = spec.model_type == BPE and normal.add_dummy_prefix
-    plain &= not (normal.precompiled_charsmap or normal.remove_extra_whitespaces)
-    plain &= min(spec.unk_id, spec.bos_id, spec.eos_id) >= 0
-    if not plain or any(piece.type == USER_DEFINED for piece in base.pieces):
+    rules = spec.model_type == BPE, normal.add_dummy_prefix, not normal.precompiled_charsmap
+    rules += not normal.remove_extra_whitespaces, min(spec.unk_id, spec.bos_id, spec.eos_id) >= 0
+    if not all(rules) or any(piece.type == USER_DEFINED for piece in base.pieces):
         raise UserError(
             f"{given}: its tokenizer.model is not like Llama 2's; expected SentencePiece BPE, no "
             "normalisation, a prefix space and no user-defined pieces"
@@ -274,8 +273,8 @@ def read_base(folder: Path, args: Arguments):
     items = dict(chain.from_iterable(header.items() for _, header in shards.values()))
     tied = config.get("tie_word_embeddings", False) and HEAD not in items
     matrices = [EMBEDDING] if tied else [EMBEDDING, HEAD]
-    rows = {name: items[name]["shape"][0] if name in items else None for name in matrices}
-    rows |= {"config.json": config.get("vocab_size")}
+    rows = {name: items.get(name, {"shape": [0]})["shape"][0] for name in matrices}
+    rows["config.json"] = config.get("vocab_size")
     if set(rows.values()) != {size}:
         raise UserError(
             f"{given}: its tokenizer.model has {size} pieces, its rows are {rows}; expected the "
@@ -309,8 +308,8 @@ def read_shards(folder: Path, given: str) -> dict[Path, tuple[int, dict]]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        shards[path] = 8 + length, dict(in_order)
+        items = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        shards[path] = 8 + length, dict(items)
     return shards
 
 
@@ -326,10 +325,9 @@ def fetch_hongloumeng(path: Path) -> None:
             text = answer.read().decode("utf-8-sig")
         novel = re.search(r"\*\*\* ?START OF .*\n([^*]*)\*\*\* ?END OF", text)[1].strip()
     except Exception as error:
-        raise UserError(
-            f"--corpus {path}: is missing and could not be fetched ({error}); save "
-            f"{HONGLOUMENG_URL} there by hand, or name other texts with --corpus"
-        ) from error
+        remedy = f"save {HONGLOUMENG_URL} there by hand, or name other texts with --corpus"
+        wrong = f"is missing and could not be fetched ({error})"
+        raise UserError(f"--corpus {path}: {wrong}; {remedy}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
     part.write_text(novel + "\n", encoding="utf-8")
@@ -365,7 +363,7 @@ def documents(path: Path, option: str) -> Iterator[str]:
             else:
                 texts = (line.decode().rstrip("\r\n") for line in file)
             yield from (text for text in texts if text and text.strip())
-    except (ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{option} {path}: cannot be read ({type(error).__name__}: {str(error)[:100]}); "
             "expected UTF-8 text, or JSON Lines or Parquet with a column named text"
@@ -479,8 +477,8 @@ def merge_pieces(base, candidates: list[str], vocab_size: int):
     size, top, dead = len(base.pieces), max(piece.score for piece in base.pieces), []
     room, given = vocab_size - size - len(single), f"--vocab_size {vocab_size}"
     if room < 0:
-        least = f"{size + len(single)} or more, for the base's {size} pieces and {len(single)}"
-        raise UserError(f"{given}: expected {least} single characters")
+        parts = f"the base's {size} pieces and {len(single)} single characters"
+        raise UserError(f"{given}: expected {size + len(single)} or more, for {parts}")
     while room <= len(merged):
         extended = type(base)()
         extended.CopyFrom(base)
@@ -540,9 +538,8 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     merges = [(left, right) for *_, left, right in sorted(splits)]
     spec = model.trainer_spec
     unk, bos, eos = (model.pieces[i].piece for i in (spec.unk_id, spec.bos_id, spec.eos_id))
-    tokenizer = Tokenizer(
-        models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True)
-    )
+    bpe = models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
     spaces = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     tokenizer.normalizer = normalizers.Sequence(spaces)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -555,8 +552,8 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     kept = (*settings, "padding_side", "chat_template")  # a pad token might have no row
     settings |= {name: old[name] for name in kept if old.get(name) is not None}
     settings |= {"bos_token": bos, "eos_token": eos, "unk_token": unk}
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings |= {"clean_up_tokenization_spaces": False}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["clean_up_tokenization_spaces"] = False
     single = [bos] * settings["add_bos_token"] + ["$A"] + [eos] * settings["add_eos_token"]
     pair = single + [token.replace("$A", "$B") for token in single]
     ids = [(bos, spec.bos_id), (eos, spec.eos_id)]
@@ -595,10 +592,8 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict:
     for trial, failures in trials.items():
         if failures:
             found = f"{trial} {len(failures)}, the first {str(failures[0])[:60]!r}"
-            raise UserError(
-                f"proof failed, nothing was written: {found}; please report it with --base_model "
-                "and --corpus"
-            )
+            remedy = "please report it with --base_model and --corpus"
+            raise UserError(f"proof failed, nothing was written: {found}; {remedy}")
     return dict.fromkeys(trials, 0) | {"texts_compared": len(texts)}
 
 
@@ -725,36 +720,31 @@ def bits_per_character(llama, tokenizer, texts: list[str], bos: int, rows: int) 
     return nats / log(2) / sum(map(len, texts))
 
 
-def draw(report: dict, path: Path) -> None:
-    """The report as a picture: base beside extended."""
+def show(report: dict, text: str, model, picture: Path) -> None:
+    """The report as a table, with one sentence in the new pieces, and as a picture."""
     from matplotlib.figure import Figure
 
-    names = [f"base\n{report['base_vocab_size']:,}", f"extended\n{report['vocab_size']:,}"]
-    kinds, losses = ("base", "extended"), report["bits_per_character_before_training"]
-    panels = [(t, names, [f * report[k][key] for k in kinds]) for key, t, f in MEASURES]
-    if losses:
-        panels.append(("bits per character before training", [*losses], [*losses.values()]))
-    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
-    for axis, (title, labels, values) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        bars = axis.bar(labels, values, color=["#9aa5b1", "#b5322a"], width=0.6)
-        axis.bar_label(bars, fmt="%.2f")
-        axis.set_title(title)
-        axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-def show(report: dict, text: str, model) -> None:
-    """The report as a table, and one sentence in the new pieces."""
-    print(f"{'':24}{'base':>12}{'extended':>12}")
-    print(f"{'pieces':24}{report['base_vocab_size']:12,}{report['vocab_size']:12,}")
+    sizes, panels = (report["base_vocab_size"], report["vocab_size"]), []
+    print(f"{'':24}{'base':>12}{'extended':>12}\n{'pieces':24}{sizes[0]:12,}{sizes[1]:12,}")
     for key, title, factor in MEASURES:
         base, extended = (factor * report[kind][key] for kind in ("base", "extended"))
         print(f"{title:24}{base:12.2f}{extended:12.2f}")
-    for name, bits in report["bits_per_character_before_training"].items():
+        bars = {f"base\n{sizes[0]:,}": base, f"extended\n{sizes[1]:,}": extended}
+        panels.append((title, bars))
+    losses = report["bits_per_character_before_training"]
+    for name, bits in losses.items():
         print(f"bits per character before training, {name}: {bits:.2f}")
     print(f"proof: {report['proof']}; {report['replaced_pieces']} dead candidates were replaced")
     print("sample: " + "|".join(processor(model).encode(text[:60], out_type=str)))
+    panels += [("bits per character before training", losses)] if losses else []
+    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
+    for axis, (title, bars) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        drawn = axis.bar([*bars], [*bars.values()], color=["#9aa5b1", "#b5322a"], width=0.6)
+        axis.bar_label(drawn, fmt="%.2f")
+        axis.set_title(title)
+        axis.spines[["top", "right"]].set_visible(False)
+    picture.parent.mkdir(exist_ok=True)
+    figure.savefig(picture, dpi=150)
 
 
 # --- Files ---------------------------------------------------------------------------------------
@@ -764,7 +754,7 @@ def read_json(path: Path, given: str) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{given}: {path.name} is not JSON; fetch the model again") from error
+        raise UserError(f"{given}: {path.name} is not JSON; fetch or make it again") from error
 
 
 def save_json(path: Path, content: dict) -> None:
@@ -799,10 +789,8 @@ def already_done(args: Arguments, inputs: dict[str, int]) -> bool:
         raise UserError(f"--output_dir {folder}: is a file; name a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return False
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        run = {}
+    record = folder / "run.json"
+    run = read_json(record, f"--output_dir {folder}") if record.is_file() else {}
     if run.get("script") != "extend_vocab.py":
         raise UserError(f"--output_dir {folder}: holds something else; name another folder")
     if args.overwrite:
@@ -811,10 +799,9 @@ def already_done(args: Arguments, inputs: dict[str, int]) -> bool:
     differing = [f"--{name}" for name in now if now[name] != then.get(name)]
     differing += ["the files it reads"] if inputs != run["inputs"] else []
     if differing:
-        raise UserError(
-            f"--output_dir {folder}: holds a run with other settings ({', '.join(differing)}); add "
-            "--overwrite to replace it, or name another folder"
-        )
+        wrong = f"holds a run with other settings ({', '.join(differing)})"
+        remedy = "add --overwrite to replace it, or name another folder"
+        raise UserError(f"--output_dir {folder}: {wrong}; {remedy}")
     print(f"already done: {folder} (--overwrite builds it anew)")
     return True
 
@@ -844,8 +831,8 @@ def main(argv: list[str] | None = None) -> None:
     std = config.get("initializer_range", 0.02)
     rows_of = partial(new_rows, spelling=spelling, init=args.init, std=std, seed=args.seed)
     report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
-    report |= {"replaced_pieces": len(replaced)}
     report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
+    report["replaced_pieces"] = len(replaced)
     with whole_folder(Path(args.output_dir)) as folder:
         save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         write_tokenizer(folder, base_folder, model)
@@ -859,8 +846,7 @@ def main(argv: list[str] | None = None) -> None:
         run = {"script": "extend_vocab.py", "arguments": asdict(args), "inputs": inputs}
         run |= {"versions": {name: version(name) for name in PACKAGES}, "results": report}
         save_json(folder / "run.json", run)
-    draw(report, Path(PICTURE))
-    show(report, report_texts[0], model)
+    show(report, report_texts[0], model, Path(PICTURE))
     print(f"wrote {args.output_dir} and {PICTURE}; next: python train_pt.py")
 
 
