@@ -32,7 +32,7 @@ demo test lint: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 demo: $(VENV)/installed
 	python filter_cc.py
 	python extend_vocab.py --base_model data/sample/tiny-llama --corpus data/cc_filtered --vocab_size 8000
-	python train_pt.py --block_size 256 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --learning_rate 2e-3 --num_train_epochs 4
+	python train_pt.py --block_size 256 --gradient_accumulation_steps 1 --learning_rate 3e-3 --warmup_steps 20 --num_train_epochs 15
 	python merge_lora.py
 	python -c "from transformers import pipeline; print(pipeline('text-generation', 'outputs/merged')('春天的', max_new_tokens=60)[0]['generated_text'])"
 
