@@ -43,12 +43,12 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -72,45 +72,26 @@ ADAPTER_NAME = re.compile(  # base_model.model.<module>.<what it is>
 # Fields of adapter_config.json that are read here or do not change the merged weights. Any other
 # that is set names a kind of LoRA that this script does not know.
 KNOWN_FIELDS = {
-    *(
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "ensure_weight_tying",
-        "eva_config",
-    ),
-    *(
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "r",
-    ),
-    *(
-        "lora_dropout",
-        "megatron_core",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "rank_pattern",
-    ),
-    *("qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "use_dora"),
-    *("trainable_token_indices", "use_rslora"),
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
+    "trainable_token_indices", "use_dora", "use_rslora",
+}  # fmt: skip
+KNOWN_VALUES = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    # These leave the base as it was; PiSSA, OLoRA, LoftQ, ... change it before training begins.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
-# These leave the base as it was; PiSSA, OLoRA, LoftQ and others change it before training begins.
-KNOWN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 TOKENIZER_FILES = [
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja"),
 ]
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # Llama 2's licence travels with its weights
 NF4 = {  # QLoRA's settings, for --merge_into dequantized when the adapter does not tell its own
-    "quant_type": "nf4",
-    "double_quant": True,
-    "blocksize": 64,
-    "compute_dtype": "bfloat16",
-    "skip_modules": ["lm_head"],
+    "quant_type": "nf4", "double_quant": True, "blocksize": 64,
+    "compute_dtype": "bfloat16", "skip_modules": ["lm_head"],
 }
 # What --verify reads when no file is named.
 PASSAGE = (
@@ -130,53 +111,40 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the docstring as it is written and every option's default."""
 
 
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class Arguments:
     """Every option of the command line; the help text is the documentation."""
 
-    adapter: str = field(
-        default="outputs/pt",
-        metadata={"help": "The adapter: train_pt.py's output or a checkpoint in it, or a hub id."},
+    adapter: str = option(
+        "outputs/pt", "The adapter: train_pt.py's output or a checkpoint in it, or a hub id."
     )
-    base_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model to merge into, folder or hub id; None: the one the adapter names."
-        },
+    base_model: str | None = option(
+        None, "Model to merge into, folder or hub id; None: the one the adapter names."
     )
-    output_dir: str = field(
-        default="outputs/merged",
-        metadata={"help": "Folder for the merged model; replaces an earlier one once it is whole."},
+    output_dir: str = option(
+        "outputs/merged", "Folder for the merged model; replaces an earlier one once it is whole."
     )
-    merge_into: Literal["dequantized", "original"] | None = field(
-        default=None,
-        metadata={
-            "help": "The base as its 4-bit copy holds it, or as it is on disk; None: dequantized "
-            "if the adapter's run.json tells of a 4-bit base, else original."
-        },
+    merge_into: Literal["dequantized", "original"] | None = option(
+        None, "The base as its 4-bit copy holds it, or as it is on disk; None: dequantized if the "
+        "adapter's run.json tells of a 4-bit base, else original."
+    )  # fmt: skip
+    dtype: Literal["bf16", "fp16", "fp32"] | None = option(
+        None, "Number format of all merged weights; None: the base's."
     )
-    dtype: Literal["bf16", "fp16", "fp32"] | None = field(
-        default=None, metadata={"help": "Number format of all merged weights; None: the base's."}
-    )
-    max_shard_size: float = field(
-        default=5.0, metadata={"help": "Largest safetensors file in GB; more makes another file."}
-    )
-    verify: str | None = field(
-        default=None,
-        metadata={
-            "nargs": "?",
-            "const": PASSAGE,
-            "help": "UTF-8 text on which to compare base + adapter with the merged model (mean KL, "
-            "bits per character), one whole model in memory at a time; the option without a value "
-            "takes a passage of its own; None: no comparison.",
-        },
-    )
-    verify_tokens: int = field(
-        default=512, metadata={"help": "How many tokens of that text are read at most."}
-    )
-    push_to_hub: str | None = field(
-        default=None,
-        metadata={"help": "Hub repository (user/name) to upload to, private if new; None: none."},
+    max_shard_size: float = option(5.0, "Largest safetensors file in GB; more makes another file.")
+    verify: str | None = field(default=None, metadata={"nargs": "?", "const": PASSAGE, "help":
+        "UTF-8 text on which to compare base + adapter with the merged model (mean KL, bits per "
+        "character), one whole model in memory at a time; the option without a value takes a "
+        "passage of its own; None: no comparison."
+    })  # fmt: skip
+    verify_tokens: int = option(512, "How many tokens of that text are read at most.")
+    push_to_hub: str | None = option(
+        None, "Hub repository (user/name) to upload to, private if new; None: none."
     )
 
 
@@ -260,28 +228,23 @@ def find_model(name_or_path: str, option: str) -> Path:
 
 def find_adapter(name_or_path: str) -> Path:
     """The local folder of an adapter; without one, the error says what to run or to pass."""
-    folder, shown = Path(name_or_path).expanduser(), f"--adapter {name_or_path}"
-    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path) and folder.parts[0] != "outputs"
-    if is_id and not folder.exists():
+    given, folder = f"--adapter {name_or_path}", Path(name_or_path).expanduser()
+    if not folder.exists() and re.fullmatch(r"(?!outputs/)\w[\w.-]*/\w[\w.-]*", name_or_path):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         wanted = ["adapter_*", "run.json", *TOKENIZER_FILES]
-        try:
+        with suppress(HfHubHTTPError, LocalEntryNotFoundError, ConnectionError):
             folder = Path(snapshot_download(name_or_path, allow_patterns=wanted))
-        except (HfHubHTTPError, LocalEntryNotFoundError, ConnectionError) as error:
-            wrong = "no such folder, and not on the hub or the hub is out of reach"
-            raise UserError(f"{shown}: {wrong}; run python train_pt.py first") from error
-    if not (folder / "adapter_config.json").is_file():
-        found = [path.parent for path in folder.glob("checkpoint-*/adapter_config.json")]
-        if found:
-            last = max(found, key=lambda path: int(path.name.rpartition("-")[2]))
-            raise UserError(f"{shown}: training is not finished; pass --adapter {last}")
-        wrong = "no adapter_config.json there; expected a PEFT LoRA adapter"
-        raise UserError(f"{shown}: {wrong}; run python train_pt.py first")
-    if not (folder / "adapter_model.safetensors").is_file():
-        wrong = "no adapter_model.safetensors there"
-        raise UserError(f"{shown}: {wrong}; save the adapter again with a current PEFT")
+    steps = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            if steps:
+                last = folder / f"checkpoint-{max(steps)}"
+                raise UserError(f"{given}: training is not finished; pass --adapter {last}")
+            wrong = f"no {name} there, nor on the hub if that can be reached"
+            remedy = "expected a PEFT LoRA adapter; run python train_pt.py first"
+            raise UserError(f"{given}: {wrong}; {remedy}")
     return folder
 
 
@@ -301,20 +264,17 @@ class Stored:
     def rows(self) -> int:  # a vector is one row
         return math.prod(self.shape[:-1])
 
-    def room(self, rows: int) -> "Tensor":
-        """Memory for so many rows."""
-        import torch
-
-        return torch.empty((rows, self.shape[-1]), dtype=getattr(torch, DTYPES[self.dtype]))
-
     def block(self, begin: int, end: int, room: "Tensor | None" = None) -> "Tensor":
         """Rows begin to end, in memory of their own or at the start of a room."""
         import torch
 
-        rows = self.room(end - begin) if room is None else room[: end - begin]
+        if room is None:
+            dtype = getattr(torch, DTYPES[self.dtype])
+            room = torch.empty((end - begin, self.shape[-1]), dtype=dtype)
+        rows = room[: end - begin]
         data = rows.view(torch.uint8).numpy()
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start + begin * self.shape[-1] * SIZES[self.dtype])
+            file.seek(self.start + begin * data.shape[1])
             if file.readinto(data) != data.nbytes:
                 raise UserError(f"{self.path}: it ended early; is something writing to it? {AGAIN}")
         return rows
@@ -344,49 +304,46 @@ def fingerprint(folder: Path) -> str:
 
 def load_json(path: Path, shown: str) -> dict:
     """A JSON object, or an error that names the option by which the file came."""
-    try:
+    with suppress(ValueError):  # not UTF-8, or not JSON
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # not UTF-8, or not JSON
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{shown}: {path} is broken; expected a JSON object; {AGAIN}")
-    return found
+        if isinstance(found, dict):
+            return found
+    raise UserError(f"{shown}: {path} is broken; expected a JSON object; {AGAIN}")
 
 
 def read_header(path: Path, shown: str) -> dict[str, Stored]:
-    """The tensors of one safetensors file, in the order of their bytes; all must be there."""
-    size = path.stat().st_size
+    """The tensors of one safetensors file; all of their bytes must be there."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"{shown}: {path} is missing; expected a safetensors file; {AGAIN}")
+    try:
+        with safe_open(path, "np"):  # it holds the header against the file's size
+            pass
+    except SafetensorError as error:
+        wrong = f"{path} is broken ({error}); expected a safetensors file"
+        raise UserError(f"{shown}: {wrong}; {AGAIN}") from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if length <= size else None
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise UserError(f"{shown}: {path} is broken; expected a safetensors file; {AGAIN}")
+        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    tensors, begin, due = {}, 8 + length, 8 + length
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, offsets = entry["dtype"], entry["data_offsets"]
-        if dtype not in DTYPES:
-            wrong = f"{name} in {path} is stored as {dtype}; expected BF16, F16 or F32"
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            wrong = f"{name} in {path} is stored as {entry['dtype']}; expected BF16, F16 or F32"
             raise UserError(f"{shown}: {wrong}; pass the model as it was before quantisation")
-        tensors[name] = Stored(path, begin + offsets[0], dtype, tuple(entry["shape"]))
-        due = begin + offsets[1]
-    if size != due:
-        raise UserError(f"{shown}: {path} has {size:,} bytes; expected {due:,}; truncated? {AGAIN}")
-    return tensors
+    return {
+        name: Stored(path, 8 + length + t["data_offsets"][0], t["dtype"], tuple(t["shape"]))
+        for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    }
 
 
 def read_folder(folder: Path, shown: str) -> dict[str, Stored]:
     """The tensors of a model: of model.safetensors, or of the shards that the index names."""
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.is_file() and not (folder / names[0]).is_file():
-        names = sorted(set(load_json(index, shown).get("weight_map", {}).values()))
+    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        names = set(load_json(index, shown).get("weight_map", {}).values())
     tensors = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"{shown}: {folder / name} is missing; expected safetensors; {AGAIN}")
+    for name in sorted(names):
         tensors |= read_header(folder / name, shown)
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
 
@@ -407,10 +364,8 @@ def find_base(args: Arguments, lora: dict, run: dict) -> tuple[Path, dict, dict[
     if EMBEDDING not in tensors:
         raise UserError(f"{shown}: no {EMBEDDING} in it; expected a Llama or a model like it")
     if trained_on.get("fingerprint") not in (None, fingerprint(folder)):
-        wrong = (
-            f"the adapter is of another model, {trained_on['model_name_or_path']} as it was then"
-        )
-        raise UserError(f"{shown}: {wrong}; pass that model with --base_model, or train again")
+        wrong = f"the adapter is of another model, {trained_on['model_name_or_path']} as it was"
+        raise UserError(f"{shown}: {wrong}; pass that one with --base_model, or train again")
     return folder, config, tensors
 
 
@@ -437,56 +392,40 @@ class Part:
         return math.prod(self.source.shape) * SIZES[self.dtype]
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Blocks are too small to be shared out among PyTorch's threads; workers share the tensors."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def finite(rows: "Tensor") -> bool:
     """No NaN, no infinity; the sum tells in one pass, unless it overflows by itself."""
     return math.isfinite(rows.sum().item()) or bool(rows.isfinite().all())
 
 
-@one_thread()
-def check_adapter(config: dict, tensors: dict[str, Stored], shown: str) -> None:
+def workers() -> ThreadPoolExecutor:
+    """Threads that compute alone: blocks are too small to be shared out among PyTorch's own."""
+    import torch
+
+    return ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def check_adapter(lora: dict, tensors: dict[str, Stored], shown: str) -> None:
     """Refuse, by name, what cannot be merged exactly, and what is broken."""
-    odd = {key: value for key, value in config.items() if value and key not in KNOWN_FIELDS}
-    if odd.get("bias") == "none":
-        del odd["bias"]
-    if odd.pop("init_lora_weights", None) not in KNOWN_INITS:
-        odd["init_lora_weights"] = config["init_lora_weights"]
-    if config.get("peft_type") != "LORA":
-        odd["peft_type"] = config.get("peft_type")
-    for key, value in odd.items():
-        raise UserError(f"{shown}: {key} = {value} {INEXACT} here; use PEFT's merge_and_unload")
-    for name, tensor in tensors.items():
+    for key, value in ({"peft_type": None} | lora).items():
+        if value not in KNOWN_VALUES.get(key, [value if key in KNOWN_FIELDS or not value else ...]):
+            raise UserError(f"{shown}: {key} = {value} {INEXACT} here; use PEFT's merge_and_unload")
+    for name in tensors:
         if not ADAPTER_NAME.fullmatch(name):
             raise UserError(f"{shown}: {name} {INEXACT} here; use PEFT's merge_and_unload")
+
+    def check(name: str) -> None:
+        tensor = tensors[name]
         if not all(finite(tensor.block(*bounds)) for bounds in tensor.blocks()):
-            raise UserError(
-                f"{shown}: {name} has NaN or infinite values; pass an earlier checkpoint"
-            )
+            raise UserError(f"{shown}: {name} has NaN or inf; pass an earlier checkpoint")
+
+    with workers() as pool:
+        list(pool.map(check, tensors))
 
 
-def pattern_value(patterns: dict | None, module: str, default: float) -> float:
-    """rank_pattern and alpha_pattern: the first pattern that fits the end of the module's name."""
+def setting(patterns: dict | None, module: str, default: Any) -> Any:
+    """A module's own rank, alpha or rows: of the first pattern that fits the end of its name."""
     fits = (v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
     return next(fits, default)
-
-
-def token_indices(config: dict, module: str) -> list[int]:
-    """The rows that trainable_token_indices names for a module; a bare list is the embedding's."""
-    named = config.get("trainable_token_indices") or {}
-    named = {"embed_tokens": named} if isinstance(named, list) else named
-    return next((rows for key, rows in named.items() if f".{module}".endswith(f".{key}")), [])
 
 
 def make_plan(
@@ -502,6 +441,8 @@ def make_plan(
         parts.setdefault(HEAD, Part(HEAD, base[EMBEDDING], base[EMBEDDING].dtype))
     if tied:
         parts.pop(HEAD, None)
+    rows = lora.get("trainable_token_indices")
+    rows = {"embed_tokens": rows} if isinstance(rows, list) else rows
 
     for name, tensor in adapter.items():
         module, kind = ADAPTER_NAME.fullmatch(name).groups()
@@ -510,8 +451,7 @@ def make_plan(
         if tied and target == HEAD and whole and f"base_model.model.{EMBEDDING}" in adapter:
             continue  # the embedding once more
         if tied and (target == HEAD or (target == EMBEDDING and kind.startswith("lora"))):
-            wrong = "changes one of two tied matrices"
-            raise UserError(f"{shown}: {name} {wrong}, which {INEXACT}; untie them and train again")
+            raise UserError(f"{shown}: {name} changes one of two tied matrices, which {INEXACT}")
         if target not in parts:
             raise UserError(f"{shown}: {name} is not in the base; {OTHER_MODEL}")
         part = parts[target]
@@ -524,7 +464,7 @@ def make_plan(
             if target == EMBEDDING:
                 config["vocab_size"] = tensor.rows
         elif kind == "token_adapter.trainable_tokens_delta":
-            part.new, part.indices = tensor, token_indices(lora, module)
+            part.new, part.indices = tensor, setting(rows, module, [])
         else:
             setattr(part, {"lora_A": "a", "lora_B": "b"}.get(kind[:6], "magnitude"), tensor)
     for part in parts.values():
@@ -536,8 +476,8 @@ def finish_part(part: Part, lora: dict, shown: str) -> None:
     """Set the scaling, and see that the shapes and settings of adapter and base go together."""
     shape, module, wrong = part.source.shape, part.name.removesuffix(".weight"), None
     if part.a or part.b or part.magnitude:
-        rank = pattern_value(lora.get("rank_pattern"), module, lora["r"])
-        alpha = pattern_value(lora.get("alpha_pattern"), module, lora["lora_alpha"])
+        rank = setting(lora.get("rank_pattern"), module, lora["r"])
+        alpha = setting(lora.get("alpha_pattern"), module, lora["lora_alpha"])
         part.scaling = alpha / (math.sqrt(rank) if lora.get("use_rslora") else rank)
         found = [tensor and tensor.shape for tensor in (part.a, part.b)]
         if len(shape) != 2 or found != [(rank, shape[1]), (shape[0], rank)]:
@@ -547,11 +487,11 @@ def finish_part(part: Part, lora: dict, shown: str) -> None:
         elif part.magnitude and math.prod(part.magnitude.shape) != shape[0]:
             wrong = f"the magnitude is {part.magnitude.shape}; expected {shape[0]} numbers"
     if part.new:
-        count = len(set(part.indices))
+        due = (len(set(part.indices)), *shape[1:])
         if part.a:
             wrong = f"LoRA and trainable_token_indices on one matrix, which {INEXACT}"
-        elif part.new.shape != (count, *shape[1:]) or count != len(part.indices):
-            wrong = f"{part.new.shape} new rows for {count} indices; expected {(count, *shape[1:])}"
+        elif part.new.shape != due or len(part.indices) != due[0]:
+            wrong = f"the new rows are {part.new.shape}; expected {due} by their indices"
         elif max(part.indices) >= shape[0]:
             wrong = f"a new row {max(part.indices)}; the base has {shape[0]}; pass the extended "
             wrong += "model with --base_model, or run python extend_vocab.py first"
@@ -592,15 +532,15 @@ def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     wide, narrow = heads * size, (config.get("num_key_value_heads") or heads) * size
     layer = {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
     layer |= {"self_attn.q_proj": (wide, width), "self_attn.o_proj": (width, wide)}
-    layer |= {"self_attn.k_proj": (narrow, width), "self_attn.v_proj": (narrow, width)}
-    layer |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
+    layer |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (narrow, width))
+    layer |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (inner, width))
     layer |= {"mlp.down_proj": (width, inner)}
     shapes = {EMBEDDING: (rows, width), "model.norm.weight": (width,)}
-    for prefix in (f"model.layers.{i}" for i in range(config["num_hidden_layers"])):
+    for i in range(config["num_hidden_layers"]):
         for name, shape in layer.items():
-            shapes[f"{prefix}.{name}.weight"] = shape
+            shapes[f"model.layers.{i}.{name}.weight"] = shape
             if len(shape) == 2 and config.get("attention_bias" if "attn" in name else "mlp_bias"):
-                shapes[f"{prefix}.{name}.bias"] = shape[:1]
+                shapes[f"model.layers.{i}.{name}.bias"] = shape[:1]
     return shapes if config.get("tie_word_embeddings") else shapes | {HEAD: (rows, width)}
 
 
@@ -632,13 +572,13 @@ def dequantized(tensor: Stored, flags: dict) -> Iterator["Tensor"]:
 
     loaded_as = getattr(torch, flags["compute_dtype"])  # as train_pt.py loads what it quantises
     settings = {"blocksize": flags["blocksize"], "quant_type": flags["quant_type"]}
-    blocks = (tensor.block(begin, end).to(loaded_as) for begin, end in tensor.blocks())
+    blocks = (tensor.block(*bounds).to(loaded_as) for bounds in tensor.blocks())
     packed = [bnb.quantize_4bit(block, **settings) for block in blocks]
     scales = torch.cat([state.absmax for _, state in packed])
     if flags["double_quant"]:
         mean = scales.mean()
-        twice = bnb.quantize_blockwise(scales - mean, blocksize=256)
-        scales = bnb.dequantize_blockwise(*twice) + mean
+        scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256))
+        scales += mean
     for values, state in packed:
         state.absmax, scales = scales.tensor_split([len(state.absmax)])
         yield bnb.dequantize_4bit(values, state)
@@ -648,20 +588,22 @@ def merged(part: Part, flags: dict | None) -> Iterator["Tensor"]:
     """The merged tensor, block by block."""
     import torch
 
-    dtype = getattr(torch, DTYPES[part.dtype])
-    from_4bit = dequantized(part.source, flags) if part.quantized else None
+    source, blocks = part.source, part.source.blocks()
+    # Rooms that all blocks share: asking the system for new memory each time takes longer.
+    shape = (max(end - begin for begin, end in blocks), source.shape[-1])
+    dtypes = (getattr(torch, DTYPES[name]) for name in (source.dtype, "F32", part.dtype))
+    room, wide, out = (torch.empty(shape, dtype=dtype) for dtype in dtypes)
+    sources = (source.block(*bounds, room) for bounds in blocks)
+    if part.quantized:
+        sources = dequantized(source, flags)
     if part.a:
         a = part.a.block(0, part.a.rows).float()  # (r, in)
     if part.magnitude:
         magnitude = part.magnitude.block(0, part.magnitude.rows).float().view(-1, 1)  # (out, 1)
     if part.new:
-        position = torch.full((part.source.rows,), -1)  # which new row goes where; -1: none
+        position = torch.full((source.rows,), -1)  # which new row goes where; -1: none
         position[part.indices] = torch.arange(len(part.indices))
-    blocks = part.source.blocks()
-    room = part.source.room(max(end - begin for begin, end in blocks))  # asking the system for
-    wide, out = torch.empty(room.shape), torch.empty(room.shape, dtype=dtype)  # new takes longer
-    for begin, end in blocks:
-        rows = next(from_4bit) if from_4bit else part.source.block(begin, end, room)
+    for (begin, end), rows in zip(blocks, sources, strict=True):
         if part.a:
             delta = torch.mm(part.b.block(begin, end).float(), a, out=wide[: end - begin])
             rows = delta.mul_(part.scaling).add_(rows)
@@ -671,61 +613,52 @@ def merged(part: Part, flags: dict | None) -> Iterator["Tensor"]:
         if part.new and (hit := position[begin:end] >= 0).any():
             which = position[begin:end][hit]
             first, last = int(which.min()), int(which.max())
-            rows[hit] = part.new.block(first, last + 1)[which - first].to(dtype)
+            rows[hit] = part.new.block(first, last + 1)[which - first].to(rows.dtype)
         if not finite(rows):
-            found = f"{part.name} is not finite, by {part.source.path} or the range of {dtype}"
-            raise UserError(f"--base_model: {found}; {AGAIN}, or pass another --dtype")
+            wrong = f"{part.name} is not finite, by {source.path} or the range of {part.dtype}"
+            raise UserError(f"--base_model: {wrong}; {AGAIN}, or pass another --dtype")
         yield rows
 
 
-def write_shard(path: Path, parts: list[Part], flags: dict | None, bar: tqdm) -> None:
-    """One safetensors file: the header, and then each tensor at its place, a few at a time."""
+def write_weights(folder: Path, parts: dict[str, Part], flags: dict | None, limit: float) -> None:
+    """Shards of at most limit bytes and their index: the headers, then each tensor at its place."""
     import torch
 
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for part in parts:
-        span = [offset, offset := offset + part.nbytes]
-        header[part.name] = {"dtype": part.dtype, "shape": part.source.shape, "data_offsets": span}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    shards: list[list[Part]] = [[]]
+    for part in sorted(parts.values(), key=lambda part: -SIZES[part.dtype]):  # for alignment
+        if shards[-1] and sum(p.nbytes for p in shards[-1]) + part.nbytes > limit:
+            shards.append([])
+        shards[-1].append(part)
+    places: dict[str, tuple[Path, int]] = {}  # file and first byte of each tensor
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05}-of-{len(shards):05}" if len(shards) > 1 else "model"
+        path, header, offset = folder / f"{name}.safetensors", {"__metadata__": {"format": "pt"}}, 0
+        for part in shard:
+            header[part.name] = {"dtype": part.dtype, "shape": part.source.shape}
+            header[part.name]["data_offsets"] = [offset, offset := offset + part.nbytes]
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        places |= {p.name: (path, 8 + len(text) + header[p.name]["data_offsets"][0]) for p in shard}
 
-    def write(part: Part) -> None:
+    def write(part: Part) -> int:
+        path, start = places[part.name]
         with path.open("r+b") as file:
-            start = file.seek(8 + len(text) + header[part.name]["data_offsets"][0])
+            file.seek(start)
             for rows in merged(part, flags):
                 file.write(rows.view(torch.uint8).numpy())
                 if hasattr(os, "posix_fadvise"):  # on Linux: begin to put it on the disk at once
                     os.posix_fadvise(file.fileno(), start, rows.nbytes, os.POSIX_FADV_DONTNEED)
                 start += rows.nbytes
+        return part.nbytes
 
-    with ThreadPoolExecutor(WORKERS) as pool:
-        try:
-            for part, done in [(part, pool.submit(write, part)) for part in parts]:
-                done.result()
-                bar.update(part.nbytes)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-@one_thread()
-def write_weights(folder: Path, parts: dict[str, Part], flags: dict | None, limit: float) -> None:
-    """All shards of at most limit bytes, and their index; wide numbers first, for alignment."""
-    shards: list[list[Part]] = [[]]
-    for part in sorted(parts.values(), key=lambda part: -SIZES[part.dtype]):
-        if shards[-1] and sum(p.nbytes for p in shards[-1]) + part.nbytes > limit:
-            shards.append([])
-        shards[-1].append(part)
     total = sum(part.nbytes for part in parts.values())
-    index = {"metadata": {"total_size": total}, "weight_map": {}}
-    with tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
-        for i, shard in enumerate(shards, 1):
-            name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-            name = name if len(shards) > 1 else "model.safetensors"
-            write_shard(folder / name, shard, flags, bar)
-            index["weight_map"] |= {part.name: name for part in shard}
+    with workers() as pool, tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
+        for nbytes in pool.map(write, [part for shard in shards for part in shard]):
+            bar.update(nbytes)
     if len(shards) > 1:
+        index = {"weight_map": {name: path.name for name, (path, _) in places.items()}}
+        index["metadata"] = {"total_size": total}
         save_json(folder / "model.safetensors.index.json", index)
     written = read_folder(folder, f"--output_dir {folder}")  # what lies there is what was planned
     for name, part in parts.items():
@@ -747,8 +680,8 @@ def copy_rest(adapter: Path, base: Path, folder: Path, config: dict) -> None:
         for path in (path for name in names for path in source.glob(name)):
             shutil.copyfile(path, folder / path.name)
     if not (folder / "generation_config.json").is_file():
-        ids = {f"{key}_token_id": config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
-        ids = {key: value for key, value in ids.items() if value is not None}
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {key: config[key] for key in keys if config.get(key) is not None}
         save_json(folder / "generation_config.json", ids)
 
 
@@ -786,18 +719,14 @@ def write_papers(folder: Path, args: Arguments, base: Path, facts: dict[str, obj
     record["versions"] = {name: version(name) for name in packages}
     record["base"] = {"model_name_or_path": str(base), "fingerprint": fingerprint(base)}
     save_json(folder / "run.json", record)
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    table = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     card = f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# {folder.name.removesuffix(".partial")}
-
 A LoRA adapter merged into its base by `merge_lora.py` of 落九 (Luojiu).
 
-| | |
-| --- | --- |
 {table}
 
 ```python
@@ -864,17 +793,14 @@ def built_aside(output: Path) -> Iterator[Path]:
 # --- After the merge -----------------------------------------------------------------------------
 
 
-def read_passage(args: Arguments) -> str:
+def read_passage(verify: str | None) -> str:
     """The text of --verify, read before the merge so that a wrong name costs nothing."""
-    if args.verify in (None, PASSAGE):
+    if verify in (None, PASSAGE):
         return PASSAGE
-    try:
-        text = Path(args.verify).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        text = ""
-    if not text:
-        raise UserError(f"--verify {args.verify}: nothing to read; expected a UTF-8 text file")
-    return text
+    with suppress(OSError, ValueError):  # ValueError: not UTF-8
+        if text := Path(verify).read_text(encoding="utf-8").strip():
+            return text
+    raise UserError(f"--verify {verify}: nothing to read; expected a UTF-8 text file")
 
 
 def compare(
@@ -939,7 +865,7 @@ def push(folder: Path, repository: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Find both models, plan every tensor, write them aside, put them in place, report."""
     args, began = parse_args(argv), time.time()
-    text = read_passage(args)
+    text = read_passage(args.verify)
     adapter, shown = find_adapter(args.adapter), f"--adapter {args.adapter}"
     lora = load_json(adapter / "adapter_config.json", shown)
     run = load_json(adapter / "run.json", shown) if (adapter / "run.json").is_file() else {}
