@@ -13,14 +13,11 @@ map's pages count as ours. The format is a length (8 bytes), a JSON header, and 
 Exact: equal to PEFT 0.21's merge_and_unload on CPU, bit for bit. Like PEFT we take A and B to fp32,
     delta = (B @ A) * scaling            # (out, r) @ (r, in)
     W     = round(W + delta)             # one rounding, at the sum
-and rows of a product do not depend on one another, so blocks have the same bits (but for a block of
-one row, which BLAS gives to another kernel; there are none). DoRA (Liu et al., 2024, section 4)
-scales each row to its trained length; modules_to_save replaces tensors, trainable_token_indices
-rows. What cannot be merged exactly is refused by name.
+block by block: rows of a product do not depend on one another (one row alone would, as BLAS gives
+it to another kernel). DoRA (Liu et al., 2024, section 4) scales each row to its trained length.
 
 An adapter trained on a 4-bit base (QLoRA; Dettmers et al., 2023) has learned to live with that
-base's rounding. It is merged into what it saw, the base quantised and dequantised, and not into
-the original, which makes a slightly different model. See --merge_into.
+base's rounding. It is merged into what it saw, the base quantised and dequantised: --merge_into.
 
 A run of seconds on any CPU (this command was run, after the demo):
     python merge_lora.py --verify
@@ -59,6 +56,7 @@ if TYPE_CHECKING:  # torch, peft, ... take seconds: the functions that use them 
 # --- Constants -----------------------------------------------------------------------------------
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names, PyTorch's
+WANTED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}  # by --dtype
 SIZES = {"BF16": 2, "F16": 2, "F32": 4}  # bytes
 BLOCK = 1 << 19  # values in a block of rows: 2 MB in fp32, small enough for a core's cache
 PADDING = 512  # rows that a model may have beyond its tokens; some round them up
@@ -236,14 +234,14 @@ def find_adapter(name_or_path: str) -> Path:
         wanted = ["adapter_*", "run.json", *TOKENIZER_FILES]
         with suppress(HfHubHTTPError, LocalEntryNotFoundError, ConnectionError):
             folder = Path(snapshot_download(name_or_path, allow_patterns=wanted))
-    steps = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")]
+    steps = [int(p.parent.name[11:]) for p in folder.glob("checkpoint-*/adapter_config.json")]
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            if steps:
-                last = folder / f"checkpoint-{max(steps)}"
-                raise UserError(f"{given}: training is not finished; pass --adapter {last}")
             wrong = f"no {name} there, nor on the hub if that can be reached"
             remedy = "expected a PEFT LoRA adapter; run python train_pt.py first"
+            if steps:
+                wrong = "training is not finished"
+                remedy = f"pass --adapter {folder}/checkpoint-{max(steps)}"
             raise UserError(f"{given}: {wrong}; {remedy}")
     return folder
 
@@ -268,10 +266,8 @@ class Stored:
         """Rows begin to end, in memory of their own or at the start of a room."""
         import torch
 
-        if room is None:
-            dtype = getattr(torch, DTYPES[self.dtype])
-            room = torch.empty((end - begin, self.shape[-1]), dtype=dtype)
-        rows = room[: end - begin]
+        dtype, count = getattr(torch, DTYPES[self.dtype]), end - begin
+        rows = torch.empty((count, self.shape[-1]), dtype=dtype) if room is None else room[:count]
         data = rows.view(torch.uint8).numpy()
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start + begin * data.shape[1])
@@ -329,7 +325,7 @@ def read_header(path: Path, shown: str) -> dict[str, Stored]:
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            wrong = f"{name} in {path} is stored as {entry['dtype']}; expected BF16, F16 or F32"
+            wrong = f"{name} is stored as {entry['dtype']}; expected BF16, F16 or F32"
             raise UserError(f"{shown}: {wrong}; pass the model as it was before quantisation")
     return {
         name: Stored(path, 8 + length + t["data_offsets"][0], t["dtype"], tuple(t["shape"]))
@@ -365,7 +361,7 @@ def find_base(args: Arguments, lora: dict, run: dict) -> tuple[Path, dict, dict[
         raise UserError(f"{shown}: no {EMBEDDING} in it; expected a Llama or a model like it")
     if trained_on.get("fingerprint") not in (None, fingerprint(folder)):
         wrong = f"the adapter is of another model, {trained_on['model_name_or_path']} as it was"
-        raise UserError(f"{shown}: {wrong}; pass that one with --base_model, or train again")
+        raise UserError(f"{shown}: {wrong}; pass that one, or train again")
     return folder, config, tensors
 
 
@@ -407,7 +403,8 @@ def workers() -> ThreadPoolExecutor:
 def check_adapter(lora: dict, tensors: dict[str, Stored], shown: str) -> None:
     """Refuse, by name, what cannot be merged exactly, and what is broken."""
     for key, value in ({"peft_type": None} | lora).items():
-        if value not in KNOWN_VALUES.get(key, [value if key in KNOWN_FIELDS or not value else ...]):
+        known = key in KNOWN_FIELDS or not value
+        if value not in KNOWN_VALUES[key] if key in KNOWN_VALUES else not known:
             raise UserError(f"{shown}: {key} = {value} {INEXACT} here; use PEFT's merge_and_unload")
     for name in tensors:
         if not ADAPTER_NAME.fullmatch(name):
@@ -429,9 +426,10 @@ def setting(patterns: dict | None, module: str, default: Any) -> Any:
 
 
 def make_plan(
-    base: dict[str, Stored], adapter: dict[str, Stored], lora: dict, config: dict, shown: str
+    base: dict[str, Stored], adapter: dict[str, Stored], lora: dict, config: dict, args: Arguments
 ) -> dict[str, Part]:
-    """Lay the adapter over the base; the model's config follows where the adapter changes it."""
+    """Lay the adapter over the base; the config follows where the adapter or --dtype changes it."""
+    shown = f"--adapter {args.adapter}"
     parts = {name: Part(name, tensor, tensor.dtype) for name, tensor in base.items()}
     tied = config.get("tie_word_embeddings", HEAD not in base)
     saved = tuple(f".{module}.weight" for module in lora.get("modules_to_save") or [])
@@ -469,6 +467,8 @@ def make_plan(
             setattr(part, {"lora_A": "a", "lora_B": "b"}.get(kind[:6], "magnitude"), tensor)
     for part in parts.values():
         finish_part(part, lora, shown)
+        part.dtype = WANTED.get(args.dtype, part.dtype)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[parts[EMBEDDING].dtype]
     return parts
 
 
@@ -517,13 +517,6 @@ def choose_base(parts: dict[str, Part], args: Arguments, run: dict) -> dict | No
     return flags
 
 
-def choose_dtypes(parts: dict[str, Part], config: dict, args: Arguments) -> None:
-    """The number format of each merged tensor: the base's own, or --dtype for all."""
-    for part in parts.values():
-        part.dtype = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}.get(args.dtype, part.dtype)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[parts[EMBEDDING].dtype]
-
-
 def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Every tensor that a Llama of this config has."""
     width, inner, rows = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
@@ -548,8 +541,8 @@ def check_shapes(parts: dict[str, Part], config: dict, shown: str) -> None:
     """Every tensor that the config asks for is there, in its shape, and no other; of families other
     than Llama, only the vocabulary is known here."""
     found = {name: part.source.shape for name, part in parts.items()}
-    vocabulary = found.keys() & {EMBEDDING, HEAD}
-    expected = found | {name: (config.get("vocab_size"), found[name][1]) for name in vocabulary}
+    rows, vocabulary = config.get("vocab_size"), found.keys() & {EMBEDDING, HEAD}
+    expected = found | {name: (rows, found[name][1]) for name in vocabulary}
     if config.get("model_type") == "llama":
         expected = llama_shapes(config)
     for name in sorted(expected.keys() | found.keys()):
@@ -708,7 +701,7 @@ def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
     tokens = max([count, *(token["id"] + 1 for token in tokenizer.get("added_tokens", []))])
     if not rows - PADDING <= tokens <= rows:
         wrong = f"the tokenizer has {tokens} tokens, the embedding {rows} rows"
-        raise UserError(f"{shown}: {wrong}; pass the model that belongs to this tokenizer")
+        raise UserError(f"{shown}: {wrong}; pass the model of this tokenizer")
     return tokens
 
 
@@ -873,9 +866,8 @@ def main(argv: list[str] | None = None) -> None:
     tensors = read_header(adapter / "adapter_model.safetensors", shown)
     check_adapter(lora, tensors, shown)
 
-    parts = make_plan(stored, tensors, lora, config, shown)
+    parts = make_plan(stored, tensors, lora, config, args)
     flags = choose_base(parts, args, run)
-    choose_dtypes(parts, config, args)
     check_shapes(parts, config, f"--base_model {base}")
     output, nbytes = Path(args.output_dir), sum(part.nbytes for part in parts.values())
     check_output(output, [adapter, base], nbytes)
