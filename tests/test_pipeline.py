@@ -71,7 +71,7 @@ def test_real_text_and_the_real_tokenizer(shared_data, run_script, tmp_path):
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=256,
-        intermediate_size=688,
+        intermediate_size=704,
         num_hidden_layers=4,
         num_attention_heads=4,
         rms_norm_eps=1e-5,
