@@ -57,9 +57,8 @@ def make_adapter(base: Path, folder: Path, model=None, **config) -> Path:
     from peft import LoraConfig, get_peft_model
 
     defaults = {"r": 5, "lora_alpha": 7, "target_modules": LINEAR, "init_lora_weights": False}
-    model = get_peft_model(
-        model or load(base), LoraConfig(task_type="CAUSAL_LM", **{**defaults, **config})
-    )
+    settings = LoraConfig(task_type="CAUSAL_LM", **{**defaults, **config})
+    model = get_peft_model(model or load(base), settings)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -81,11 +80,8 @@ def peft_merge(base: Path, adapter: Path, **kwargs):
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
+    files = map(load_file, sorted(folder.glob("*.safetensors")))
+    return {name: tensor for file in files for name, tensor in file.items()}
 
 
 def merge(adapter: Path, *options: object) -> dict[str, torch.Tensor]:
@@ -180,9 +176,8 @@ def test_bits_depend_neither_on_blocks_nor_on_threads(tmp_path, monkeypatch, blo
     """257 rows of 129: a remainder of one row would take another BLAS kernel."""
     sizes = {"hidden_size": 129, "intermediate_size": 257, "num_attention_heads": 3}
     base = make_base(tmp_path / "base", num_hidden_layers=1, **sizes)
-    adapter = make_adapter(
-        base, tmp_path / "adapter", r=31, target_modules=["up_proj", "down_proj"]
-    )
+    targets = ["up_proj", "down_proj"]
+    adapter = make_adapter(base, tmp_path / "adapter", r=31, target_modules=targets)
     monkeypatch.setattr(merge_lora, "BLOCK", block)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -194,10 +189,7 @@ def test_bits_depend_neither_on_blocks_nor_on_threads(tmp_path, monkeypatch, blo
 
 def test_an_adapter_with_more_rows_than_the_base_brings_its_own(tmp_path):
     base, grown = make_base(tmp_path / "base", vocab_size=900), make_base(tmp_path / "grown")
-    model = load(grown)
-    adapter = make_adapter(
-        grown, tmp_path / "adapter", model=model, modules_to_save=["embed_tokens", "lm_head"]
-    )
+    adapter = make_adapter(grown, tmp_path / "adapter", **CASES["embedding and head"])
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, adapter / name)
     ours = merge(adapter, "--base_model", base)
@@ -323,12 +315,8 @@ def test_tokenizer_travels_byte_for_byte_and_gains_a_json(tmp_path):
     base = make_base(tmp_path / "base")
     (base / "LICENSE.txt").write_text("terms")
     merge(make_adapter(base, tmp_path / "adapter"))
-    for name in (
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "generation_config.json",
-        "LICENSE.txt",
-    ):
+    settings = ("tokenizer_config.json", "generation_config.json")
+    for name in ("tokenizer.model", *settings, "LICENSE.txt"):
         assert Path("merged", name).read_bytes() == (base / name).read_bytes()
     text = "春天的早晨，山上起霧了，OK？ 𠮷\n"
     ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in ("merged", base))
@@ -349,9 +337,8 @@ def test_shards_index_and_buffers(tmp_path):
     assert_same_bits(ours, peft_merge(base, adapter))
     index = json.loads(Path("merged/model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == ours.keys()
-    assert set(index["weight_map"].values()) == {
-        p.name for p in Path("merged").glob("*.safetensors")
-    }
+    shards = {path.name for path in Path("merged").glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == shards
     assert_same_bits(load(Path("merged")).state_dict(), peft_merge(base, adapter))
 
 
@@ -478,12 +465,7 @@ def poke(value: float):
         ("adapter", "up_proj.lora_A.weight", poke(float("inf")), "up_proj.lora_A.weight has NaN"),
         ("adapter", "up_proj.lora_A.weight", lambda t: None, "A and B are [None, (131, 5)]"),
         ("adapter", "up_proj.lora_A.weight", lambda t: t[:4], "expected rank 5"),
-        (
-            "adapter",
-            "up_proj.lora_A.weight",
-            lambda t: t[:, :9],
-            "is it the adapter of another model?",
-        ),
+        ("adapter", "up_proj.lora_A.weight", lambda t: t[:, :9], "adapter of another model?"),
         ("base", "v_proj.weight", poke(float("-inf")), "v_proj.weight is not finite"),
         ("base", "v_proj.weight", lambda t: None, "v_proj.lora_A.weight is not in the base"),
         ("base", "model.norm.weight", lambda t: None, "model.norm.weight is missing"),
