@@ -549,9 +549,12 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     path = base_folder / "tokenizer_config.json"
     old = read_json(path, f"--base_model {base_folder}") if path.is_file() else {}
     settings = {"add_bos_token": True, "add_eos_token": False, "model_max_length": 4096}
-    kept = (*settings, "padding_side", "chat_template")  # a pad token might have no row
+    kept = (*settings, "padding_side", "chat_template")
     settings |= {name: old[name] for name in kept if old.get(name) is not None}
     settings |= {"bos_token": bos, "eos_token": eos, "unk_token": unk}
+    pad = old.get("pad_token")
+    if isinstance(pad, str) and pad in vocab:  # another would become a piece behind the last row
+        settings["pad_token"] = pad
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["clean_up_tokenization_spaces"] = False
     single = [bos] * settings["add_bos_token"] + ["$A"] + [eos] * settings["add_eos_token"]
@@ -618,24 +621,27 @@ def new_rows(name: str, matrix, spelling: list[list[int]], init: str, std: float
     """
     import torch
 
+    rows = matrix.new_empty(len(spelling), matrix.shape[1])
     if init == "mean_subtoken":
-        return torch.stack([matrix[ids].float().mean(0).to(matrix.dtype) for ids in spelling])
-    shape = len(spelling), matrix.shape[1]
-    if init == "mean":
+        for row, ids in zip(rows, spelling, strict=True):
+            row[:] = matrix[ids].float().mean(0)
+    elif init == "mean":
         total = sum(block.double().sum(0) for block in matrix.split(1024))  # little at a time
-        return (total / len(matrix)).to(matrix.dtype).expand(shape)
-    generator = torch.Generator().manual_seed(2 * seed + (name == HEAD))  # not twice the same
-    return torch.randn(shape, generator=generator).mul_(std).to(matrix.dtype)
+        rows[:] = total / len(matrix)
+    else:
+        generator = torch.Generator().manual_seed(2 * seed + (name == HEAD))  # not twice the same
+        rows[:] = std * torch.randn(rows.shape, generator=generator)
+    return rows
 
 
-def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of) -> None:
+def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of, more: int) -> None:
     """Stream the base into the folder: more rows behind embedding and head, the rest unchanged."""
     size = 1.3 * sum(path.stat().st_size for path in shards)
     if size > shutil.disk_usage(folder).free:
         raise OSError(errno.ENOSPC, f"--output_dir: {size / 1e9:.1f} GB of disk are needed")
     for path, (start, items) in tqdm(shards.items(), "writing", unit=" files"):
         if {EMBEDDING, HEAD} & items.keys():
-            grow_shard(path, folder / path.name, start, items, rows_of)
+            grow_shard(path, folder / path.name, start, items, rows_of, more)
         else:
             shutil.copyfile(path, folder / path.name)
     for path in chain.from_iterable(map(base_folder.glob, BESIDE)):
@@ -646,22 +652,19 @@ def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of) -> None
         save_json(folder / INDEX, index | {"metadata": {"total_size": size}})
 
 
-def grow_shard(source: Path, target: Path, start: int, items: dict, rows_of) -> None:
+def grow_shard(source: Path, target: Path, start: int, items: dict, rows_of, more: int) -> None:
     """Copy one safetensors file (data from offset start), growing the matrices that are in it;
-    memory holds one tensor and the new rows, no more."""
+    memory holds one matrix and its new rows, no more."""
     import torch
     from safetensors import safe_open
 
-    with safe_open(source, "pt") as reader:
-        names = [name for name in (EMBEDDING, HEAD) if name in items]
-        rows = {name: rows_of(name, reader.get_tensor(name)).contiguous() for name in names}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, item in items.items():
-        first, last = item["data_offsets"]
-        begin, end, shape = end, end + last - first, item["shape"]
-        if name in rows:
-            end, shape = end + rows[name].nbytes, [shape[0] + len(rows[name]), shape[1]]
-        header[name] = item | {"shape": shape, "data_offsets": [begin, end]}
+        size, shape = item["data_offsets"][1] - item["data_offsets"][0], item["shape"]
+        if name in (EMBEDDING, HEAD):
+            size, shape = size + size // shape[0] * more, [shape[0] + more, shape[1]]
+        header[name] = item | {"shape": shape, "data_offsets": [end, end + size]}
+        end += size
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     with source.open("rb") as old, target.open("wb") as new:
@@ -670,8 +673,11 @@ def grow_shard(source: Path, target: Path, start: int, items: dict, rows_of) -> 
             first, last = item["data_offsets"]
             old.seek(start + first)
             new.write(old.read(last - first))
-            if name in rows:
-                new.write(rows[name].view(torch.uint8).numpy().data)
+            if name in (EMBEDDING, HEAD):
+                with safe_open(source, "pt") as reader:
+                    rows = rows_of(name, reader.get_tensor(name))
+                new.write(rows.view(torch.uint8).numpy().data)
+                del rows
 
 
 # --- The report ----------------------------------------------------------------------------------
@@ -838,7 +844,7 @@ def main(argv: list[str] | None = None) -> None:
         write_tokenizer(folder, base_folder, model)
         proof_texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, proof_texts, args.seed)
-        resize_model(folder, base_folder, shards, rows_of)
+        resize_model(folder, base_folder, shards, rows_of, len(spelling))
         texts = sample(report_texts, LOSS_CHARS, args.seed)
         report["bits_per_character_before_training"] = starting_losses(
             folder, base, model, texts, rows_of, args.eval_loss

@@ -74,6 +74,11 @@ def write_base(folder: Path, tied: bool = False, dtype=torch.bfloat16, shard: st
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _working_directory(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return write_base(tmp_path_factory.mktemp("vocab") / "base")
@@ -183,8 +188,7 @@ def test_a_saved_and_loaded_tokenizer_gives_the_same_ids(extended, tmp_path):
     assert one["input_ids"] == two["input_ids"]
 
 
-def test_the_bases_settings_are_kept(base, corpus, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_bases_settings_are_kept(base, corpus, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     settings = {"model_max_length": 777, "add_eos_token": True, "chat_template": "{{ messages }}"}
     settings |= {"pad_token": "<pad>", "bos_token": {"content": "<s>", "__type": "AddedToken"}}
@@ -236,7 +240,7 @@ def test_segments_hold_no_ascii_and_are_short():
     assert found == ["中文", "，再 中文", "長" * 1000, "長" * 1000, "長" * 500 + " ", "尾"]
 
 
-def test_weights_decide_whose_words_get_in(tmp_path, base):
+def test_weights_decide_whose_words_get_in(tmp_path):
     one = write_corpus(tmp_path / "one.txt", seed=1)
     two = write_corpus(tmp_path / "two.txt", seed=2)
 
@@ -323,8 +327,7 @@ def test_mean_is_the_mean_of_all_rows_and_random_has_the_configs_width():
     ("tied", "dtype", "shard"),
     [(False, torch.bfloat16, "1GB"), (False, torch.float16, "40KB"), (True, torch.float32, "40KB")],
 )
-def test_only_embedding_and_head_change(tied, dtype, shard, corpus, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_only_embedding_and_head_change(tied, dtype, shard, corpus, tmp_path):
     base = write_base(tmp_path / "base", tied, dtype, shard)
     script.main(options(base, corpus))
     result = tmp_path / "outputs" / "extended"
@@ -424,7 +427,6 @@ def test_bits_per_character_equal_a_plain_loop(base):
     ],
 )
 def test_wrong_values(option, value, said, base, corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "data").mkdir()
@@ -446,10 +448,7 @@ def test_an_unknown_option_ends_with_code_2(base, corpus, capsys):
     assert stop.value.code == 2 and "unknown option: --vocab-sice" in capsys.readouterr().err
 
 
-def test_too_large_a_vocabulary_says_how_many_there_are_and_so_many_work(
-    base, corpus, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+def test_too_large_a_vocabulary_says_how_many_pieces_there_are(base, corpus, tmp_path, capsys):
     line = refusal(capsys, *options(base, corpus, "--vocab_size", 50_000))
     most = int(line.split("the corpus yields ")[1].split()[0])
     assert NEW_SIZE < most < 50_000
@@ -509,8 +508,7 @@ def spoil(folder: Path, how: str) -> None:
         ("config cut short", "config.json is not JSON"),
     ],
 )
-def test_bases_that_cannot_be_extended(how, said, base, corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_bases_that_cannot_be_extended(how, said, base, corpus, tmp_path, capsys):
     shutil.copytree(base, tmp_path / "base")
     spoil(tmp_path / "base", how)
     line = refusal(capsys, *options(tmp_path / "base", corpus))
@@ -520,7 +518,6 @@ def test_bases_that_cannot_be_extended(how, said, base, corpus, tmp_path, monkey
 
 def test_a_failed_proof_writes_nothing(base, corpus, tmp_path, monkeypatch, capsys):
     """With the merges in the order of ids, as Transformers itself would put them."""
-    monkeypatch.chdir(tmp_path)
     write = script.write_tokenizer
 
     def reversed_merges(folder: Path, *rest) -> None:
@@ -536,7 +533,6 @@ def test_a_failed_proof_writes_nothing(base, corpus, tmp_path, monkeypatch, caps
 
 
 def test_a_full_disk_ends_with_code_1(base, corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
     assert "GB" in refusal(capsys, *options(base, corpus), code=1)
     assert list((tmp_path / "outputs").iterdir()) == []
@@ -545,10 +541,7 @@ def test_a_full_disk_ends_with_code_1(base, corpus, tmp_path, monkeypatch, capsy
 # --- Runs ----------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_kept_and_another_needs_overwrite(
-    base, corpus, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+def test_a_finished_run_is_kept_and_another_needs_overwrite(base, corpus, tmp_path, capsys):
     script.main(options(base, corpus))
     run = tmp_path / "outputs" / "extended" / "run.json"
     before = run.stat().st_mtime_ns
@@ -577,7 +570,7 @@ extend_vocab.main(sys.argv[1:])
 """
 
 
-def test_killed_in_the_middle_leaves_nothing_that_looks_whole(base, corpus, tmp_path, monkeypatch):
+def test_killed_in_the_middle_leaves_nothing_that_looks_whole(base, corpus, tmp_path):
     root = Path(script.__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *options(base, corpus)],
@@ -590,13 +583,11 @@ def test_killed_in_the_middle_leaves_nothing_that_looks_whole(base, corpus, tmp_
     outputs = tmp_path / "outputs"
     assert [path.name for path in outputs.iterdir()] == ["extended.tmp"]
     assert (outputs / "extended.tmp" / "model.safetensors").is_file()  # it was in the middle
-    monkeypatch.chdir(tmp_path)
     script.main(options(base, corpus))
     assert [path.name for path in outputs.iterdir()] == ["extended"]
 
 
-def test_two_runs_give_the_same_bytes(base, corpus, extended, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_two_runs_give_the_same_bytes(base, corpus, extended):
     script.main(options(base, corpus))
     for name in ("tokenizer.model", "tokenizer.json", "model.safetensors", "config.json"):
         one, two = ((f / name).read_bytes() for f in (extended, Path("outputs/extended")))
@@ -611,13 +602,11 @@ def test_hongloumeng_is_fetched_without_the_licence(tmp_path, monkeypatch):
         encoding="utf-8",
     )
     monkeypatch.setattr(script, "HONGLOUMENG_URL", page.as_uri())
-    monkeypatch.chdir(tmp_path)
     assert script.find_texts(script.HONGLOUMENG, "--corpus") == [Path(script.HONGLOUMENG)]
     assert Path(script.HONGLOUMENG).read_text(encoding="utf-8") == "紅樓夢\n第一回\n"
 
 
 def test_hongloumeng_out_of_reach(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "HONGLOUMENG_URL", (tmp_path / "not-there.txt").as_uri())
     line = refusal(capsys, *options(base, Path(script.HONGLOUMENG)))
     assert "could not be fetched" in line and "not-there.txt" in line
@@ -627,9 +616,8 @@ def test_hongloumeng_out_of_reach(base, tmp_path, monkeypatch, capsys):
 # --- Real material -------------------------------------------------------------------------------
 
 
-def test_hongloumeng_on_llama_2(shared_data, tmp_path, monkeypatch):
+def test_hongloumeng_on_llama_2(shared_data):
     """61,388 pieces, all alive, one answer from both runtimes on all paragraphs, the figures."""
-    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1}
     config = LlamaConfig(vocab_size=32000, num_hidden_layers=1, **sizes)
