@@ -874,11 +874,12 @@ def blocks() -> SimpleNamespace:
                     text, name = page.pop("text"), page.pop("id")
                     if text:
                         yield Document(text, str(name), metadata=page | {"tally": self.tally})
-            except (OSError, EOFError, ValueError, zlib.error) as error:
-                full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-                if (
-                    full or "://" in filepath
-                ):  # no fault of the file: the task fails, and runs again
+            except Exception as error:
+                if "://" in filepath:  # the network's fault: the task fails, and runs again
+                    what = f"{filepath} ({type(error).__name__}: {error})"
+                    raise ConnectionError(what) from error
+                ours = not isinstance(error, (OSError, EOFError, ValueError, zlib.error))
+                if ours or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 damage(f"unreadable file ({type(error).__name__})")
             self.tally.files += 1
@@ -1110,7 +1111,13 @@ def run_stages(stages: list[tuple], args: Arguments, work: Path, files: int) -> 
         executor = make_executor(args, steps, tasks, work / "logs" / name, executor)
         if args.executor != "slurm":
             with progress(executor, name, work / "tally" if "judge" in name else None, files):
-                executor.run()
+                try:
+                    executor.run()
+                except ConnectionError as error:
+                    raise UserError(
+                        f"cannot read {error}; expected an answer from its server; check the"
+                        " network and run the same command again: what is finished stays"
+                    ) from error
             if failed := executor.get_incomplete_ranks():
                 logs = f"{work}/logs/{name}/logs"
                 raise RuntimeError(f"{len(failed)} of {tasks} tasks of {name} failed; see {logs}")
@@ -1283,20 +1290,25 @@ def expand_input(given: str) -> list[str]:
         system, path = fsspec.core.url_to_fs(given)
         if any(sign in given for sign in "*?["):
             names = sorted(system.glob(path))
-        elif remote and path.endswith(ENDINGS):
-            return [given]
         elif system.isdir(path):
             names = sorted(name for name in system.ls(path, detail=False) if name.endswith(ENDINGS))
         else:
             names = [path] if system.exists(path) else []
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--input {given}: no access ({error}); {expected}; check it") from error
+    except Exception as error:  # each file system of fsspec raises its own
+        remedy = "check the address and the network"
+        if given.startswith("s3://"):
+            remedy = f"set AWS credentials, or give {CRAWL_URL}... (the same files, without any)"
+        why = str(error).partition("\n")[0]
+        raise UserError(f"--input {given}: no access ({why}); {expected}; {remedy}") from error
     if not names:
         what = "holds no such file" if Path(given).is_dir() else "does not exist"
-        raise UserError(f"--input {given}: {what}; {expected}; check the path")
+        what, remedy = ("no answer", "address and the network") if remote else (what, "path")
+        raise UserError(f"--input {given}: {what}; {expected}; check the {remedy}")
     for name in names:
         if not name.endswith(ENDINGS):
             raise UserError(f"--input {given}: {name} has another ending; {expected}; rename it")
+    if names == [path] and remote:
+        return [given]
     return [system.unstrip_protocol(name) if remote else name for name in names]
 
 
@@ -1342,7 +1354,18 @@ def publish(args: Arguments, work: Path, turn: int) -> dict:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    output, place, left = Path(args.output_dir), work / f"dedup_{turn:02d}", math.inf
+    judged = sum_tallies(work / "tally")
+    if not judged.pages:
+        shown = ", ".join(args.input[:5]) if not args.crawl else args.crawl
+        tidy(work)
+        (work / "settings.json").unlink()
+        for completions in work.glob("logs/*/completions"):  # the next run begins anew
+            shutil.rmtree(completions)
+        raise UserError(
+            f"--input {shown}: no page could be read ({', '.join(judged.damage) or 'none there'});"
+            f" expected WET, WARC, JSONL or Parquet; see {work}/logs and give other files"
+        )
+    output, place = Path(args.output_dir), work / f"dedup_{turn:02d}"
     left = parse_size(args.target_size) or math.inf
     pages = size = characters = 0
     for old in output.glob("*.parquet"):
@@ -1357,7 +1380,6 @@ def publish(args: Arguments, work: Path, turn: int) -> dict:
         characters += pc.sum(pc.utf8_length(table["text"])).as_py()
         if size >= left:
             break
-    judged = sum_tallies(work / "tally")
     pages_left, bytes_left = judged.pages.total(), judged.bytes.total()
     left_after = {"read": (pages_left, bytes_left)}
     for rule in list(RULES)[:-3]:
@@ -1395,6 +1417,11 @@ def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
         print(f"{rule:16} {left['pages']:>12,} pages {left['bytes']:>16,} bytes left")
     for kind, times in results["damage"].items():
         print(f"damage: {kind}: {times:,} (named in {work}/logs)")
+    if not results["pages"]:
+        counts = [counts["pages"] for counts in results["left_after"].values()]
+        rule = max(range(len(RULES)), key=lambda at: counts[at] - counts[at + 1])
+        name, what = list(RULES.items())[rule]
+        print(f"every page was refused, most by {name} ({what}); --save_rejected shows them")
     print(
         f"{results['pages']:,} pages, {results['characters']:,} characters in {args.output_dir},"
         f" {seconds:.0f} s; what each rule left: {args.picture}",

@@ -1,7 +1,9 @@
 """filter_cc.py: verdicts on pages written for the purpose, files damaged in every way, and runs."""
 
 import contextlib
+import functools
 import gzip
+import http.server
 import io
 import json
 import os
@@ -10,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -577,6 +580,12 @@ def run(run_script, folder, *options: object, **kwargs):
     )
 
 
+def run_here(folder, *options: object) -> None:
+    """The same in this process, which is quicker."""
+    places = ("--output_dir", folder / "out", "--picture", folder / "filter.png")
+    filter_cc.main([*map(str, (*places, *FEW, *options))])
+
+
 def corpus(folder) -> dict[str, bytes]:
     """The corpus's files and their bytes."""
     return {path.name: path.read_bytes() for path in sorted((folder / "out").glob("*.parquet"))}
@@ -809,6 +818,9 @@ def test_a_remote_file_is_read_where_it_lies(judge):
         (["--input", "no/such/place"], ["--input no/such/place", "does not exist"]),
         (["--input", "tests"], ["--input tests", "no such file", ".wet"]),
         (["--input", "README.md"], ["--input README.md", "another ending"]),
+        (["--input", "no/such/*.wet.gz"], ["--input no/such/*.wet.gz", "does not exist"]),
+        (["--input", "https://127.0.0.1:9/a.warc.wet.gz"], ["a.warc.wet.gz", "the network"]),
+        (["--input", "s3://commoncrawl/a.warc.wet.gz"], ["s3://", "credentials", "https://"]),
         (["--crawl", "CC-MAIN-1999-01"], ["--crawl CC-MAIN-1999-01", "--input"]),
         (["--target_size", "much"], ["--target_size much", "6GB"]),
         (["--min_han", "7"], ["--min_han 7", "0 to 1"]),
@@ -819,18 +831,63 @@ def test_a_remote_file_is_read_where_it_lies(judge):
 def test_mistakes_end_in_one_line(run_script, tmp_path, options, words):
     if "--output_dir" not in options:
         options = [*options, "--output_dir", str(tmp_path / "out")]
-    done = run_script("filter_cc.py", *options, check=False)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    env["AWS_EC2_METADATA_DISABLED"] = "true"
+    done = run_script("filter_cc.py", *options, check=False, env=env)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     for word in words:
         assert word in done.stderr
 
 
-def test_no_good_page_is_no_mistake(run_script, tmp_path):
+def test_no_good_page_is_no_mistake(capsys, tmp_path):
     (tmp_path / "english.wet").write_bytes(record("en", ENGLISH))
-    done = run(run_script, tmp_path, "--input", tmp_path / "english.wet")
-    assert "0 pages" in done.stdout
+    run_here(tmp_path, "--input", tmp_path / "english.wet")
+    printed = capsys.readouterr().out
+    assert "0 pages" in printed
+    assert "most by han" in printed
     assert corpus(tmp_path) == {}
+
+
+def test_nothing_to_read_is_a_mistake_and_leaves_nothing_finished(capsys, tmp_path):
+    rubbish = tmp_path / "rubbish.warc.wet.gz"
+    rubbish.write_bytes(random.Random(0).randbytes(5_000))
+    (tmp_path / "corrupt.parquet").write_bytes(b"PAR1 but not really")
+    for _ in range(2):  # the second run says so again, not "already done"
+        with pytest.raises(SystemExit) as ended:
+            run_here(tmp_path, "--input", rubbish, tmp_path / "corrupt.parquet")
+        assert ended.value.code == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        for word in ("rubbish.warc.wet.gz", "corrupt.parquet", "no page could be read", "logs"):
+            assert word in last
+        assert not (tmp_path / "out" / "run.json").exists()
+    rubbish.write_bytes(members(*RECORDS))  # mended, it is read
+    run_here(tmp_path, "--input", rubbish, tmp_path / "corrupt.parquet")
+    assert len(rows(tmp_path)) == 8
+
+
+def test_a_web_server_s_file_is_read_and_its_absence_is_one_line(capsys, tmp_path):
+    (tmp_path / "a.warc.wet.gz").write_bytes(members(*RECORDS))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        run_here(tmp_path, "--input", f"{address}/a.warc.wet.gz")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_here(tmp_path, "--input", f"{address}/missing.warc.wet.gz")
+        server.shutdown()
+    assert len(rows(tmp_path)) == 8
+    assert ended.value.code == 2
+    assert "missing.warc.wet.gz" in capsys.readouterr().err
+
+
+def test_a_server_that_stops_answering_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(filter_cc, "list_inputs", lambda args: ["memory://gone/a.warc.wet.gz"])
+    with pytest.raises(SystemExit) as ended:
+        run_here(tmp_path, "--crawl", "CC-MAIN-2026-30")
+    assert ended.value.code == 2
+    assert "run the same command again" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_full_disk_is_one_line_and_exit_code_1(monkeypatch, capsys, tmp_path):
