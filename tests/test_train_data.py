@@ -108,9 +108,9 @@ def test_parquet_jsonl_and_txt_are_read_alike_and_the_cache_is_used(tokenizer, t
 def test_bad_text_is_refused_by_name(name, content, reason, tokenizer, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(train_pt.UserError, match=reason) as error:
-        train_pt.tokenize(train_pt.text_files(str(tmp_path)), tokenizer, tmp_path / "cache")
+        train_pt.tokenize(train_pt.text_files(str(tmp_path)), tokenizer, tmp_path / "out/cache/a")
     assert "--dataset" in str(error.value)
-    assert not (tmp_path / "cache").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [name], "a refused file leaves nothing"
 
 
 def test_a_missing_dataset_names_the_script_to_run_first():

@@ -108,6 +108,8 @@ def test_mistakes_end_in_one_line_and_exit_code_2(options, reason, command, caps
         ({"model_type": "gpt2"}, "a gpt2; expected a Llama"),
         ({"tie_word_embeddings": True}, "tied"),
         ({"vocab_size": 900}, "the tokenizer has 1000 pieces and the model only 900 rows"),
+        ({"hidden_size": 96}, "hidden_size 96; nf4 expects a multiple of 64; use --quantization"),
+        ({"intermediate_size": 688}, "intermediate_size 688; nf4 expects a multiple of 64"),
     ],
 )
 def test_a_base_that_cannot_be_trained_is_refused(change, reason, command, tmp_path, capsys):
