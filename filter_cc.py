@@ -66,16 +66,7 @@ MAX_RECORD = 16 << 20  # bytes; no page of prose is larger
 HEAD = 384  # compressed bytes that hold a record's header
 SAMPLE = 640  # further bytes that show its script
 SCRIPTS = (
-    "other",
-    "han",
-    "traditional",
-    "simplified",
-    "rare",
-    "kana",
-    "hangul",
-    "letter",
-    "broken",
-)
+    "other", "han", "traditional", "simplified", "rare", "kana", "hangul", "letter", "broken")
 SCORES = ("han", "traditional", "mainland", "repeated", "distinct", "closing", "spam")
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
 
@@ -116,13 +107,11 @@ NOTICE = re.compile(
     r"all\srights\sreserved|請勿(?:任意)?轉載|"
     r"未經.{0,4}(?:授權|許可|同意).{0,8}(?:轉載|重製|使用)|歡迎轉載|註明出處|創用\s?CC|"
     r"網站.{0,6}使用.{0,4}cookie|cookies?.{0,40}(?:同意|政策|隱私|瀏覽)|同意.{0,12}cookie|"
-    r"最佳瀏覽|瀏覽器.{0,12}(?:最佳|建議)|建議使用.{0,24}瀏覽|對[您你]有.{0,2}幫助嗎"
-)
+    r"最佳瀏覽|瀏覽器.{0,12}(?:最佳|建議)|建議使用.{0,24}瀏覽|對[您你]有.{0,2}幫助嗎")
 PROMPT = re.compile(
     r"(?:喜歡|覺得).{0,14}(?:分享|按讚|訂閱)|歡迎.{0,4}(?:分享|訂閱|追蹤|按讚)|"
     r"按讚.{0,8}(?:粉絲|專頁)|訂閱.{0,8}(?:電子報|頻道)|(?:追蹤|加入)我們|點(?:我|此|這裡)|"
-    r"(?:看|閱讀)更多|延伸閱讀|^[上下]一?[篇則頁][:：]"
-)
+    r"(?:看|閱讀)更多|延伸閱讀|^[上下]一?[篇則頁][:：]")
 CONTACT = re.compile(
     r"(?i)(地址|電話|傳真|信箱|e-?mail|tel|fax|服務時間|營業時間|統一?編號?|專線|郵遞區號|聯絡人)\s*[:：]"
 )
@@ -130,8 +119,7 @@ SENTENCE = re.compile("[。！？；，]|[\u3400-\u9fff」）][,.!?;](\\s|$|[\u3
 CLOSING = tuple("。！？…」』）；：.!?\"')~～")
 SEPARATORS = re.compile(r"[\s|｜│>»›＞/／·•．‧★◆■]+")
 FUNCTION_WORDS = frozenset(
-    "的了是我你妳他她它在不有這那著也就都而又還說到過裡吧嗎呢啊讓把被與和卻才很"
-)
+    "的了是我你妳他她它在不有這那著也就都而又還說到過裡吧嗎呢啊讓把被與和卻才很")
 
 SPAM = (
     "娛樂城 百家樂 老虎機 體驗金 線上博弈 博弈網 運彩 首存 首儲 註冊送 現金版 現金網 彩金 六合彩 "
@@ -140,8 +128,7 @@ SPAM = (
     "色情影片 做愛 口交 自慰 情趣用品 跳蛋 春藥 壯陽 威而鋼 犀利士 必利勁 持久液 催情 借錢 "
     "小額借款 急用錢 當日撥款 免留車 免保人 證件借款 票貼 房屋二胎 代書貸款 民間借貸 信用瑕疵 "
     "當舖 汽車借款 機車借款 加賴 加LINE 立即領取 高仿 A貨 代寫論文 代考 換現金 買粉絲 刷讚 增高鞋 "
-    "減肥藥 豐胸 穩賺 保證獲利 飆股 報明牌"
-)
+    "減肥藥 豐胸 穩賺 保證獲利 飆股 報明牌")
 # Mainland words in Traditional glyphs besides those of OpenCC's table, and Taiwan's own.
 MAINLAND = (
     "軟件 硬件 視頻 屏幕 鼠標 網絡 信息 內存 U盤 光盤 打印 服務器 互聯網 出租車 酸奶 土豆 激光 "
@@ -155,14 +142,12 @@ MAINLAND = (
     "供暖 樓盤 首付 五險一金 年終獎 農家樂 釐米 厘米 學習成績 考研 央企 民企 私企 下崗 留守兒童 "
     "空巢老人 廣場舞 小賣部 順風車 拼車 社保 二手房 房產證 身份證號 充電樁 電瓶車 大夥兒 一塊兒 "
     "這會兒 媳婦兒 孩子他爸 鍛煉 貧困戶 扶貧 網課 慕課 師生們 同學們都 領導們 發票抬頭 渠道商 "
-    "質檢 質監 打假 假冒偽劣 消費者們 人社部"
-)
+    "質檢 質監 打假 假冒偽劣 消費者們 人社部")
 TAIWAN = (
     "軟體 硬體 影片 螢幕 滑鼠 網路 資訊 記憶體 硬碟 隨身碟 光碟 簡訊 列印 伺服器 資料庫 網際網路 "
     "計程車 優格 馬鈴薯 雷射 晶片 筆電 手機殼 行動電源 外送 按讚 泡麵 鳳梨 奇異果 鮭魚 公車 捷運 "
     "程式 作業系統 防毒 部落格 網咖 快取 主機板 雲端 人工智慧 專案 檔案 資料夾 數位 解析度 國小 "
-    "國中 機車 便當 超商 健保 統一發票 阿嬤 阿公 腳踏車 透過 志工 帳號 帳戶"
-)
+    "國中 機車 便當 超商 健保 統一發票 阿嬤 阿公 腳踏車 透過 志工 帳號 帳戶")
 # Words of OpenCC's table that Taiwan has too, and compounds that only seem to hold one.
 SHARED = (
     "支持 程序 社區 菜單 公元 地址 參數 函數 循環 智能 用戶 界面 算法 聯繫 訪問 連接 項目 消息 "
@@ -180,8 +165,7 @@ SHARED = (
     "移動網絡 納米 納米比亞 支持者 程序正義 程序不正義 正當程序 訴訟程序 司法程序 處理程序 方程式 "
     "軟體動物 演算法 大數據 公元紀年 海內存知己 電視頻道 衛視頻道 影視頻道 感激光 相信息 本土豆 "
     "打印度 強硬件 高考慮 高考驗 高考量 微信心 微信仰 給力量 給力氣 土豆腐 靠譜系 外賣力 打車輪 "
-    "下單位 下單純 下單元"
-)
+    "下單位 下單純 下單元")
 
 # Personal data. Digits and letters around them must have ended; that is asked after the first
 # character, because a pattern that begins with a set of characters is found much faster.
@@ -214,8 +198,7 @@ class Arguments:
 
     input: list[str] = field(
         default_factory=lambda: ["data/sample"],
-        metadata={"help": "Files, folders, globs, URLs: .wet, .warc[.gz], .jsonl[.zst], .parquet."},
-    )
+        metadata={"help": "Files, folders, globs, URLs: .wet, .warc[.gz], .jsonl[.zst], .parquet."})
     crawl: str | None = option(None, "Crawl to read, such as CC-MAIN-2026-30; None: --input.")
     limit_files: int | None = option(None, "Read only so many files; None: all.")
     output_dir: str = option("data/cc_filtered", "Folder for the corpus; made if missing.")
@@ -227,19 +210,16 @@ class Arguments:
     min_han: float = option(0.5, "Least share of Han among the letters.")
     max_kana_hangul: float = option(0.2, "Largest share of kana and hangul in East Asian letters.")
     min_traditional: float = option(
-        0.9, "Least share of Traditional where scripts differ (OpenCC)."
-    )
+        0.9, "Least share of Traditional where scripts differ (OpenCC).")
     max_broken: float = option(0.002, "Largest share of broken characters (U+FFFD, private use).")
     max_rare: float = option(0.1, "Largest share of Han outside Big5 level 1, the 5,401 in use.")
     min_length: int = option(200, "Least number of Han left when the lines are cleaned.")
     max_mainland: float = option(
-        5.0, "Most different mainland words, less Taiwan words, a 1,000 Han."
-    )
+        5.0, "Most different mainland words, less Taiwan words, a 1,000 Han.")
     max_repeated: float = option(0.2, "Largest share of 10-grams of characters repeated (Gopher).")
     min_distinct: float = option(0.4, "Least share of distinct 2-grams in the first 1,000.")
     min_closing: float = option(
-        0.3, "Least share of text in lines that end a sentence (C4, FineWeb)."
-    )
+        0.3, "Least share of text in lines that end a sentence (C4, FineWeb).")
     max_spam: float = option(8.0, "Most spam words per 1,000 Han.")
     url_lists: bool = option(False, "Refuse datatrove's listed addresses too (0.8 GB a worker).")
     minhash_buckets: int = option(20, "MinHash bands: more find more near duplicates.")
@@ -348,9 +328,8 @@ def only_record(piece: bytes, wanted: Callable) -> tuple | None:
         lower = head[: max(end, 0)].lower()
         length = content_length(lower)
         size = int.from_bytes(piece[-4:], "little")
-        if length is None or end + 8 + length != size or not lower.startswith(b"warc/1."):
-            return None
-        if size > MAX_RECORD:
+        odd = length is None or end + 8 + length != size or not lower.startswith(b"warc/1.")
+        if odd or size > MAX_RECORD:
             return None
         if not wanted(lower, length):
             return ()
@@ -480,13 +459,6 @@ class Tally:
             counts = {name: getattr(self, name) for name in ("files", "pages", "bytes", "damage")}
             write_whole(Path(self.path), json.dumps(counts, sort_keys=True))
 
-    def add(self, path: Path) -> None:
-        """Add the counts that a task wrote."""
-        part = json.loads(path.read_text())
-        self.files += part["files"]
-        for name in ("pages", "bytes", "damage"):
-            getattr(self, name).update(part[name])
-
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it, so that no half of it is ever seen."""
@@ -526,9 +498,7 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
             headers = WarcRecord.from_bytes(data).headers
             known = {name: headers.get(field) for name, field in names.items()}
             yield known | {
-                "text": (page or data[at:]).decode("utf-8", "replace"),
-                "refused": refused,
-            }
+                "text": (page or data[at:]).decode("utf-8", "replace"), "refused": refused}
         except (OSError, ValueError, LookupError):
             damage("record that does not parse")
 
@@ -552,13 +522,8 @@ def main_text(record: WarcRecord, judge: "Judge") -> bytes | None:
         return b""  # in no encoding can it hold enough Han
     encoding = record.http_charset or detect_encoding(html, from_html_meta=True)
     text = extract_plain_text(
-        bytes_to_str(html, encoding, errors="replace"),
-        preserve_formatting=True,
-        main_content=True,
-        list_bullets=False,
-        alt_texts=False,
-        comments=False,
-    )
+        bytes_to_str(html, encoding, errors="replace"), preserve_formatting=True,
+        main_content=True, list_bullets=False, alt_texts=False, comments=False)
     return text.encode("utf-8", errors="replace")
 
 
@@ -582,8 +547,7 @@ def script_table() -> np.ndarray:
     table[[code for code in range(0x1100) if chr(code).isalpha()]] = SCRIPTS.index("letter")
     han = [chr(code) for code in range(0x4E00, 0xA000)]
     to_simplified, to_traditional = (
-        OpenCC(name).convert("\n".join(han)).split("\n") for name in ("t2s", "s2t")
-    )
+        OpenCC(name).convert("\n".join(han)).split("\n") for name in ("t2s", "s2t"))
     for char, simple, full in zip(han, to_simplified, to_traditional, strict=True):
         big5 = char.encode("big5", errors="ignore")
         if simple != char:
@@ -647,8 +611,8 @@ class Judge:
 
     def count(self, codes: np.ndarray) -> dict[str, int]:
         """Count characters by script."""
-        numbers = np.bincount(self.scripts[np.minimum(codes, 0xFFFF)], minlength=len(SCRIPTS))
-        numbers = numbers.tolist()
+        scripts = self.scripts[np.minimum(codes, 0xFFFF)]
+        numbers = np.bincount(scripts, minlength=len(SCRIPTS)).tolist()
         more = {"all_han": sum(numbers[1:5]), "letters": sum(numbers[1:8])}
         return dict(zip(SCRIPTS, numbers, strict=True)) | more
 
@@ -681,9 +645,8 @@ class Judge:
         if other > self.limits.max_kana_hangul * (counts["all_han"] + other):
             return "japanese_korean"
         telling = counts["traditional"] + counts["simplified"]
-        return (
-            "simplified" if counts["traditional"] < self.limits.min_traditional * telling else None
-        )
+        few = counts["traditional"] < self.limits.min_traditional * telling
+        return "simplified" if few else None
 
     def verdict(self, text: str) -> tuple[str, dict, str | None]:
         """Return a page's prose, its scores, and the rule that refuses it (None: it is good)."""
@@ -694,10 +657,8 @@ class Judge:
         codes = code_points(text)
         counts, dense = self.count(codes), codes[codes > 32]
         han = counts["all_han"]
-        if (
-            counts["broken"] > limits.max_broken * len(text)
-            or counts["rare"] > limits.max_rare * han
-        ):
+        broken = counts["broken"] > limits.max_broken * len(text)
+        if broken or counts["rare"] > limits.max_rare * han:
             return text, {}, "mojibake"
         if han < limits.min_length:
             return text, {}, "length"
@@ -707,25 +668,19 @@ class Judge:
         abroad = kinds[1] - kinds[2]
         telling = counts["traditional"] + counts["simplified"]
         scores = {
-            "han": han / counts["letters"],
-            "traditional": counts["traditional"] / max(1, telling),
+            "han": han / counts["letters"], "traditional": counts["traditional"] / max(1, telling),
             "mainland": 1000 * abroad / min(han, 1000),
             "repeated": 1 - distinct_share(shingles(dense, 10)),
-            "distinct": distinct_share(shingles(dense[:1000], 2)),
-            "closing": closing_share(text),
-            "spam": 1000 * spam / han,
-        }
+            "distinct": distinct_share(shingles(dense[:1000], 2)), "closing": closing_share(text),
+            "spam": 1000 * spam / han}
         broken = {
             "han": scores["han"] < limits.min_han,
             "mainland": abroad > 1 and scores["mainland"] > limits.max_mainland,
             "repetition": scores["repeated"] > limits.max_repeated
             or scores["distinct"] < limits.min_distinct,
             "punctuation": scores["closing"] < limits.min_closing,
-            "spam": scores["spam"] > limits.max_spam,
-        }
-        refused = self.refuse_scripts(counts) or next(
-            (rule for rule in broken if broken[rule]), None
-        )
+            "spam": scores["spam"] > limits.max_spam}
+        refused = self.refuse_scripts(counts) or next(filter(broken.get, broken), None)
         return hide_private(text), scores, refused
 
 
@@ -753,16 +708,13 @@ def line_kind(line: str) -> str:
         return "prose"
     menu = 0 if sentence else sum(len(match[0]) for match in FURNITURE.finditer(line))
     if not sentence and (
-        not any(map(str.isalpha, line)) or (menu and menu >= 0.4 * sum(map(str.isalpha, line)))
-    ):
+        not any(map(str.isalpha, line)) or (menu and menu >= 0.4 * sum(map(str.isalpha, line)))):
         return "furniture"
     contacts = CONTACT.findall(line) if ":" in line or "：" in line else ()
     if (
-        len(contacts) > 1
-        or (contacts and len(line) < 60)
+        len(contacts) > 1 or (contacts and len(line) < 60)
         or (len(line) < 160 and NOTICE.search(line))
-        or (len(line) < 45 and not line.endswith("。") and PROMPT.search(line))
-    ):
+        or (len(line) < 45 and not line.endswith("。") and PROMPT.search(line))):
         return "furniture"
     if sentence:
         return "prose"
@@ -1014,20 +966,9 @@ def parquet_writer(folder: str, name: str, compression: str):
     columns = [pa.field(column, pa.string()) for column in ("text", "id", "url", "date")]
     schema = pa.schema(columns + [pa.field(score, pa.float32()) for score in SCORES])
     return ParquetWriter(
-        folder,
-        name,
-        compression,
-        adapter=row,
-        schema=schema,
-        batch_size=200,
-        max_file_size=-1,
-        use_content_defined_chunking=False,
-    )
-
-
-def row(writer, document) -> dict:
-    """Return a document as a row of the corpus."""
-    return {"text": document.text, "id": document.id} | document.metadata
+        folder, name, compression,
+        adapter=lambda _, page: {"text": page.text, "id": page.id} | page.metadata, schema=schema,
+        batch_size=200, max_file_size=-1, use_content_defined_chunking=False)
 
 
 def reject_writer(args: Arguments, name: str):
@@ -1050,8 +991,7 @@ def judging(args: Arguments, work: Path, wave: int, files: list[str]) -> tuple:
     steps = [
         blocks().CrawlReader(str(listing), tallies, judge),
         blocks().Verdicts(judge, URLFilter() if args.url_lists else None, rejected),
-        parquet_writer(f"{work}/kept", f"{wave:02d}_${{rank}}.parquet", "lz4"),
-    ]
+        parquet_writer(f"{work}/kept", f"{wave:02d}_${{rank}}.parquet", "lz4")]
     return (f"judge_{wave:02d}", steps, task_count(args, files))
 
 
@@ -1077,29 +1017,23 @@ def deduplication(args: Arguments, work: Path, kept: list[str], turn: int) -> li
         "exact_hashes": [read(), dedup.ExactDedupSignature(f"{place}/hashes", exact)],
         "exact_found": [dedup.ExactFindDedups(f"{place}/hashes", f"{place}/found", exact)],
         "signatures": [
-            read(),
-            drop_exact(),
-            blocks().CharacterSignatures(f"{place}/signatures", minhash),
-        ],
+            read(), drop_exact(), blocks().CharacterSignatures(f"{place}/signatures", minhash)],
         "buckets": [
-            dedup.MinhashDedupBuckets(f"{place}/signatures", f"{place}/pairs", config=minhash)
-        ],
+            dedup.MinhashDedupBuckets(f"{place}/signatures", f"{place}/pairs", config=minhash)],
         "clusters": [dedup.MinhashDedupCluster(f"{place}/pairs", f"{place}/removed", minhash)],
         "write": [
             read(),
             drop_exact(reject_writer(args, "exact_duplicate/${rank}.jsonl")),
             blocks().Meter(f"{place}/tally/exact_{{:05d}}.json"),
             dedup.MinhashDedupFilter(
-                f"{place}/removed", reject_writer(args, "near_duplicate/${rank}.jsonl")
-            ),
+                f"{place}/removed", reject_writer(args, "near_duplicate/${rank}.jsonl")),
             blocks().Meter(f"{place}/tally/near_{{:05d}}.json"),
             parquet_writer(f"{place}/final", "${rank}.parquet", "lz4"),
         ],
     }
     tasks = {"exact_found": 1, "clusters": 1, "buckets": buckets}
     return [
-        (f"{turn:02d}_{name}", steps, tasks.get(name, len(kept))) for name, steps in stages.items()
-    ]
+        (f"{turn:02d}_{name}", steps, tasks.get(name, len(kept))) for name, steps in stages.items()]
 
 
 def run_stages(stages: list[tuple], args: Arguments, work: Path, files: int) -> bool:
@@ -1133,11 +1067,7 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
 
     dill.settings["recurse"] = True  # workers get our functions by value: __main__ is not theirs
     common = {
-        "pipeline": steps,
-        "tasks": tasks,
-        "workers": args.workers,
-        "logging_dir": str(folder),
-    }
+        "pipeline": steps, "tasks": tasks, "workers": args.workers, "logging_dir": str(folder)}
     if args.executor == "slurm":
         from datatrove.executor import SlurmPipelineExecutor
 
@@ -1197,7 +1127,10 @@ def sum_tallies(folder: Path, pattern: str = "*.json") -> Tally:
     """Return the sum of the counts that tasks wrote."""
     total = Tally("")
     for path in sorted(folder.glob(pattern)):
-        total.add(path)
+        part = json.loads(path.read_text())
+        total.files += part["files"]
+        for name in ("pages", "bytes", "damage"):
+            getattr(total, name).update(part[name])
     return total
 
 
@@ -1246,8 +1179,7 @@ def check(args: Arguments) -> None:
             raise UserError(f"--{name} {value}: out of range; expected {expected}; change it")
     if Path(args.output_dir).is_file():
         raise UserError(
-            f"--output_dir {args.output_dir}: a file; expected a folder; choose another"
-        )
+            f"--output_dir {args.output_dir}: a file; expected a folder; choose another")
 
 
 def parse_size(text: str | None) -> int | None:
@@ -1278,8 +1210,7 @@ def crawl_files(crawl: str) -> list[str]:
     except Exception as error:  # each file system of fsspec raises its own
         raise UserError(
             f"--crawl {crawl}: cannot read {listing} ({type(error).__name__}); expected one like"
-            " CC-MAIN-2026-30 and the internet; check both, or give files with --input"
-        ) from error
+            " CC-MAIN-2026-30 and the internet; check both, or give files with --input") from error
 
 
 def expand_input(given: str) -> list[str]:
@@ -1322,8 +1253,7 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
     if not known.exists() and any(output.glob("*.parquet")):
         raise UserError(
             f"{where} holds Parquet files of another program; expected a folder of its own; choose"
-            " another"
-        )
+            " another")
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         try:
@@ -1331,8 +1261,7 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
         except BlockingIOError as error:
             raise UserError(
                 f"{where} another run is writing here; expected a folder to itself; wait for it or"
-                " choose another"
-            ) from error
+                " choose another") from error
         settings = {k: v for k, v in asdict(args).items() if k not in HERE_ONLY} | {"files": files}
         if not known.exists():
             write_whole(known, json.dumps(settings, ensure_ascii=False))
@@ -1343,8 +1272,7 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
                 name = "input" if name == "files" else name
                 raise UserError(
                     f"{where} begun with another --{name}{shown}; expected the same settings;"
-                    " choose another folder or delete this one"
-                )
+                    " choose another folder or delete this one")
         yield work
 
 
@@ -1363,8 +1291,7 @@ def publish(args: Arguments, work: Path, turn: int) -> dict:
             shutil.rmtree(completions)
         raise UserError(
             f"--input {shown}: no page could be read ({', '.join(judged.damage) or 'none there'});"
-            f" expected WET, WARC, JSONL or Parquet; see {work}/logs and give other files"
-        )
+            f" expected WET, WARC, JSONL or Parquet; see {work}/logs and give other files")
     output, place = Path(args.output_dir), work / f"dedup_{turn:02d}"
     left = parse_size(args.target_size) or math.inf
     pages = size = characters = 0
@@ -1390,13 +1317,9 @@ def publish(args: Arguments, work: Path, turn: int) -> dict:
         left_after[f"{rule}_duplicate"] = (tally.pages["kept"], tally.bytes["kept"])
     left_after["target"] = (pages, size)
     return {
-        "files": judged.files,
-        "pages": pages,
-        "characters": characters,
-        "bytes": size,
+        "files": judged.files, "pages": pages, "characters": characters, "bytes": size,
         "left_after": {rule: {"pages": p, "bytes": b} for rule, (p, b) in left_after.items()},
-        "damage": dict(sorted(judged.damage.items())),
-    }
+        "damage": dict(sorted(judged.damage.items()))}
 
 
 def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
@@ -1406,11 +1329,9 @@ def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
     draw_funnel(results["left_after"], Path(args.picture))
     packages = ("datatrove", "fastwarc", "isal", "numpy", "opencc", "pyarrow", "resiliparse")
     run = {
-        "script": "filter_cc.py",
-        "arguments": asdict(args),
+        "script": "filter_cc.py", "arguments": asdict(args),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
-        "results": results | {"seconds": round(seconds, 1)},
-    }
+        "results": results | {"seconds": round(seconds, 1)}}
     write_whole(Path(args.output_dir, "run.json"), json.dumps(run, indent=2, ensure_ascii=False))
     tidy(work)
     for rule, left in results["left_after"].items():
@@ -1424,9 +1345,7 @@ def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
         print(f"every page was refused, most by {name} ({what}); --save_rejected shows them")
     print(
         f"{results['pages']:,} pages, {results['characters']:,} characters in {args.output_dir},"
-        f" {seconds:.0f} s; what each rule left: {args.picture}",
-        flush=True,
-    )
+        f" {seconds:.0f} s; what each rule left: {args.picture}", flush=True)
 
 
 def tidy(work: Path) -> None:
@@ -1457,8 +1376,7 @@ def card(args: Arguments, results: dict) -> str:
     """Return the dataset card."""
     rows = [
         f"| {rule} | {RULES.get(rule, 'nothing yet')} | {left['pages']:,} | {left['bytes']:,} |"
-        for rule, left in results["left_after"].items()
-    ]
+        for rule, left in results["left_after"].items()]
     return f"""---
 language: [zh]
 task_categories: [text-generation]
