@@ -84,22 +84,18 @@ class Settings:
     """What decides the result: an unfinished run goes on only under the same settings."""
 
     block_size: int = option(
-        2048, "Tokens in a training sequence; documents are packed to fill it."
-    )
+        2048, "Tokens in a training sequence; documents are packed to fill it.")
     group_size: int | None = option(None, "Tokens in a group of S²; None: a quarter of block_size.")
     eval_fraction: float = option(
-        0.01, "Share of the documents held out (at least 4, or a tenth if fewer than 40); 0: none."
-    )
+        0.01, "Share of the documents held out (at least 4, or a tenth if fewer than 40); 0: none.")
     quantization: Literal["nf4", "none"] = option("nf4", "How the frozen weights are held.")
     lora_rank: int = option(32, "Rank of the LoRA matrices on all linear layers.")
     lora_alpha: int | None = option(None, "LoRA's scale times its rank; None: twice the rank.")
     lora_dropout: float = option(0.0, "Dropout before the LoRA matrices.")
     train_embeddings: Literal["new", "all", "none"] = option(
-        "new", "Rows of embedding and head to train: the added pieces, all, or none."
-    )
+        "new", "Rows of embedding and head to train: the added pieces, all, or none.")
     base_vocab_size: int | None = option(
-        None, "First new row; None: as extend_vocab.py wrote it, else 32000."
-    )
+        None, "First new row; None: as extend_vocab.py wrote it, else 32000.")
     train_norms: bool = option(True, "Train the norms too (LongLoRA found it decisive).")
     learning_rate: float = option(5e-5, "Peak learning rate.")
     lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
@@ -107,8 +103,7 @@ class Settings:
     per_device_train_batch_size: int = option(8, "Sequences per device and forward pass.")
     gradient_accumulation_steps: int = option(4, "Forward passes per optimizer step.")
     optim: str | None = option(
-        None, "Optimizer; None: Adam with 8-bit states (adamw_8bit) on a GPU, else adamw_torch."
-    )
+        None, "Optimizer; None: Adam with 8-bit states (adamw_8bit) on a GPU, else adamw_torch.")
     bf16: bool = option(True, "Compute in bfloat16.")
     seed: int = option(42, "Seed of order, initial weights and dropout.")
 
@@ -119,8 +114,7 @@ class Arguments(Settings):
 
     model_name_or_path: str = option("outputs/extended", "Base model: a folder or a hub id.")
     dataset: str = option(
-        "data/cc_filtered", "Text: a .parquet or .jsonl file (column text), a .txt, or a folder."
-    )
+        "data/cc_filtered", "Text: a .parquet or .jsonl file (column text), a .txt, or a folder.")
     output_dir: str = option("outputs/pt", "Folder of adapter, checkpoints and metrics.")
     picture: str = option("pictures/trainloss.png", "The loss chart, redrawn as it runs.")
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
@@ -128,11 +122,9 @@ class Arguments(Settings):
     plan: bool = option(False, "Print sizes, steps and a memory estimate; train nothing.")
     plan_gpu_gb: float | None = option(None, "GPU memory to plan for, in GB; None: the GPU here.")
     activation_checkpointing: bool | None = option(
-        None, "Recompute activations in the backward pass; None: on a GPU."
-    )
+        None, "Recompute activations in the backward pass; None: on a GPU.")
     activation_checkpointing_kwargs: str | None = option(
-        None, """JSON; '{"offload": true}' keeps the checkpoints in the memory of the host."""
-    )
+        None, """JSON; '{"offload": true}' keeps the checkpoints in the memory of the host.""")
     resume_from_checkpoint: str = option("auto", "A checkpoint's folder, auto (the last), or none.")
     per_device_eval_batch_size: int = option(8, "Sequences per device in evaluation.")
     eval_strategy: str = option("steps", "When to evaluate: steps, epoch or no.")
@@ -147,28 +139,20 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     """Read the command line (None: sys.argv) into our Arguments and transformers.TrainingArguments;
     an unknown option ends the program with exit code 2."""
     parser = HfArgumentParser(
-        Arguments,
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-    )
+        Arguments, description=__doc__, formatter_class=HelpFormatter, usage="%(prog)s [options]",
+        allow_abbrev=False)
     parser.add_argument("--help_trainer", action="store_true", help="List the Trainer's options.")
     if argv is None and "__file__" not in globals():
         argv = []  # a notebook's sys.argv is Jupyter's own
     args, extra, rest = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+        argv, return_remaining_strings=True, look_for_args_file=False)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package we need not
     import torch
     from transformers import TrainingArguments
 
     trainer_parser = HfArgumentParser(
-        TrainingArguments,
-        formatter_class=HelpFormatter,
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-    )
+        TrainingArguments, formatter_class=HelpFormatter, usage="%(prog)s [options]",
+        allow_abbrev=False)
     if extra.help_trainer:
         trainer_parser.print_help()
         raise SystemExit(0)
@@ -194,8 +178,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     trainer_parser.set_defaults(**{name: value for name, value in ours.items() if name in known})
     try:
         training, unknown = trainer_parser.parse_args_into_dataclasses(
-            rest, return_remaining_strings=True, look_for_args_file=False
-        )
+            rest, return_remaining_strings=True, look_for_args_file=False)
         training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     except (ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
@@ -306,28 +289,23 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
         (config.model_type != "llama", f"{model}: a {config.model_type}; expected a Llama"),
         (
             config.tie_word_embeddings,
-            f"{model}: embedding and head are tied; expected two matrices",
-        ),
+            f"{model}: embedding and head are tied; expected two matrices"),
         (not any(folder.glob("*.safetensors")), f"{model}: no *.safetensors, so no weights in it"),
         (
             uneven and args.quantization == "nf4",
-            f"{model}: {uneven}; nf4 expects a multiple of 64; use --quantization none",
-        ),
+            f"{model}: {uneven}; nf4 expects a multiple of 64; use --quantization none"),
         (
             len(tokenizer) > rows,
             f"{model}: the tokenizer has {len(tokenizer)} pieces and the model only {rows} rows; "
-            "run python extend_vocab.py, which makes both",
-        ),
+            "run python extend_vocab.py, which makes both"),
         (
             args.block_size > positions,
             f"{block}: longer than the model's {positions} positions; choose a smaller one, or set "
-            "rope scaling in its config.json",
-        ),
+            "rope scaling in its config.json"),
         (
             args.train_embeddings == "none" and first < rows,
             f"--train_embeddings none: rows {first} to {rows - 1} of embedding and head are new "
-            f"and would never be trained; use new, or --base_vocab_size {rows} if none is new",
-        ),
+            f"and would never be trained; use new, or --base_vocab_size {rows} if none is new")
     ):
         if wrong:
             raise UserError(problem)
@@ -364,9 +342,8 @@ def cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> di
     place = (lengths[order].cumsum(0) - lengths[order])[order.argsort()]  # of a segment, by length
     inverse = place.repeat_interleave(lengths) + offset
     return {
-        "order": inverse.argsort(),
-        "inverse": inverse,
-        "runs": list(zip(size.tolist(), count.tolist(), strict=True)),
+        "order": inverse.argsort(), "inverse": inverse,
+        "runs": list(zip(size.tolist(), count.tolist(), strict=True))
     }
 
 
@@ -437,8 +414,7 @@ def s2_attention(
     odd = H % 2 if group is not None else 0
     if odd:  # an empty head evens the halves out; its output is dropped
         query, key, value = (
-            torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value)
-        )
+            torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
     parts = 1 if group is None else 2
     heads = (H + odd) // parts
 
@@ -457,8 +433,7 @@ def s2_mask(*args, attention_mask=None, q_length=None, kv_length=None, **kwargs)
     from transformers.masking_utils import sdpa_mask
 
     return sdpa_mask(
-        *args, attention_mask=attention_mask, q_length=q_length, kv_length=kv_length, **kwargs
-    )
+        *args, attention_mask=attention_mask, q_length=q_length, kv_length=kv_length, **kwargs)
 
 
 def register_attention() -> None:
@@ -750,19 +725,12 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
     register_attention()
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head"],
-    )
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"])
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation="s2",
+        folder, dtype=dtype, attn_implementation="s2",
         quantization_config=nf4 if args.quantization == "nf4" else None,
-        device_map={"": training.device},
-    )
+        device_map={"": training.device})
     model.config.group_size = args.group_size
     for module in model.modules():
         # bitsandbytes repacks the weights at the first eval on a CPU with AVX512-BF16, and training
@@ -771,12 +739,8 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
             module.support_avx512bf16_for_cpu = False
     set_seed(args.seed)
     lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=LINEAR_LAYERS,
-    )
+        task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout, target_modules=LINEAR_LAYERS)
     model = get_peft_model(model, lora)
     llama = model.base_model.model
     first = {"new": first_new, "all": 0, "none": llama.config.vocab_size}
@@ -878,8 +842,7 @@ class PackedTraining:
         raise UserError(
             f"step {step}: {reason}; the last checkpoint is from before. Try a lower "
             f"--learning_rate (now {self.args.learning_rate:g}), --warmup_steps 100 or a lower "
-            "--max_grad_norm, in another --output_dir, and look at the text of that step"
-        )
+            "--max_grad_norm, in another --output_dir, and look at the text of that step")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         logs = logs | {"tokens_seen": round((self.state.epoch or 0) * self.report.facts["tokens"])}
@@ -1007,12 +970,8 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
         training.eval_strategy = "no"
     flash = flash_is_here() and not training.use_cpu and (training.bf16 or training.fp16)
     trainer = based_on(PackedTraining, Trainer)(
-        model=model,
-        args=training,
-        train_dataset=blocks,
-        eval_dataset=held_out,
-        data_collator=Collate(report.args.group_size, flash),
-    )
+        model=model, args=training, train_dataset=blocks, eval_dataset=held_out,
+        data_collator=Collate(report.args.group_size, flash))
     trainer.head, trainer.report, trainer.keep = model.base_model.model.lm_head, report, keep
     return trainer
 
@@ -1088,13 +1047,11 @@ def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, k
     nf4 = {"quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": compute}
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
     return {
-        "script": "train_pt.py",
-        "arguments": asdict(args),
-        "versions": {package: version(package) for package in packages},
-        "results": None,
+        "script": "train_pt.py", "arguments": asdict(args),
+        "versions": {package: version(package) for package in packages}, "results": None,
         "base": {"model_name_or_path": args.model_name_or_path, "fingerprint": settings["model"]},
         "quantization": nf4 | {"skip_modules": ["lm_head"]} if args.quantization == "nf4" else None,
-        "settings": json.loads(json.dumps(settings, default=str)),
+        "settings": json.loads(json.dumps(settings, default=str))
     }
 
 
@@ -1112,8 +1069,7 @@ def open_run(args: Arguments, record: dict) -> str | None:
             what = "; ".join(f"{n} was {before.get(n)}, now {new.get(n)}" for n in changed)
             raise UserError(
                 f"--output_dir {output}: an unfinished run with other settings ({what}); give the "
-                "same settings to go on, name another --output_dir, or remove the folder"
-            )
+                "same settings to go on, name another --output_dir, or remove the folder")
         if changed:
             aside = next(p for n in range(1, 10**6) if not (p := Path(f"{output}.{n}")).exists())
             output.rename(aside)
@@ -1304,14 +1260,9 @@ class Report:
         with dice, trainer.accelerator.autocast():
             torch.manual_seed(self.args.seed)
             ids = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                use_cache=True,
-                do_sample=True,
-                top_p=0.9,
-                max_new_tokens=self.args.sample_tokens,
-                pad_token_id=self.tokenizer.eos_token_id,
-            )
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True,
+                do_sample=True, top_p=0.9, max_new_tokens=self.args.sample_tokens,
+                pad_token_id=self.tokenizer.eos_token_id)
         text = self.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
         share = traditional_share(text)
         return {"eval_sample": text} | ({} if share is None else {"eval_traditional": share})
@@ -1321,11 +1272,9 @@ class Report:
         train, held = self.rows("loss"), self.rows("eval_loss")
         last = held[-1] if held else {}
         results = self.facts | {
-            "steps": trainer.state.global_step,
-            "loss_first": train[0]["loss"],
-            "loss_last": train[-1]["loss"],
-            "eval_loss": last.get("eval_loss"),
-            "eval_bits_per_character": last.get("eval_bits_per_character"),
+            "steps": trainer.state.global_step, "loss_first": train[0]["loss"],
+            "loss_last": train[-1]["loss"], "eval_loss": last.get("eval_loss"),
+            "eval_bits_per_character": last.get("eval_bits_per_character")
         }
         base = self.record["base"]["model_name_or_path"]
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), self.output, base)
@@ -1337,17 +1286,14 @@ class Report:
         row = "| {epoch:.2f} | {step} | {eval_loss:.4f} | {eval_bits_per_character:.4f} |"
         card = CARD.format(
             **{n: round(v, 4) if isinstance(v, float) else v for n, v in results.items()},
-            base=base,
-            hyperparameters="\n".join(f"- {n}: {v}" for n, v in settings.items()),
+            base=base, hyperparameters="\n".join(f"- {n}: {v}" for n, v in settings.items()),
             held_out="\n".join(row.format(**metrics) for metrics in held),
-            versions="\n".join(f"- {n} {v}" for n, v in self.record["versions"].items()),
-        )
+            versions="\n".join(f"- {n} {v}" for n, v in self.record["versions"].items()))
         (self.output / "README.md").write_text(card, encoding="utf-8")
         write_json(self.output / "run.json", self.record | {"results": results})
         losses = f"loss {results['loss_first']:.3f} to {results['loss_last']:.3f}"
         print(
-            f"{results['steps']} steps, {losses}; wrote {self.output}; next: python merge_lora.py"
-        )
+            f"{results['steps']} steps, {losses}; wrote {self.output}; next: python merge_lora.py")
 
 
 def traditional_share(text: str) -> float | None:
@@ -1377,18 +1323,15 @@ def check(args: Arguments) -> None:
         (block < 8, f"--block_size {block}: too short; expected at least 8 tokens"),
         (
             not 2 <= args.group_size <= block,
-            f"--group_size {args.group_size}: expected 2 to block_size ({block})",
-        ),
+            f"--group_size {args.group_size}: expected 2 to block_size ({block})"),
         (
             not 0 <= args.eval_fraction < 1,
-            f"--eval_fraction {args.eval_fraction}: expected a share, 0 to under 1",
-        ),
+            f"--eval_fraction {args.eval_fraction}: expected a share, 0 to under 1"),
         (args.lora_rank < 1, f"--lora_rank {args.lora_rank}: expected at least 1"),
         (
             not isinstance(parsed, dict),
             f"--activation_checkpointing_kwargs {options}: expected a JSON object such as "
-            """'{"offload": true}'""",
-        ),
+            """'{"offload": true}'""")
     ):
         if wrong:
             raise UserError(problem)
@@ -1411,11 +1354,9 @@ def main(argv: list[str] | None = None) -> None:
         corpus = tokenize(files, tokenizer, Path(args.cache_dir) / key[:16])
     blocks, held_out = split_corpus(corpus, args, tokenizer.eos_token_id or 0)
     facts = {
-        "documents": len(corpus.lengths),
-        "tokens": blocks.total,
-        "sequences": len(blocks),
+        "documents": len(corpus.lengths), "tokens": blocks.total, "sequences": len(blocks),
         "eval_sequences": len(held_out) if held_out else 0,
-        "steps": total_steps(len(blocks), training),
+        "steps": total_steps(len(blocks), training)
     }
     if args.plan:
         return print_plan(args, training, config, first_new, facts)
