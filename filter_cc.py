@@ -209,17 +209,14 @@ class Arguments:
     save_rejected: bool = option(False, "Write refused pages to rejected/<rule>/ to read and tune.")
     min_han: float = option(0.5, "Least share of Han among the letters.")
     max_kana_hangul: float = option(0.2, "Largest share of kana and hangul in East Asian letters.")
-    min_traditional: float = option(
-        0.9, "Least share of Traditional where scripts differ (OpenCC).")
+    min_traditional: float = option(0.9, "Least share of Traditional where scripts differ.")
     max_broken: float = option(0.002, "Largest share of broken characters (U+FFFD, private use).")
     max_rare: float = option(0.1, "Largest share of Han outside Big5 level 1, the 5,401 in use.")
     min_length: int = option(200, "Least number of Han left when the lines are cleaned.")
-    max_mainland: float = option(
-        5.0, "Most different mainland words, less Taiwan words, a 1,000 Han.")
+    max_mainland: float = option(5.0, "Most mainland words, less Taiwan's, per 1,000 Han.")
     max_repeated: float = option(0.2, "Largest share of 10-grams of characters repeated (Gopher).")
     min_distinct: float = option(0.4, "Least share of distinct 2-grams in the first 1,000.")
-    min_closing: float = option(
-        0.3, "Least share of text in lines that end a sentence (C4, FineWeb).")
+    min_closing: float = option(0.3, "Least share of text in lines that end like a sentence (C4).")
     max_spam: float = option(8.0, "Most spam words per 1,000 Han.")
     url_lists: bool = option(False, "Refuse datatrove's listed addresses too (0.8 GB a worker).")
     minhash_buckets: int = option(20, "MinHash bands: more find more near duplicates.")
@@ -688,15 +685,13 @@ def clean_lines(text: str) -> str:
     """Return the lines that are prose, headings or verse; menus, footers and notices go."""
     lines = [line for line in map(" ".join, map(str.split, text.splitlines())) if line]
     kinds = [line_kind(line) for line in lines]
-    kept, at = [], 0
-    while at < len(lines):
-        stop = at
-        while stop < len(lines) and kinds[stop] != "prose":
-            stop += 1
-        if stop > at:
-            kept += block_lines(lines[at:stop], kinds[at:stop], stop < len(lines))
-        kept += lines[stop : stop + 1]
-        at = stop + 1
+    kept, start = [], 0
+    for at, kind in enumerate([*kinds, "end"]):
+        if kind in ("prose", "end"):
+            if start < at:
+                kept += block_lines(lines[start:at], kinds[start:at], kind == "prose")
+            kept += lines[at : at + 1]
+            start = at + 1
     return "\n".join(kept)
 
 
@@ -1178,8 +1173,7 @@ def check(args: Arguments) -> None:
         if expected and not isinstance(value, bool):
             raise UserError(f"--{name} {value}: out of range; expected {expected}; change it")
     if Path(args.output_dir).is_file():
-        raise UserError(
-            f"--output_dir {args.output_dir}: a file; expected a folder; choose another")
+        raise UserError(f"--output_dir {args.output_dir}: a file; expected a folder; give another")
 
 
 def parse_size(text: str | None) -> int | None:
@@ -1246,32 +1240,28 @@ def expand_input(given: str) -> list[str]:
 @contextmanager
 def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
     """Hold the output folder: one run at a time, always with the same settings."""
-    output = Path(args.output_dir)
+    output, where = Path(args.output_dir), f"--output_dir {args.output_dir}:"
     work = output / ".work"
     known = work / "settings.json"
-    where = f"--output_dir {output}:"
     if not known.exists() and any(output.glob("*.parquet")):
-        raise UserError(
-            f"{where} holds Parquet files of another program; expected a folder of its own; choose"
-            " another")
+        raise UserError(f"{where} another program's Parquet; expected its own folder; choose one")
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                f"{where} another run is writing here; expected a folder to itself; wait for it or"
-                " choose another") from error
+            what = "another run is writing here; expected none; wait for it or choose another"
+            raise UserError(f"{where} {what}") from error
         settings = {k: v for k, v in asdict(args).items() if k not in HERE_ONLY} | {"files": files}
         if not known.exists():
             write_whole(known, json.dumps(settings, ensure_ascii=False))
         before = json.loads(known.read_text())
         for name, value in settings.items():
             if value != before.get(name):
-                shown = f" ({before.get(name)} before, {value} now)" if name != "files" else ""
-                name = "input" if name == "files" else name
+                shown = f"{name} ({before.get(name)} before, {value} now)"
+                shown = "input" if name == "files" else shown
                 raise UserError(
-                    f"{where} begun with another --{name}{shown}; expected the same settings;"
+                    f"{where} begun with another --{shown}; expected the same settings;"
                     " choose another folder or delete this one")
         yield work
 
@@ -1284,13 +1274,13 @@ def publish(args: Arguments, work: Path, turn: int) -> dict:
 
     judged = sum_tallies(work / "tally")
     if not judged.pages:
-        shown = ", ".join(args.input[:5]) if not args.crawl else args.crawl
+        given = f"--crawl {args.crawl}" if args.crawl else f"--input {', '.join(args.input[:5])}"
         tidy(work)
         (work / "settings.json").unlink()
         for completions in work.glob("logs/*/completions"):  # the next run begins anew
             shutil.rmtree(completions)
         raise UserError(
-            f"--input {shown}: no page could be read ({', '.join(judged.damage) or 'none there'});"
+            f"{given}: no page could be read ({', '.join(judged.damage) or 'none there'});"
             f" expected WET, WARC, JSONL or Parquet; see {work}/logs and give other files")
     output, place = Path(args.output_dir), work / f"dedup_{turn:02d}"
     left = parse_size(args.target_size) or math.inf
@@ -1342,7 +1332,8 @@ def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
         counts = [counts["pages"] for counts in results["left_after"].values()]
         rule = max(range(len(RULES)), key=lambda at: counts[at] - counts[at + 1])
         name, what = list(RULES.items())[rule]
-        print(f"every page was refused, most by {name} ({what}); --save_rejected shows them")
+        print(f"every page was refused, most by {name} ({what});"
+              " --save_rejected, into another --output_dir, shows them")
     print(
         f"{results['pages']:,} pages, {results['characters']:,} characters in {args.output_dir},"
         f" {seconds:.0f} s; what each rule left: {args.picture}", flush=True)
