@@ -1,6 +1,6 @@
 """What the extended tokenizer and the new rows are worth, measured on real text.
 
-    python benchmarks/bench_vocab.py              # about twenty minutes: tables 1 and 2
+    python benchmarks/bench_vocab.py              # about half an hour: tables 1 and 2
     python benchmarks/bench_vocab.py --full       # and table 3, which needs 45 GB of disk
 
 1. Characters per token, byte tokens and dead pieces for Llama 2, Chinese-LLaMA-2 and ours, by
