@@ -37,9 +37,8 @@ import shutil
 import signal
 import sys
 import time
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -83,8 +82,7 @@ def option(default: Any, text: str) -> Any:
 class Settings:
     """What decides the result: an unfinished run goes on only under the same settings."""
 
-    block_size: int = option(
-        2048, "Tokens in a training sequence; documents are packed to fill it.")
+    block_size: int = option(2048, "Tokens in a training sequence, packed with documents.")
     group_size: int | None = option(None, "Tokens in a group of S²; None: a quarter of block_size.")
     eval_fraction: float = option(
         0.01, "Share of the documents held out (at least 4, or a tenth if fewer than 40); 0: none.")
@@ -102,8 +100,7 @@ class Settings:
     num_train_epochs: float = option(3.0, "Passes over the data.")
     per_device_train_batch_size: int = option(8, "Sequences per device and forward pass.")
     gradient_accumulation_steps: int = option(4, "Forward passes per optimizer step.")
-    optim: str | None = option(
-        None, "Optimizer; None: Adam with 8-bit states (adamw_8bit) on a GPU, else adamw_torch.")
+    optim: str | None = option(None, "Optimizer; None: adamw_8bit on a GPU, else adamw_torch.")
     bf16: bool = option(True, "Compute in bfloat16.")
     seed: int = option(42, "Seed of order, initial weights and dropout.")
 
@@ -113,8 +110,7 @@ class Arguments(Settings):
     """Every option of the command line; the help text is the documentation."""
 
     model_name_or_path: str = option("outputs/extended", "Base model: a folder or a hub id.")
-    dataset: str = option(
-        "data/cc_filtered", "Text: a .parquet or .jsonl file (column text), a .txt, or a folder.")
+    dataset: str = option("data/cc_filtered", "Text: .parquet, .jsonl, .txt, or a folder.")
     output_dir: str = option("outputs/pt", "Folder of adapter, checkpoints and metrics.")
     picture: str = option("pictures/trainloss.png", "The loss chart, redrawn as it runs.")
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
@@ -124,7 +120,7 @@ class Arguments(Settings):
     activation_checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass; None: on a GPU.")
     activation_checkpointing_kwargs: str | None = option(
-        None, """JSON; '{"offload": true}' keeps the checkpoints in the memory of the host.""")
+        None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
     resume_from_checkpoint: str = option("auto", "A checkpoint's folder, auto (the last), or none.")
     per_device_eval_batch_size: int = option(8, "Sequences per device in evaluation.")
     eval_strategy: str = option("steps", "When to evaluate: steps, epoch or no.")
@@ -138,21 +134,17 @@ class Arguments(Settings):
 def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     """Read the command line (None: sys.argv) into our Arguments and transformers.TrainingArguments;
     an unknown option ends the program with exit code 2."""
-    parser = HfArgumentParser(
-        Arguments, description=__doc__, formatter_class=HelpFormatter, usage="%(prog)s [options]",
-        allow_abbrev=False)
+    form = {"formatter_class": HelpFormatter, "usage": "%(prog)s [options]", "allow_abbrev": False}
+    parse = {"return_remaining_strings": True, "look_for_args_file": False}
+    parser = HfArgumentParser(Arguments, description=__doc__, **form)
     parser.add_argument("--help_trainer", action="store_true", help="List the Trainer's options.")
     if argv is None and "__file__" not in globals():
         argv = []  # a notebook's sys.argv is Jupyter's own
-    args, extra, rest = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False)
+    args, extra, rest = parser.parse_args_into_dataclasses(argv, **parse)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package we need not
     import torch
     from transformers import TrainingArguments
-
-    trainer_parser = HfArgumentParser(
-        TrainingArguments, formatter_class=HelpFormatter, usage="%(prog)s [options]",
-        allow_abbrev=False)
+    trainer_parser = HfArgumentParser(TrainingArguments, **form)
     if extra.help_trainer:
         trainer_parser.print_help()
         raise SystemExit(0)
@@ -162,23 +154,16 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     args.lora_alpha = args.lora_alpha or 2 * args.lora_rank
     if args.activation_checkpointing is None:
         args.activation_checkpointing = on_gpu
-    known = TrainingArguments.__dataclass_fields__.keys()
-    ours = {name: value for name, value in vars(args).items() if name in known}
-    ours |= {
+    known = TrainingArguments.__dataclass_fields__
+    ours = vars(args) | {
         "activation_checkpointing": False,  # build_model does it, alike in all versions
-        "activation_checkpointing_kwargs": None,
-        "use_cpu": not on_gpu,
+        "activation_checkpointing_kwargs": None, "use_cpu": not on_gpu, "label_names": ["labels"],
         "remove_unused_columns": False,  # it would drop the cut points before the collator
-        "label_names": ["labels"],
-        "ddp_find_unused_parameters": False,
-        "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
-        "save_strategy": "steps",
-    }
+        "ddp_find_unused_parameters": False, "logging_first_step": True, "save_strategy": "steps"}
     trainer_parser.set_defaults(**{name: value for name, value in ours.items() if name in known})
     try:
-        training, unknown = trainer_parser.parse_args_into_dataclasses(
-            rest, return_remaining_strings=True, look_for_args_file=False)
+        training, unknown = trainer_parser.parse_args_into_dataclasses(rest, **parse)
         training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     except (ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
@@ -215,6 +200,13 @@ def user_errors() -> Iterator[None]:
         message, code = f"error: {error}", 1
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+def refuse(*findings: tuple[Any, str]) -> None:
+    """Stop at the first finding that is true, with its message."""
+    for wrong, message in findings:
+        if wrong:
+            raise UserError(message)
 
 
 # --- The base model ------------------------------------------------------------------------------
@@ -269,7 +261,6 @@ def fingerprint(folder: Path) -> str:
 def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
     """Folder, configuration and tokenizer of the base, and the first of its rows that are new."""
     from transformers import AutoConfig, AutoTokenizer
-
     option = "--model_name_or_path"
     folder = find_model(args.model_name_or_path, option)
     try:
@@ -278,37 +269,27 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{option} {folder}: not a whole model ({reason})") from error
-    rows, positions = config.vocab_size, config.max_position_embeddings
+    rows, positions, pieces = config.vocab_size, config.max_position_embeddings, len(tokenizer)
     recorded = (read_record(folder).get("results") or {}).get("base_vocab_size")
     first = min(args.base_vocab_size or recorded or LLAMA_2_PIECES, rows)
-    model, block = f"{option} {folder}", f"--block_size {args.block_size}"
+    model = f"{option} {folder}"
     widths = {name: getattr(config, name, 0) for name in ("hidden_size", "intermediate_size")}
     # bitsandbytes 0.50 on CPUs dequantises wrongly where a block of 64 runs into the next row.
     uneven = " and ".join(f"{name} {size}" for name, size in widths.items() if size % 64)
-    for wrong, problem in (
+    refuse(
         (config.model_type != "llama", f"{model}: a {config.model_type}; expected a Llama"),
-        (
-            config.tie_word_embeddings,
-            f"{model}: embedding and head are tied; expected two matrices"),
+        (config.tie_word_embeddings, f"{model}: embedding and head are tied; expected two"),
         (not any(folder.glob("*.safetensors")), f"{model}: no *.safetensors, so no weights in it"),
-        (
-            uneven and args.quantization == "nf4",
-            f"{model}: {uneven}; nf4 expects a multiple of 64; use --quantization none"),
-        (
-            len(tokenizer) > rows,
-            f"{model}: the tokenizer has {len(tokenizer)} pieces and the model only {rows} rows; "
-            "run python extend_vocab.py, which makes both"),
-        (
-            args.block_size > positions,
-            f"{block}: longer than the model's {positions} positions; choose a smaller one, or set "
-            "rope scaling in its config.json"),
-        (
-            args.train_embeddings == "none" and first < rows,
-            f"--train_embeddings none: rows {first} to {rows - 1} of embedding and head are new "
-            f"and would never be trained; use new, or --base_vocab_size {rows} if none is new")
-    ):
-        if wrong:
-            raise UserError(problem)
+        (uneven and args.quantization == "nf4",
+         f"{model}: {uneven}; nf4 expects a multiple of 64; use --quantization none"),
+        (pieces > rows, f"{model}: the tokenizer has {pieces} pieces and the model only {rows} "
+         "rows; run python extend_vocab.py, which makes both"),
+        (args.block_size > positions, f"--block_size {args.block_size}: longer than the model's "
+         f"{positions} positions; choose a smaller one, or set rope scaling in its config.json"),
+        (args.train_embeddings == "none" and first < rows,
+         f"--train_embeddings none: rows {first} to {rows - 1} of embedding and head are new "
+         f"and would never be trained; use new, or --base_vocab_size {rows} if none is new"),
+    )
     return folder, config, tokenizer, first
 
 
@@ -324,7 +305,6 @@ def cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> di
     first token; both halves of the heads in a row for S², only the documents if group is None.
     Made on the CPU, so that a GPU never waits to learn the lengths."""
     import torch
-
     position = position_ids.cpu().clone()
     position[:, 0] = 0  # a row is a document's start for attention, whatever its number
     position = position.flatten()
@@ -341,34 +321,23 @@ def cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> di
     offset = torch.arange(len(start)) - starts.repeat_interleave(lengths)  # within the segment
     place = (lengths[order].cumsum(0) - lengths[order])[order.argsort()]  # of a segment, by length
     inverse = place.repeat_interleave(lengths) + offset
-    return {
-        "order": inverse.argsort(), "inverse": inverse,
-        "runs": list(zip(size.tolist(), count.tolist(), strict=True))
-    }
+    runs = list(zip(size.tolist(), count.tolist(), strict=True))
+    return {"order": inverse.argsort(), "inverse": inverse, "runs": runs}
 
 
 def flash_is_here() -> bool:
     """Whether PyTorch's variable-length flash attention runs on the device at hand."""
     import torch
-
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def segment_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: dict
-) -> torch.Tensor:
+def segment_attention(q, k, v, cuts: dict) -> torch.Tensor:
     """Causal attention within each segment; q, k, v: (tokens, heads, D)."""
     import torch
-
     if "bounds" in cuts:
-        import inspect
-
         from torch.nn.attention.varlen import varlen_attn
-
-        new_style = "window_size" in inspect.signature(varlen_attn).parameters  # from torch 2.11 on
-        causal = {"window_size": (-1, 0)} if new_style else {"is_causal": True}
         bounds, longest = cuts["bounds"], cuts["longest"]
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal)
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
     # All segments of one length stand together: each length is one call without a mask.
     q, k, v = (x.index_select(0, cuts["order"]) for x in (q, k, v))
     done, outputs = 0, []
@@ -388,10 +357,9 @@ def s2_attention(
     """The attention function that Transformers calls: S² in training, each document's full causal
     attention in evaluation, the stock function with a KV cache or a padding mask."""
     import torch
-
+    import torch.nn.functional as F
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         from transformers import AttentionInterface
-
         if module.training:
             raise ValueError("S² attention trains on packed rows: no padding mask, no KV cache")
         stock = AttentionInterface()["sdpa"]
@@ -406,23 +374,20 @@ def s2_attention(
         cuts = {n: x.to(query.device) if torch.is_tensor(x) else x for n, x in cuts.items()}
     else:
         cuts = cuts["documents" if group is None else "groups"]
-    repeats = H // key.shape[1]  # grouped queries: each key serves several heads
-    if repeats > 1:
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    if key.shape[1] < H:  # grouped queries: each key serves several heads
+        key, value = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
     if scaling is not None and scaling != D**-0.5:
         query = query * (scaling * D**0.5)
-    odd = H % 2 if group is not None else 0
-    if odd:  # an empty head evens the halves out; its output is dropped
-        query, key, value = (
-            torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
     parts = 1 if group is None else 2
-    heads = (H + odd) // parts
+    heads = math.ceil(H / parts)
+    if heads * parts > H:  # an empty head evens the halves out; its output is dropped
+        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
 
     def lay(x: torch.Tensor) -> torch.Tensor:  # (B, H, T, D) to (parts * B * T, H / parts, D)
         return x.view(B, parts, heads, T, D).permute(1, 0, 3, 2, 4).reshape(-1, heads, D)
 
     output = segment_attention(lay(query), lay(key), lay(value), cuts)
-    output = output.view(parts, B, T, heads, D).permute(1, 2, 0, 3, 4).reshape(B, T, H + odd, D)
+    output = output.view(parts, B, T, heads, D).permute(1, 2, 0, 3, 4).reshape(B, T, -1, D)
     return output[:, :, :H], None
 
 
@@ -431,15 +396,13 @@ def s2_mask(*args, attention_mask=None, q_length=None, kv_length=None, **kwargs)
     if attention_mask is None and q_length == kv_length:
         return None
     from transformers.masking_utils import sdpa_mask
-
     return sdpa_mask(
         *args, attention_mask=attention_mask, q_length=q_length, kv_length=kv_length, **kwargs)
 
 
 def register_attention() -> None:
-    """Make attn_implementation="s2" known to Transformers."""
+    """Let Transformers know attn_implementation="s2"."""
     from transformers import AttentionInterface, AttentionMaskInterface
-
     AttentionInterface.register("s2", s2_attention)
     AttentionMaskInterface.register("s2", s2_mask)
 
@@ -470,7 +433,6 @@ def read_texts(path: Path) -> Iterator[str]:
                 yield from (json.loads(line)["text"] for line in lines if line.strip())
         else:
             from pyarrow.parquet import ParquetFile
-
             for batch in ParquetFile(path).iter_batches(256, columns=["text"]):
                 yield from batch.column("text").to_pylist()
     except (ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors
@@ -503,7 +465,6 @@ def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     if not cached.exists():
         from tqdm import tqdm
-
         building, sizes = cached.with_name(f"{cached.name}.{os.getpid()}.building"), []
         made = [p for p in building.parents if not p.exists()]
         building.mkdir(parents=True, exist_ok=True)
@@ -588,7 +549,6 @@ class Collate:
 
     def __call__(self, blocks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         import torch
-
         batch = {name: torch.from_numpy(np.stack([b[name] for b in blocks])) for name in blocks[0]}
         cuts = {"groups": self.group_size, "documents": None}
         cuts = {n: cut_points(batch["position_ids"], g, self.flash) for n, g in cuts.items()}
@@ -610,14 +570,12 @@ class TailEmbedding:
 
     def __init__(self, frozen: torch.Tensor, trained: torch.Tensor):
         import torch
-
         super().__init__()
         self.frozen = torch.nn.Parameter(frozen, requires_grad=False)
         self.trained = torch.nn.Parameter(trained, requires_grad=len(trained) > 0)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         from torch.nn.functional import embedding
-
         first = len(self.frozen)
         if not len(self.trained):
             return embedding(ids, self.frozen)
@@ -637,7 +595,6 @@ class ChunkedLoss:
     @staticmethod
     def forward(ctx, hidden, frozen, trained, labels, train):
         import torch
-
         first, dtype = len(frozen), hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
         new = trained.to(dtype)
@@ -676,7 +633,6 @@ class TailHead(TailEmbedding):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         import torch
-
         if self.in_loss:
             return hidden
         return torch.cat([hidden @ self.frozen.T, hidden @ self.trained.to(hidden.dtype).T], dim=-1)
@@ -692,7 +648,6 @@ class TailHead(TailEmbedding):
     def loss(self, logits, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
         """Transformers' loss_function: `logits` are the hidden states (B, T, D)."""
         import torch
-
         hidden, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         function, rows = based_on(ChunkedLoss, torch.autograd.Function), (self.frozen, self.trained)
@@ -703,7 +658,6 @@ class TailHead(TailEmbedding):
 def train_tail(llama: Any, first: int) -> None:
     """Put TailEmbedding and TailHead in place of a Llama's matrices: rows from `first` on train."""
     import torch
-
     def tail(cls: type, weight: torch.Tensor) -> Any:
         wide = torch.promote_types(weight.dtype, torch.float32)
         parts = weight[:first].detach().clone(), weight[first:].detach().to(wide, copy=True)
@@ -721,7 +675,6 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
-
     register_attention()
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     nf4 = BitsAndBytesConfig(
@@ -761,14 +714,11 @@ def checkpoint_layers(llama: Any, options: dict[str, Any]) -> None:
     import torch
     from torch.autograd.graph import save_on_cpu
     from torch.utils.checkpoint import checkpoint
-
-    offload, options = options.get("offload", False), {"use_reentrant": False} | options
-    options.pop("offload", None)
+    options = {"use_reentrant": False} | options
+    offload, pinned = options.pop("offload", False), torch.cuda.is_available()
 
     def run(function, *inputs):
-        if not offload:
-            return checkpoint(function, *inputs, **options)
-        with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        with save_on_cpu(pin_memory=pinned) if offload else nullcontext():
             return checkpoint(function, *inputs, **options)
 
     llama._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
@@ -785,7 +735,6 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
 def save_adapter(model: Any, folder: Path, base: str) -> None:
     """Write what stock PeftModel.from_pretrained loads: rows replaced, norms as modules_to_save."""
     from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     tensors, head = adapter_tensors(model), model.base_model.model.lm_head
     config = deepcopy(model.peft_config["default"])
@@ -807,7 +756,6 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
 def load_adapter(model: Any, folder: Path) -> None:
     """Put a checkpoint's weights back, exactly."""
     from safetensors.torch import load_file
-
     saved, tensors = load_file(folder / "adapter_model.safetensors"), adapter_tensors(model)
     assert saved.keys() == tensors.keys(), "the checkpoint holds other parameters than the model"
     for key, tensor in tensors.items():
@@ -861,13 +809,11 @@ class PackedTraining:
         """Loss per token and bits per character of the documents held out, full attention."""
         import torch
         from tqdm import tqdm
-
         blocks, size = self.eval_dataset, self.args.per_device_eval_batch_size
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
-        for start in range(
-            self.args.process_index * size, len(blocks), self.args.world_size * size
-        ):
+        rank, ranks = self.args.process_index, self.args.world_size
+        for start in range(rank * size, len(blocks), ranks * size):
             chosen = range(start, min(start + size, len(blocks)))
             batch = self._prepare_inputs(self.data_collator([blocks[i] for i in chosen]))
             with torch.no_grad(), self.accelerator.autocast(), self.head.inside_the_loss():
@@ -890,15 +836,12 @@ class PackedTraining:
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         step = self.state.global_step
-        if (
-            self._globalstep_last_logged < step == self.state.max_steps
-        ):  # the end is always measured
+        if self._globalstep_last_logged < step == self.state.max_steps:  # the end is measured
             self.control.should_log = True
             self.control.should_evaluate = self.eval_dataset is not None
         stop = len(self.stop)
         if self.args.world_size > 1:  # the signal may reach the processes at different steps
             import torch
-
             stop = self.accelerator.reduce(torch.tensor(stop, device=self.args.device), "sum")
         if stop:
             self.control.should_evaluate = False
@@ -964,7 +907,6 @@ class PackedTraining:
 def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report: Report) -> Any:
     """transformers.Trainer with PackedTraining in front."""
     from transformers import Trainer
-
     keep, training.save_total_limit = training.save_total_limit or sys.maxsize, None  # see seal
     if held_out is None:
         training.eval_strategy = "no"
@@ -1013,15 +955,12 @@ def read_record(folder: Path) -> dict:
         return {}
 
 
-def file_sums(folder: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file but run.json."""
+def file_sums(folder: Path) -> dict[str, str]:
+    """The sha256 of every file but run.json."""
     sums = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "run.json"):
-        crc = 0
         with path.open("rb") as file:
-            while part := file.read(1 << 24):
-                crc = zlib.crc32(part, crc)
-        sums[str(path.relative_to(folder))] = [path.stat().st_size, crc]
+            sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
 
 
@@ -1051,8 +990,7 @@ def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, k
         "versions": {package: version(package) for package in packages}, "results": None,
         "base": {"model_name_or_path": args.model_name_or_path, "fingerprint": settings["model"]},
         "quantization": nf4 | {"skip_modules": ["lm_head"]} if args.quantization == "nf4" else None,
-        "settings": json.loads(json.dumps(settings, default=str))
-    }
+        "settings": json.loads(json.dumps(settings, default=str))}
 
 
 def open_run(args: Arguments, record: dict) -> str | None:
@@ -1127,7 +1065,6 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
 def print_plan(args: Arguments, training: Any, config: Any, first_new: int, facts: dict) -> None:
     """Sizes, steps, and what fits."""
     import torch
-
     def items(batch: int, block: int) -> dict:
         parts = memory_items(config, args, first_new, batch, block)
         return parts | {"in all": sum(parts.values())}
@@ -1147,8 +1084,8 @@ def print_plan(args: Arguments, training: Any, config: Any, first_new: int, fact
     blocks = range(256, config.max_position_embeddings + 1, 256)
     longest = max((b for b in blocks if items(batch, b)["in all"] <= room), default=0)
     widest = max((b for b in range(1, 257) if items(b, block)["in all"] <= room), default=0)
-    print(f"on {size / 1e9:.0f} GB: at batch {batch} the largest block is {longest}; ", end="")
-    print(f"at block {block} the largest batch is {widest}")
+    print(f"on {size / 1e9:.0f} GB: at batch {batch} the largest block is {longest}; "
+          f"at block {block} the largest batch is {widest}")
 
 
 # --- Report --------------------------------------------------------------------------------------
@@ -1223,15 +1160,15 @@ class Report:
     def draw(self) -> None:
         """Train and eval loss over steps and tokens, the learning rate below."""
         from matplotlib.figure import Figure
-
         train, held = self.rows("loss"), self.rows("eval_loss")
         if not train or not train[-1]["tokens_seen"]:
             return
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        for rows, name, label in ((train, "loss", "train"), (held, "eval_loss", "held out")):
-            line = "o-" if rows is held else "-"
-            axes.plot([r["step"] for r in rows], [r[name] for r in rows], line, label=label)
+        steps = [row["step"] for row in train]
+        axes.plot(steps, [row["loss"] for row in train], label="train")
+        losses = [row["eval_loss"] for row in held]
+        axes.plot([row["step"] for row in held], losses, "o-", label="held out")
         title = f"{self.facts['steps']} steps, blocks of {self.args.block_size} tokens"
         axes.set(ylabel="loss (nats per token)", title=title)
         millions = train[-1]["tokens_seen"] / train[-1]["step"] / 1e6
@@ -1239,7 +1176,7 @@ class Report:
         top.set_xlabel("million tokens seen")
         axes.legend()
         axes.grid(alpha=0.3)
-        below.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="gray")
+        below.plot(steps, [row["learning_rate"] for row in train], color="gray")
         below.set(xlabel="step", ylabel="learning rate")
         picture = Path(self.args.picture)
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -1253,7 +1190,6 @@ class Report:
         if not self.args.sample_tokens:
             return {}
         import torch
-
         device, model = trainer.args.device, trainer.accelerator.unwrap_model(trainer.model)
         prompt = torch.tensor([self.prompt], device=device)
         dice = torch.random.fork_rng([device] if device.type == "cuda" else [])
@@ -1274,8 +1210,7 @@ class Report:
         results = self.facts | {
             "steps": trainer.state.global_step, "loss_first": train[0]["loss"],
             "loss_last": train[-1]["loss"], "eval_loss": last.get("eval_loss"),
-            "eval_bits_per_character": last.get("eval_bits_per_character")
-        }
+            "eval_bits_per_character": last.get("eval_bits_per_character")}
         base = self.record["base"]["model_name_or_path"]
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), self.output, base)
         self.draw()
@@ -1292,14 +1227,13 @@ class Report:
         (self.output / "README.md").write_text(card, encoding="utf-8")
         write_json(self.output / "run.json", self.record | {"results": results})
         losses = f"loss {results['loss_first']:.3f} to {results['loss_last']:.3f}"
-        print(
-            f"{results['steps']} steps, {losses}; wrote {self.output}; next: python merge_lora.py")
+        print(f"{results['steps']} steps, {losses}; wrote {self.output}",
+              "next: python merge_lora.py", sep="; ")
 
 
 def traditional_share(text: str) -> float | None:
     """Of the characters that the two scripts write differently, the share in Traditional form."""
     from opencc import OpenCC
-
     simple, full = OpenCC("t2s").convert(text), OpenCC("s2t").convert(text)
     if not len(text) == len(simple) == len(full):
         return None
@@ -1314,27 +1248,18 @@ def traditional_share(text: str) -> float | None:
 
 def check(args: Arguments) -> None:
     """Refuse impossible values before anything heavy."""
-    block, options = args.block_size, args.activation_checkpointing_kwargs
-    try:
+    block, group, share = args.block_size, args.group_size, args.eval_fraction
+    options, parsed = args.activation_checkpointing_kwargs, None
+    with suppress(ValueError):
         parsed = json.loads(options or "{}")
-    except ValueError:
-        parsed = None
-    for wrong, problem in (
+    refuse(
         (block < 8, f"--block_size {block}: too short; expected at least 8 tokens"),
-        (
-            not 2 <= args.group_size <= block,
-            f"--group_size {args.group_size}: expected 2 to block_size ({block})"),
-        (
-            not 0 <= args.eval_fraction < 1,
-            f"--eval_fraction {args.eval_fraction}: expected a share, 0 to under 1"),
+        (not 2 <= group <= block, f"--group_size {group}: expected 2 to block_size ({block})"),
+        (not 0 <= share < 1, f"--eval_fraction {share}: expected a share, 0 to under 1"),
         (args.lora_rank < 1, f"--lora_rank {args.lora_rank}: expected at least 1"),
-        (
-            not isinstance(parsed, dict),
-            f"--activation_checkpointing_kwargs {options}: expected a JSON object such as "
-            """'{"offload": true}'""")
-    ):
-        if wrong:
-            raise UserError(problem)
+        (not isinstance(parsed, dict), f"--activation_checkpointing_kwargs {options}: expected "
+         """a JSON object such as '{"offload": true}'"""),
+    )
 
 
 @user_errors()
@@ -1356,8 +1281,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = {
         "documents": len(corpus.lengths), "tokens": blocks.total, "sequences": len(blocks),
         "eval_sequences": len(held_out) if held_out else 0,
-        "steps": total_steps(len(blocks), training)
-    }
+        "steps": total_steps(len(blocks), training)}
     if args.plan:
         return print_plan(args, training, config, first_new, facts)
     report = Report(args, record, tokenizer, facts, held_out or blocks)
