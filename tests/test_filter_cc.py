@@ -742,11 +742,15 @@ def test_killed_and_run_again_it_makes_the_same_bytes(undisturbed, run_script, t
     options = ["--output_dir", tmp_path / "out", "--picture", tmp_path / "p.png", *FEW]
     command = [sys.executable, ROOT / "filter_cc.py", "--input", undisturbed / "crawl", *options]
     command = [*map(str, command), "--workers", "2"]
-    delay = random.Random(seed).uniform(1.5, 7)
+    draw = random.Random(seed)
+    tasks = draw.randrange(16)  # killed after so many of its 16 tasks, on any machine
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    time.sleep(delay)
+    while len(list(tmp_path.glob("out/.work/logs/*/completions/*"))) < tasks:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(draw.uniform(0, 0.5))
     process.send_signal(signal.SIGKILL)
     process.wait()
     completed = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out/.work/logs/*/completions/*")}
