@@ -15,6 +15,20 @@ import train_pt
 
 pytest_plugins = ["train_support"]
 torch.set_num_threads(1)
+WHOLE: dict[tuple, dict[str, torch.Tensor]] = {}
+
+
+@pytest.fixture
+def whole(command):
+    """The weights of the undisturbed run, trained once for each set of options."""
+
+    def run(*options: str) -> dict[str, torch.Tensor]:
+        if options not in WHOLE:
+            train_pt.main(command(*options, name="whole"))
+            WHOLE[options] = weights("whole")
+        return WHOLE[options]
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -30,9 +44,9 @@ torch.set_num_threads(1)
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
-    stop, step, options, command, monkeypatch, capsys
+    stop, step, options, command, whole, monkeypatch, capsys
 ):
-    train_pt.main(command(*options, name="whole"))
+    expected = whole(*options)
     at_step(monkeypatch, step, stop)
     with pytest.raises((Killed, SystemExit)) as stopped:
         train_pt.main(command(*options))
@@ -42,12 +56,11 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
         assert Path(f"pt/checkpoint-{step + 1}").is_dir()
     assert not Path("pt/adapter_model.safetensors").exists(), "looks finished"
     train_pt.main(command(*options))
-    assert same(weights("pt"), weights("whole"))
+    assert same(weights("pt"), expected)
     assert [row["step"] for row in metrics("pt") if "loss" in row] == list(range(1, 13))
 
 
-def test_kill_9_and_ctrl_c_on_the_real_program(command):
-    train_pt.main(command(name="whole"))
+def test_kill_9_and_ctrl_c_on_the_real_program(command, whole):
     program = [sys.executable, str(ROOT / "train_pt.py"), *command("--save_steps", "1")]
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         saved = len(list(Path("pt").glob("checkpoint-*")))
@@ -63,11 +76,10 @@ def test_kill_9_and_ctrl_c_on_the_real_program(command):
         assert running.returncode == code, output
         assert "Traceback" not in output, (output, saved)
     train_pt.main(command("--save_steps", "1"))
-    assert same(weights("pt"), weights("whole"))
+    assert same(weights("pt"), whole())
 
 
-def test_a_broken_checkpoint_falls_back_to_the_one_before(command, monkeypatch, capsys):
-    train_pt.main(command(name="whole"))
+def test_a_broken_checkpoint_falls_back_to_the_one_before(command, whole, monkeypatch, capsys):
     at_step(monkeypatch, 11, kill)
     with pytest.raises(Killed):
         train_pt.main(command())
@@ -77,11 +89,10 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(command, monkeypatch, 
     optimizer.write_bytes(content)
     train_pt.main(command())
     assert "checkpoint-10 is broken" in capsys.readouterr().out
-    assert same(weights("pt"), weights("whole"))
+    assert same(weights("pt"), whole())
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(command, monkeypatch, capsys):
-    train_pt.main(command(name="whole"))
+def test_a_full_disk_keeps_the_last_good_checkpoint(command, whole, monkeypatch, capsys):
     save = torch.save
 
     def full(thing, path, *args, **kwargs):
@@ -99,4 +110,4 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(command, monkeypatch, capsys
     assert "the last good checkpoint is pt/checkpoint-5" in message
     assert [p.name for p in Path("pt").glob("checkpoint*")] == ["checkpoint-5"]
     train_pt.main(command())
-    assert same(weights("pt"), weights("whole"))
+    assert same(weights("pt"), whole())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from train_support import TINY, Killed, at_step, kill, metrics, same, weights
+from train_support import DRAW, TINY, Killed, at_step, kill, metrics, same, weights
 
 import train_pt
 
@@ -181,7 +181,8 @@ def test_the_estimate_of_fixed_memory_is_what_the_model_takes(command, capsys):
     assert items["frozen rows of embedding and head"] == 2 * frozen
 
 
-def test_what_a_run_leaves_to_see(command):
+def test_what_a_run_leaves_to_see(command, monkeypatch):
+    monkeypatch.setattr(train_pt.Report, "draw", DRAW)
     train_pt.main(command())
     rows = metrics("pt")
     held = [r for r in rows if "eval_loss" in r]
@@ -237,11 +238,11 @@ def test_share_of_traditional_characters():
 
 
 def test_wandb_takes_the_run_offline(command, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    program = [sys.executable, str(ROOT / "train_pt.py")]
-    subprocess.run([*program, *command("--report_to", "wandb", "--max_steps", "2")], check=True)
+    wandb = pytest.importorskip("wandb")
+    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("CONSOLE", "off")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    train_pt.main(command("--report_to", "wandb", "--max_steps", "2"))
+    wandb.finish()
     runs = list(Path("wandb").glob("offline-run-*/run-*.wandb"))
     assert len(runs) == 1
     assert b"bits_per_character" in runs[0].read_bytes()

@@ -19,7 +19,7 @@ def allowed(position: torch.Tensor, heads: int, group: int | None) -> torch.Tens
     """Definition: (B, H, T, T), query sees key if both are of one document, the key is not later,
     and both fall into one group of their half of the heads."""
     B, T = position.shape
-    document = (position == 0).cumsum(1)
+    document, place = (position == 0).cumsum(1).tolist(), position.tolist()
     mask = torch.zeros(B, heads, T, T, dtype=torch.bool)
     for b in range(B):
         for h in range(heads):
@@ -27,8 +27,8 @@ def allowed(position: torch.Tensor, heads: int, group: int | None) -> torch.Tens
             size = group or 10**9
             for q in range(T):
                 for k in range(q + 1):
-                    one_group = (position[b, q] + shift) // size == (position[b, k] + shift) // size
-                    mask[b, h, q, k] = (document[b, q] == document[b, k]) & one_group
+                    one_group = (place[b][q] + shift) // size == (place[b][k] + shift) // size
+                    mask[b, h, q, k] = document[b][q] == document[b][k] and one_group
     return mask
 
 

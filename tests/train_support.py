@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import train_pt
 
 TINY = ROOT / "data" / "sample" / "tiny-llama"
+DRAW = train_pt.Report.draw
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,10 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def command(text, tmp_path, monkeypatch):
-    """The options of a run of 12 steps, a pass and a half, into a folder of this test."""
+    """The options of a run of 12 steps, a pass and a half, into a folder of this test. The chart,
+    half the time of so short a run, is drawn only where a test puts DRAW back."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_pt.Report, "draw", lambda self: None)
 
     def build(*options: object, name: str = "pt") -> list[str]:
         words = {
