@@ -205,7 +205,7 @@ def first_training(folder: Path, steps: int) -> float:
         folder,
         LLAMA_2_PIECES,
         hidden_size=256,
-        intermediate_size=688,
+        intermediate_size=704,
         num_hidden_layers=4,
         num_attention_heads=8,
     )
