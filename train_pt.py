@@ -503,6 +503,7 @@ class PackedBlocks:
         self.tokens, self.block_size, self.padding = corpus.tokens, block_size, padding
         self.starts = (np.cumsum(corpus.lengths) - corpus.lengths)[order]
         self.ends = np.cumsum(corpus.lengths[order])  # in the packed stream
+        self.begins = self.ends - corpus.lengths[order]
         self.total = int(self.ends[-1])
         predicted = self.total - len(order)  # all but each document's first token
         self.tokens_per_character = float(predicted / max(1, corpus.characters[order].sum()))
@@ -513,17 +514,12 @@ class PackedBlocks:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        at, stop = index * self.block_size, min((index + 1) * self.block_size, self.total)
-        ids, position = np.full(self.block_size, self.padding), np.arange(self.block_size)
-        document, filled = int(np.searchsorted(self.ends, at, side="right")), 0
-        while at < stop:
-            begin = int(self.ends[document - 1]) if document else 0
-            size = min(stop, int(self.ends[document])) - at
-            source = int(self.starts[document]) + at - begin
-            ids[filled : filled + size] = self.tokens[source : source + size]
-            position[filled : filled + size] = np.arange(size)
-            at, filled, document = at + size, filled + size, document + 1
-        position[filled:] = np.arange(self.block_size - filled)
+        at, size = index * self.block_size, self.block_size
+        stream = np.arange(at, min(at + size, self.total))  # where its tokens stand, packed
+        document, filled = np.searchsorted(self.ends, stream, side="right"), len(stream)
+        ids, position = np.full(size, self.padding), np.arange(size) - filled  # as of padding
+        ids[:filled] = self.tokens[stream - self.begins[document] + self.starts[document]]
+        position[:filled] = stream - np.maximum(self.begins[document], at)
         labels = np.where(position > 0, ids, IGNORED)  # nothing foretells a document's first token
         labels[filled:] = IGNORED
         return {"input_ids": ids, "position_ids": position, "labels": labels}
@@ -658,6 +654,7 @@ class TailHead(TailEmbedding):
 def train_tail(llama: Any, first: int) -> None:
     """Put TailEmbedding and TailHead in place of a Llama's matrices: rows from `first` on train."""
     import torch
+
     def tail(cls: type, weight: torch.Tensor) -> Any:
         wide = torch.promote_types(weight.dtype, torch.float32)
         parts = weight[:first].detach().clone(), weight[first:].detach().to(wide, copy=True)
@@ -1065,6 +1062,7 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
 def print_plan(args: Arguments, training: Any, config: Any, first_new: int, facts: dict) -> None:
     """Sizes, steps, and what fits."""
     import torch
+
     def items(batch: int, block: int) -> dict:
         parts = memory_items(config, args, first_new, batch, block)
         return parts | {"in all": sum(parts.values())}
