@@ -18,6 +18,12 @@ pytest_plugins = ["train_support"]
 torch.set_num_threads(1)
 
 
+def test_the_docstring_gives_the_command_of_the_demo():
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    command = next(line.strip() for line in lines if "python train_pt.py" in line)
+    assert command in " ".join(train_pt.__doc__.replace("\\\n", " ").split())
+
+
 def spoil_the_loss(monkeypatch, step: int, factor: float) -> None:
     """From the given step on (two forward passes each), the loss is multiplied."""
     loss, calls = train_pt.TailHead.loss, []
