@@ -411,12 +411,13 @@ def register_attention() -> None:
 
 
 def text_files(dataset: str) -> list[Path]:
-    """The files to read, in name order."""
+    """The files to read, in name order. Of a folder the top level alone: below it filter_cc.py keeps
+    its work and the pages that it refused."""
     root = Path(dataset).expanduser()
     if not root.exists():
         hint = "run python filter_cc.py first" if "cc_filtered" in dataset else "check the path"
         raise UserError(f"--dataset {dataset}: there is no such file or folder; {hint}")
-    found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    found = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.is_file())
     files = [p for p in found if p.suffix in (".parquet", ".jsonl", ".txt")]
     if not files:
         raise UserError(f"--dataset {dataset}: no .parquet, .jsonl or .txt in it; expected text")

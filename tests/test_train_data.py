@@ -84,6 +84,9 @@ def test_parquet_jsonl_and_txt_are_read_alike_and_the_cache_is_used(tokenizer, t
     (folder / "b.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     for number, text in enumerate(texts):
         (folder / f"c{number}.txt").write_text(text)
+    for below in (".work", "rejected"):  # filter_cc.py's own, not text to learn from
+        (folder / below).mkdir()
+        (folder / below / "refused.txt").write_text("垃圾")
     files = train_pt.text_files(str(folder))
     assert [t for f in files for t in train_pt.read_texts(f)] == texts * 3
     corpus = train_pt.tokenize(files, tokenizer, tmp_path / "cache")
