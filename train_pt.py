@@ -411,8 +411,8 @@ def register_attention() -> None:
 
 
 def text_files(dataset: str) -> list[Path]:
-    """The files to read, in name order. Of a folder the top level alone: below it filter_cc.py keeps
-    its work and the pages that it refused."""
+    """The files to read, in name order. Of a folder the top level alone: below it filter_cc.py
+    keeps its work and the pages that it refused."""
     root = Path(dataset).expanduser()
     if not root.exists():
         hint = "run python filter_cc.py first" if "cc_filtered" in dataset else "check the path"
