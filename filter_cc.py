@@ -30,6 +30,7 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -1075,7 +1076,14 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
         if not ray.is_initialized():
             local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": args.workers}
             ray.init(log_to_driver=False, **local)
-        return RayPipelineExecutor(**common)
+
+        class EndableExecutor(RayPipelineExecutor):
+            def _run_for_rank(self, *args, **kwargs):
+                # datatrove ends a task's process by SIGTERM; Ray's handler may make it wait
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                return super()._run_for_rank(*args, **kwargs)
+
+        return EndableExecutor(**common)
     from datatrove.executor import LocalPipelineExecutor
 
     class QuietExecutor(LocalPipelineExecutor):
