@@ -38,7 +38,7 @@ def run_script() -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(tmp_path_factory: pytest.TempPathFactory, run_script: Callable) -> Path:
     """The folder that `make demo` leaves, from the commands that it would type, trained briefly."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "data").mkdir()
@@ -49,7 +49,5 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in commands:
         _, script, *options = shlex.split(command)
         options += ["--max_steps", "20"] if script == "train_pt.py" else []
-        words = [sys.executable, ROOT / script, *options]
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        run_script(script, *options, cwd=folder)
     return folder
