@@ -162,17 +162,12 @@ class Arguments:
 def parse_args(argv: list[str] | None) -> Arguments:
     """Read the command line (None: sys.argv; in a notebook nothing); exit code 2 if it is wrong."""
     parser = HfArgumentParser(
-        Arguments,
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-    )
+        Arguments, description=__doc__, formatter_class=HelpFormatter,
+        usage="%(prog)s [options]", allow_abbrev=False)
     if argv is None and "__file__" not in globals():
         argv = []  # a notebook's sys.argv is Jupyter's own
     args, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+        argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
     return args
@@ -240,8 +235,7 @@ def find_model(name_or_path: str, option: str) -> Path:
         raise UserError(
             f"{given}: the model is {reason}; accept the licence on "
             f"https://huggingface.co/{name_or_path}, run hf auth login and try again; without it, "
-            f"{option} data/sample/tiny-llama tries the whole pipeline"
-        ) from error
+            f"{option} data/sample/tiny-llama tries the whole pipeline") from error
     if not (Path(snapshot) / "config.json").is_file():
         raise UserError(f"{given}: the repository has no config.json; expected a model")
     return Path(snapshot)

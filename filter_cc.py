@@ -230,17 +230,12 @@ class Arguments:
 def parse_args(argv: list[str] | None) -> Arguments:
     """Read the command line (None: sys.argv; in a notebook nothing); exit code 2 if it is wrong."""
     parser = HfArgumentParser(
-        Arguments,
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        usage="%(prog)s [options]",
-        allow_abbrev=False,
-    )
+        Arguments, description=__doc__, formatter_class=HelpFormatter,
+        usage="%(prog)s [options]", allow_abbrev=False)
     if argv is None and "__file__" not in globals():
         argv = []  # a notebook's sys.argv is Jupyter's own
     args, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
+        argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
     return args

@@ -234,8 +234,7 @@ def find_model(name_or_path: str, option: str) -> Path:
         raise UserError(
             f"{given}: the model is {reason}; accept the licence on "
             f"https://huggingface.co/{name_or_path}, run hf auth login and try again; without it, "
-            f"{option} data/sample/tiny-llama tries the whole pipeline"
-        ) from error
+            f"{option} data/sample/tiny-llama tries the whole pipeline") from error
     if not (Path(snapshot) / "config.json").is_file():
         raise UserError(f"{given}: the repository has no config.json; expected a model")
     return Path(snapshot)
