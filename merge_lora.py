@@ -169,8 +169,9 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """End mistakes and refusals in one line: exit code 2 for a UserError, 1 for a full or read-only
-    disk, 130 for Ctrl-C. Anything else is our bug and keeps its traceback."""
+    """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
+    missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
+    keeps its traceback."""
     refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
     try:
         yield
@@ -179,6 +180,8 @@ def user_errors() -> Iterator[None]:
         message, code = f"error: {error}", 2
     except KeyboardInterrupt:
         message, code = "interrupted; run the same command again to go on", 130
+    except ImportError as error:
+        message, code = f"error: {error}; pip install -r requirements.txt mends it", 2
     except Exception as error:
         if getattr(error, "errno", None) not in refusals and "No space left" not in str(error):
             raise
