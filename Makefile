@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on the embedded sample, from web pages to a model that writes
 # make test   the tests
 # make lint   ruff
+# make bench  measures what the README says: benchmarks/results/*.json and pictures/readme_*.png
 # make clean  removes what the demo (or any run with default paths) has written
 
 SHELL := /bin/bash
@@ -9,7 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	&& { echo $$p; break; }; done)
 VENV := .venv
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint bench clean
 .DEFAULT_GOAL := demo
 
 install: $(VENV)/installed
@@ -27,7 +28,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	@touch $@
 
 # The commands are printed as you would type them inside the environment.
-demo test lint: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+demo test lint bench_%: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 demo: $(VENV)/installed
 	python filter_cc.py
@@ -41,6 +42,20 @@ test: $(VENV)/installed-dev
 
 lint: $(VENV)/installed-dev
 	ruff check .
+
+# What the machine lacks is left out with a line that says so, and a failure does not stop the
+# others. About an hour and a half on two cores that do nothing else, and 16 GB of disk.
+MATERIAL := $(wildcard ../shared/data)
+GPU := $(shell command -v nvidia-smi)
+BENCHES := bench_train bench_merge $(if $(MATERIAL),bench_filter bench_vocab) $(if $(GPU),bench_gpu)
+
+bench:
+	@test -n "$(MATERIAL)" || echo "skipped: bench_filter.py and bench_vocab.py; ../shared/data is missing"
+	@test -n "$(GPU)" || echo "skipped: bench_gpu.py; there is no GPU"
+	@$(MAKE) --no-print-directory --keep-going --jobs=1 $(BENCHES)
+
+bench_%: $(VENV)/installed-dev
+	python benchmarks/$@.py
 
 clean:
 	rm -rf outputs data/cc_filtered
