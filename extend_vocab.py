@@ -35,7 +35,7 @@ import sys
 import urllib.request
 from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
@@ -57,46 +57,32 @@ HONGLOUMENG_URL = "https://www.gutenberg.org/cache/epub/24264/pg24264.txt"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
-BESIDE = (INDEX, "generation_config.json", "*.jinja", "LICENSE*", "USE_POLICY*")
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-NORMAL, USER_DEFINED, BPE = 1, 4, 2  # SentencePiece's piece types and its model type
 INITS = ("mean_subtoken", "mean", "random")
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
-PICTURE = "pictures/vocab.png"
 PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch", "opencc")
-MEASURES = [("characters_per_token", "characters per token", 1),  # key in the report, title, factor
-            ("byte_token_share", "byte tokens, %", 100)]
+AGAIN = "copy or download it again"
 
 # Level 1 of Big5: what Taiwan's schools and newspapers use; lead bytes A4 to C6, C6 up to 7E.
 BIG5_LEVEL_1 = [
     bytes([lead, trail]).decode("big5")
     for lead in range(0xA4, 0xC7)
     for trail in (*range(0x40, 0x7F), *range(0xA1, 0xFF))
-    if lead < 0xC6 or trail < 0x7F
-]
+    if lead < 0xC6 or trail < 0x7F]
 
 TRAINER = {  # SentencePiece's own defaults elsewhere; the text arrives in segments, see there
-    "model_type": "bpe",
-    "input_format": "tsv",
-    "hard_vocab_limit": False,
-    "required_chars": "".join(BIG5_LEVEL_1),
-    "character_coverage": 0.99999,
+    "model_type": "bpe", "input_format": "tsv", "hard_vocab_limit": False,
+    "required_chars": "".join(BIG5_LEVEL_1), "character_coverage": 0.99999,
     "split_by_unicode_script": False,  # pieces may join characters and punctuation: fewer tokens
-    "normalization_rule_name": "identity",
-    "add_dummy_prefix": False,
-    "remove_extra_whitespaces": False,
-    "max_sentence_length": 1 << 16,
-    "shuffle_input_sentence": False,
-    "num_threads": 1,
-    "minloglevel": 2,
-}
+    "normalization_rule_name": "identity", "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False, "max_sentence_length": 1 << 16,
+    "shuffle_input_sentence": False, "num_threads": 1, "minloglevel": 2}
 
 # Texts on which tokenizers are known to part ways; every run proves itself on them.
 HARD_TEXTS = [
-    "",
-    *(" " * n for n in range(1, 40)),
+    *(" " * n for n in range(40)),
     *("\n" * n for n in range(1, 6)),
     *("中" * n + "。" * n for n in range(1, 20)),
     *(f"a{' ' * n}b{' ' * n}\n{' ' * n}中{' ' * n}文" for n in range(1, 20)),
@@ -106,8 +92,7 @@ HARD_TEXTS = [
     "😀👍🏽👨‍👩‍👧 🇹🇼 emoji 和中文混排😂😂😂",
     "我用Python 3.11寫程式，在 GitHub 上 開源。ＦＵＬＬ　ｗｉｄｔｈ１２３！",
     "日本語のテキスト、한국어, ελληνικά, кириллица, ไทย, العربية, naïve café",
-    "簡體：这个软件的质量。注音：ㄅㄆㄇ。罕用：𠮷𡈽龘㐂。\u200b\ufeff\u3000\xa0\x07",
-]
+    "簡體：这个软件的质量。注音：ㄅㄆㄇ。罕用：𠮷𡈽龘㐂。\u200b\ufeff\u3000\xa0\x07"]
 
 # --- Arguments -----------------------------------------------------------------------------------
 
@@ -126,35 +111,23 @@ class Arguments:
     """Every option of the command line; the help text is the documentation."""
 
     base_model: str = option(
-        "meta-llama/Llama-2-7b-hf",
-        "Model to extend: a folder or a hub id; safetensors, SentencePiece BPE.",
-    )
-    corpus: list[str] = field(
-        default_factory=lambda: [HONGLOUMENG],
-        metadata={"help": "Texts to learn pieces from: .txt, .jsonl, .parquet (text), or folders."},
-    )
-    corpus_weight: list[float] = field(
-        default_factory=list,
-        metadata={"help": "How many times each --corpus counts, in its order; none: 1 each."},
-    )
+        "meta-llama/Llama-2-7b-hf", "Model to extend: a folder or a hub id; SentencePiece BPE.")
+    corpus: list[str] = field(default_factory=lambda: [HONGLOUMENG], metadata={
+        "help": "Texts to learn pieces from: .txt, .jsonl, .parquet (text), or folders."})
+    corpus_weight: list[float] = field(default_factory=list, metadata={
+        "help": "How many times each --corpus counts, in its order; none: 1 each."})
     vocab_size: int = option(61388, "Pieces of the new tokenizer, the base's included.")
     output_dir: str = option("outputs/extended", "Folder for tokenizer, model and report.")
     init: Literal["mean_subtoken", "mean", "random"] = option(
-        "mean_subtoken",
-        "New rows: the mean of the base's rows that spell the piece, the mean of all rows "
-        "(Hewitt 2021), or normal noise of the config's initializer_range.",
-    )
+        "mean_subtoken", "New rows: the mean of the base's rows that spell the piece, the mean of "
+        "all rows (Hewitt 2021), or normal noise of the config's initializer_range.")
     eval_text: str | None = option(
-        None, "Text to report on (file or folder); None: 2%% held out of the corpus."
-    )
+        None, "Text to report on (file or folder); None: 2%% held out of the corpus.")
     eval_loss: Literal["auto", "yes", "no"] = option(
-        "auto",
-        "Report the loss before training for every --init; auto: when the model fits the GPU, or "
-        "is under 0.4 GB.",
-    )
+        "auto", "Report the loss before training for every --init; auto: if the model fits the "
+        "GPU or is under 0.4 GB.")
     max_chars: int = option(
-        20_000_000, "Characters read of each --corpus at most, files in random order."
-    )
+        20_000_000, "Characters read of each --corpus at most, files in random order.")
     seed: int = option(0, "Seed of the file order and of --init random.")
     overwrite: bool = option(False, "Build anew even if --output_dir holds a finished run.")
 
@@ -175,9 +148,10 @@ def parse_args(argv: list[str] | None) -> Arguments:
 
 def check(args: Arguments) -> None:
     """Refuse what can be refused before anything is read."""
-    args.corpus_weight = args.corpus_weight or [1.0] * len(args.corpus)
-    if len(args.corpus_weight) != len(args.corpus) or min(args.corpus_weight) <= 0:
-        wanted = f"expected {len(args.corpus)} numbers above 0, one for each --corpus"
+    count = len(args.corpus)
+    args.corpus_weight = args.corpus_weight or [1.0] * count
+    if len(args.corpus_weight) != count or min(args.corpus_weight) <= 0:
+        wanted = f"expected {count} numbers above 0, one for each --corpus"
         raise UserError(f"--corpus_weight {args.corpus_weight}: {wanted}")
     if args.max_chars < 1000:
         raise UserError(f"--max_chars {args.max_chars}: expected 1000 or more")
@@ -244,69 +218,67 @@ def find_model(name_or_path: str, option: str) -> Path:
     return Path(snapshot)
 
 
-def read_base(folder: Path, args: Arguments):
-    """The base's tokenizer (ModelProto), config and shards, refused unless exactly extensible."""
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+def load_json(path: Path, shown: str) -> dict:
+    """A JSON object, or an error that names the option by which the file came."""
+    with suppress(ValueError):  # not UTF-8, or not JSON
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    raise UserError(f"{shown}: {path} is broken; expected a JSON object; {AGAIN}")
 
+
+def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict]]:
+    """The base's tokenizer, config and shards, refused unless they can be extended exactly."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
     given, base = f"--base_model {args.base_model}", ModelProto()
+    expected = "expected SentencePiece BPE as Llama 2, TinyLlama or Mistral 7B v0.1 have it"
     try:
         base.ParseFromString((folder / "tokenizer.model").read_bytes())
     except Exception as error:
-        raise UserError(
-            f"{given}: tokenizer.model is missing or not SentencePiece's; expected a model with a "
-            "SentencePiece BPE tokenizer, such as Llama 2, TinyLlama or Mistral 7B v0.1"
-        ) from error
+        wrong = "tokenizer.model is missing or not SentencePiece's"
+        raise UserError(f"{given}: {wrong}; {expected}") from error
     spec, normal, size = base.trainer_spec, base.normalizer_spec, len(base.pieces)
-    rules = spec.model_type == BPE, normal.add_dummy_prefix, not normal.precompiled_charsmap
-    rules += not normal.remove_extra_whitespaces, min(spec.unk_id, spec.bos_id, spec.eos_id) >= 0
-    if not all(rules) or any(piece.type == USER_DEFINED for piece in base.pieces):
-        raise UserError(
-            f"{given}: its tokenizer.model is not like Llama 2's; expected SentencePiece BPE, no "
-            "normalisation, a prefix space and no user-defined pieces"
-        )
+    rules = [spec.model_type == spec.BPE, min(spec.unk_id, spec.bos_id, spec.eos_id) >= 0]
+    rules += [not normal.precompiled_charsmap, not normal.remove_extra_whitespaces]
+    rules += [normal.add_dummy_prefix, all(p.type != p.USER_DEFINED for p in base.pieces)]
+    if not all(rules):
+        rest = "no normalisation, a prefix space and no user-defined pieces"
+        raise UserError(f"{given}: its tokenizer.model is another kind; {expected}: {rest}")
     if args.vocab_size <= size:
         raise UserError(f"--vocab_size {args.vocab_size}: expected more than the base's {size}")
-    config, shards = read_json(folder / "config.json", given), read_shards(folder, given)
-    items = dict(chain.from_iterable(header.items() for _, header in shards.values()))
-    tied = config.get("tie_word_embeddings", False) and HEAD not in items
-    matrices = [EMBEDDING] if tied else [EMBEDDING, HEAD]
-    rows = {name: items.get(name, {"shape": [0]})["shape"][0] for name in matrices}
+    config, shards = load_json(folder / "config.json", given), find_shards(folder, given)
+    matrices = {name: found for inside in shards.values() for name, found in inside.items()}
+    rows = {EMBEDDING: 0} if config.get("tie_word_embeddings") else {EMBEDDING: 0, HEAD: 0}
+    rows |= {name: count for name, (count, _) in matrices.items()}
     rows["config.json"] = config.get("vocab_size")
     if set(rows.values()) != {size}:
-        raise UserError(
-            f"{given}: its tokenizer.model has {size} pieces, its rows are {rows}; expected the "
-            "same number everywhere (no padding rows, no added tokens)"
-        )
-    kinds = {items[name]["dtype"] for name in matrices}
-    if "quantization_config" in config or not kinds <= {"BF16", "F16", "F32"}:
+        wrong = f"its tokenizer.model has {size} pieces, its rows are {rows}"
+        wanted = "the same number everywhere (no padding rows, no added tokens)"
+        raise UserError(f"{given}: {wrong}; expected {wanted}")
+    dtypes = {dtype for _, dtype in matrices.values()}
+    if "quantization_config" in config or not dtypes <= {"BF16", "F16", "F32"}:
         raise UserError(f"{given}: is quantised; expected weights in bf16, fp16 or fp32")
     return base, config, shards
 
 
-def read_shards(folder: Path, given: str) -> dict[Path, tuple[int, dict]]:
-    """Each safetensors file with the offset of its data and its tensors in order; whole files."""
+def find_shards(folder: Path, given: str) -> dict[Path, dict[str, tuple[int, str]]]:
+    """The model's safetensors files, each whole: rows and dtype of embedding and head in it."""
     from safetensors import SafetensorError, safe_open
-
     index, names, shards = folder / INDEX, {"model.safetensors"}, {}
     if index.is_file():
-        names = set(read_json(index, given)["weight_map"].values())
+        names = set(load_json(index, given).get("weight_map", {}).values())
     for path in (folder / name for name in sorted(names)):
         if not path.is_file():
             raise UserError(
-                f"{given}: {path.name} is missing; fetch the model again, or, where it has .bin "
-                "files only, load it with AutoModelForCausalLM and save_pretrained(new folder)"
-            )
+                f"{given}: {path.name} is missing; {AGAIN}, or, where it has .bin files only, load "
+                "it with AutoModelForCausalLM and save_pretrained(new folder)")
         try:
-            safe_open(path, "np")  # refuses bad headers and sizes that do not fit
+            with safe_open(path, "np") as file:  # it holds the header against the file's size
+                inside = {n: file.get_slice(n) for n in {EMBEDDING, HEAD}.intersection(file.keys())}
+                shards[path] = {n: (p.get_shape()[0], p.get_dtype()) for n, p in inside.items()}
         except SafetensorError as error:
             wrong = f"{path.name} is cut short or is not a safetensors file ({error})"
-            raise UserError(f"{given}: {wrong}; fetch the model again") from error
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        items = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        shards[path] = 8 + length, dict(items)
+            raise UserError(f"{given}: {wrong}; {AGAIN}") from error
     return shards
 
 
@@ -349,7 +321,6 @@ def find_texts(name: str, option: str) -> list[Path]:
 def documents(path: Path, option: str) -> Iterator[str]:
     """The documents of one file: lines of a .txt, the `text` of each record of the others."""
     import pyarrow.parquet
-
     try:
         with path.open("rb") as file:
             if path.suffix == ".parquet":
@@ -361,10 +332,9 @@ def documents(path: Path, option: str) -> Iterator[str]:
                 texts = (line.decode().rstrip("\r\n") for line in file)
             yield from (text for text in texts if text and text.strip())
     except (ValueError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
-        raise UserError(
-            f"{option} {path}: cannot be read ({type(error).__name__}: {str(error)[:100]}); "
-            "expected UTF-8 text, or JSON Lines or Parquet with a column named text"
-        ) from error
+        wrong = f"cannot be read ({type(error).__name__}: {str(error)[:100]})"
+        wanted = "UTF-8 text, or JSON Lines or Parquet with a column named text"
+        raise UserError(f"{option} {path}: {wrong}; expected {wanted}") from error
 
 
 def read_corpora(args: Arguments, files: dict[str, list[Path]]) -> tuple[list, list[str]]:
@@ -402,7 +372,6 @@ def taiwan_forms() -> dict[int, str]:
     """Variant glyphs and how Taiwan writes them. Characters of Big5 level 1 stay: OpenCC would turn
     the everyday 污 of 污染 into 汙."""
     import opencc
-
     ideographs = set(map(chr, chain(range(0x3400, 0xA000), range(0xF900, 0xFB00))))
     convert = opencc.OpenCC("t2tw").convert
     return {ord(sign): convert(sign) for sign in ideographs.difference(BIG5_LEVEL_1)}
@@ -422,37 +391,31 @@ def train_pieces(documents: list, args: Arguments, wanted: int, **changes) -> li
     """Candidates for new pieces as SentencePiece ranks them, single characters last.
 
     Weights enter as sentence frequencies. The trainer is asked for more than wanted, since some
-    candidates will be in the base already, and gives fewer where the corpus holds no more.
-    Changes to TRAINER are for experiments.
+    candidates are in the base already; it gives fewer where the corpus holds no more. Changes to
+    TRAINER are for experiments.
     """
     from sentencepiece import SentencePieceTrainer
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
     lines = [
         f"{segment}\t{max(1, round(100 * weight))}"
         for weight, text in tqdm(documents, "segments", unit=" texts", mininterval=1)
-        for segment in segments(text)
-    ]
+        for segment in segments(text)]
     if not lines:
         raise UserError(f"--corpus {' '.join(args.corpus)}: holds no text but ASCII")
     print("training SentencePiece BPE", flush=True)
-    settings, model, trained = TRAINER | changes, BytesIO(), ModelProto()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=wanted + 20_000, **settings
-    )
-    trained.ParseFromString(model.getvalue())
-    pieces = [piece.piece for piece in trained.pieces if piece.type == NORMAL]
+    model, settings = BytesIO(), TRAINER | {"vocab_size": wanted + 20_000} | changes
+    SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **settings)
+    trained = ModelProto.FromString(model.getvalue())
+    pieces = [p.piece for p in trained.pieces if p.type == p.NORMAL and p.piece != SPACE]
     merged = [piece for piece in pieces if len(piece) > 1]
-    single = [piece for piece in pieces if len(piece) == 1 and piece != SPACE]
+    single = [piece for piece in pieces if len(piece) == 1]
     return merged[: first_singleton(merged, "\n".join(lines))] + single
 
 
 def first_singleton(pieces: list[str], text: str) -> int:
-    """Where the pieces begin that the text has only once, which are accidents and no words.
-
-    The trainer's frequencies fall along the list: before that place every piece occurs twice, and
-    after it some still seem to, inside others, but hardly fifty in a row.
-    """
+    """Where the pieces begin that the text has only once, which are accidents and no words. The
+    trainer's frequencies fall along the list: before that place every piece occurs twice, and after
+    it some still seem to, inside others, but hardly fifty in a row."""
 
     def once(start: int) -> list[bool]:
         return [text.count(p.replace(SPACE, " ")) < 2 for p in pieces[start : start + 50]]
@@ -461,7 +424,7 @@ def first_singleton(pieces: list[str], text: str) -> int:
     return start + [*once(start), True].index(True)
 
 
-def merge_pieces(base, candidates: list[str], vocab_size: int):
+def merge_pieces(base, candidates: list[str], vocab_size: int) -> tuple[Any, list[str]]:
     """The base's pieces, then new ones up to vocab_size, each alive; and the candidates that died.
 
     BPE merges the pair with the highest score first. Distinct scores above the base's, falling in
@@ -481,7 +444,8 @@ def merge_pieces(base, candidates: list[str], vocab_size: int):
         extended.CopyFrom(base)
         extended.trainer_spec.vocab_size = vocab_size
         for rank, piece in enumerate(merged[:room] + single):
-            extended.pieces.add(piece=piece, score=top + vocab_size - size - rank, type=NORMAL)
+            score = top + vocab_size - size - rank
+            extended.pieces.add(piece=piece, score=score, type=base.SentencePiece.NORMAL)
         cut_off = set(dead_pieces(extended, size))
         if not cut_off:
             return extended, dead
@@ -491,10 +455,9 @@ def merge_pieces(base, candidates: list[str], vocab_size: int):
     raise UserError(f"{given}: the corpus yields {most} at most; lower it or add to --corpus")
 
 
-def processor(model, prefix: bool = True):
+def processor(model, prefix: bool = True) -> Any:
     """SentencePiece's own runtime; without prefix, a text is encoded as if inside another."""
     from sentencepiece import SentencePieceProcessor
-
     copy = type(model)()
     copy.CopyFrom(model)
     copy.normalizer_spec.add_dummy_prefix &= prefix
@@ -522,38 +485,35 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     merges by score, and the class named in the settings is the one that takes the file as it is.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
-    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
+    scores = {p.piece: p.score for p in model.pieces if p.type == p.NORMAL}
     vocab = {piece.piece: number for number, piece in enumerate(model.pieces)}
-    splits = [
+    splits = sorted(
         (-score, vocab[piece], cut, piece[:cut], piece[cut:])
-        for piece, score in scores.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
-    ]
-    merges = [(left, right) for *_, left, right in sorted(splits)]
+        for piece, score in scores.items() for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores)
+    merges = [(left, right) for *_, left, right in splits]
     spec = model.trainer_spec
     unk, bos, eos = (model.pieces[i].piece for i in (spec.unk_id, spec.bos_id, spec.eos_id))
-    bpe = models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(bpe)
-    spaces = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    tokenizer.normalizer = normalizers.Sequence(spaces)
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", left=1, right=0)])
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", left=1, right=0)])
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (unk, bos, eos)])
 
     path = base_folder / "tokenizer_config.json"
-    old = read_json(path, f"--base_model {base_folder}") if path.is_file() else {}
+    old = load_json(path, f"--base_model {base_folder}") if path.is_file() else {}
     settings = {"add_bos_token": True, "add_eos_token": False, "model_max_length": 4096}
     kept = (*settings, "padding_side", "chat_template")
     settings |= {name: old[name] for name in kept if old.get(name) is not None}
-    settings |= {"bos_token": bos, "eos_token": eos, "unk_token": unk}
-    pad = old.get("pad_token")
-    if isinstance(pad, str) and pad in vocab:  # another would become a piece behind the last row
-        settings["pad_token"] = pad
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings["clean_up_tokenization_spaces"] = False
+    settings |= {
+        "bos_token": bos, "eos_token": eos, "unk_token": unk,
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if old.get("pad_token") in list(vocab):  # another would become a piece behind the last row
+        settings["pad_token"] = old["pad_token"]
     single = [bos] * settings["add_bos_token"] + ["$A"] + [eos] * settings["add_eos_token"]
     pair = single + [token.replace("$A", "$B") for token in single]
     ids = [(bos, spec.bos_id), (eos, spec.eos_id)]
@@ -562,17 +522,11 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     save_json(folder / "tokenizer_config.json", settings)
 
 
-# --- The proof -----------------------------------------------------------------------------------
-
-
-def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict:
-    """Stop unless the folder's tokenizer is exact; what was counted goes into the report.
-
-    Left out are texts that no SentencePiece tokenizer can give back (with U+2581 in them) or that
-    spell a special token, which Transformers takes for the token itself.
-    """
+def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, int]:
+    """Stop unless the folder's tokenizer is exact; what was counted goes into the report. Left out
+    are texts that no SentencePiece tokenizer can give back (with U+2581 in them) or that spell a
+    special token, which Transformers takes for the token itself."""
     from transformers import AutoTokenizer
-
     size, chance = len(base.pieces), random.Random(seed)
     new = [piece.piece.replace(SPACE, " ") for piece in model.pieces][size:]
     texts = HARD_TEXTS + texts + ["".join(chance.choices(new, k=20)) for _ in range(1000)]
@@ -587,8 +541,7 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict:
         "texts_differing": [t for t, a, b, _ in rows if a != b],
         "texts_not_restored": [t for t, a, *_ in rows if {ours.decode(a), theirs.decode(a)} != {t}],
         "ascii_texts_changed": [t for t, a, _, old in rows if t.isascii() and a != old],
-        "sizes_differing": [n for n in (len(theirs), len(ours)) if n != len(model.pieces)],
-    }
+        "sizes_differing": [n for n in (len(theirs), len(ours)) if n != len(model.pieces)]}
     for trial, failures in trials.items():
         if failures:
             found = f"{trial} {len(failures)}, the first {str(failures[0])[:60]!r}"
@@ -597,27 +550,14 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict:
     return dict.fromkeys(trials, 0) | {"texts_compared": len(texts)}
 
 
-def measure(model, texts: list[str]) -> dict[str, float]:
-    """How well the tokenizer fits the texts. A line break is a byte token in every Llama tokenizer
-    and no failure, so the share of byte tokens leaves it out."""
-    tokenizer = processor(model)
-    ids = [i for row in tokenizer.encode(texts) for i in row]
-    spelled = sum(map(tokenizer.is_byte, ids)) - ids.count(tokenizer.piece_to_id("<0x0A>"))
-    chars = sum(map(len, texts))
-    return {"characters_per_token": chars / len(ids), "byte_token_share": spelled / len(ids)}
-
-
 # --- The model -----------------------------------------------------------------------------------
 
 
-def new_rows(name: str, matrix, spelling: list[list[int]], init: str, std: float, seed: int):
-    """Rows (N, H) for the N new pieces of the matrix (V, H), computed in fp32.
-
-    mean_subtoken: the mean of the rows that spell the piece, so it starts amid its parts. mean: the
-    mean of all rows, so that no new piece outweighs the old ones (Hewitt, 2021).
-    """
+def new_rows(name: str, matrix, spelling: list[list[int]], init: str, std: float, seed: int) -> Any:
+    """Rows (N, H) for the N new pieces of the matrix (V, H), computed in fp32. mean_subtoken: the
+    mean of the rows that spell the piece, so it starts amid its parts. mean: the mean of all rows,
+    so that no new piece outweighs the old ones (Hewitt, 2021)."""
     import torch
-
     rows = matrix.new_empty(len(spelling), matrix.shape[1])
     if init == "mean_subtoken":
         for row, ids in zip(rows, spelling, strict=True):
@@ -632,63 +572,72 @@ def new_rows(name: str, matrix, spelling: list[list[int]], init: str, std: float
 
 
 def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of, more: int) -> None:
-    """Stream the base into the folder: more rows behind embedding and head, the rest unchanged."""
-    size = 1.3 * sum(path.stat().st_size for path in shards)
-    if size > shutil.disk_usage(folder).free:
-        raise OSError(errno.ENOSPC, f"--output_dir: {size / 1e9:.1f} GB of disk are needed")
-    for path, (start, items) in tqdm(shards.items(), "writing", unit=" files"):
-        if {EMBEDDING, HEAD} & items.keys():
-            grow_shard(path, folder / path.name, start, items, rows_of, more)
+    """Copy the base into the folder, with so many rows more behind embedding and head."""
+    needed, total = 1.3 * sum(path.stat().st_size for path in shards), 0
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+    for path, matrices in tqdm(shards.items(), "writing", unit=" files"):
+        target = folder / path.name
+        if matrices:
+            grow_shard(path, target, rows_of, more)
         else:
+            shutil.copyfile(path, target)
+        with target.open("rb") as file:
+            total += target.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    for name in ("generation_config.json", "*.jinja", "LICENSE*", "USE_POLICY*"):
+        for path in base_folder.glob(name):
             shutil.copyfile(path, folder / path.name)
-    for path in chain.from_iterable(map(base_folder.glob, BESIDE)):
-        shutil.copyfile(path, folder / path.name)
-    if (folder / INDEX).is_file():
-        index, written = read_json(folder / INDEX, "result"), read_shards(folder, "result")
-        size = sum(path.stat().st_size - start for path, (start, _) in written.items())
-        save_json(folder / INDEX, index | {"metadata": {"total_size": size}})
+    if (base_folder / INDEX).is_file():
+        index = load_json(base_folder / INDEX, f"--base_model {base_folder}")
+        save_json(folder / INDEX, index | {"metadata": {"total_size": total}})
 
 
-def grow_shard(source: Path, target: Path, start: int, items: dict, rows_of, more: int) -> None:
-    """Copy one safetensors file (data from offset start), growing the matrices that are in it;
-    memory holds one matrix and its new rows, no more."""
+def grow_shard(source: Path, target: Path, rows_of, more: int) -> None:
+    """Copy one safetensors file and grow the matrices in it. The library writes only what is whole
+    in memory, so the format is written here: the header's length (8 bytes), the header in JSON, the
+    tensors. Memory holds one matrix and its new rows."""
     import torch
     from safetensors import safe_open
-
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, item in items.items():
-        size, shape = item["data_offsets"][1] - item["data_offsets"][0], item["shape"]
-        if name in (EMBEDDING, HEAD):
-            size, shape = size + size // shape[0] * more, [shape[0] + more, shape[1]]
-        header[name] = item | {"shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with source.open("rb") as old, target.open("wb") as new:
-        new.write(len(head).to_bytes(8, "little") + head)
-        for name, item in items.items():
-            first, last = item["data_offsets"]
-            old.seek(start + first)
-            new.write(old.read(last - first))
+    with safe_open(source, "pt") as file:  # a memory map: no tensor is read yet
+        for name in file.offset_keys():
+            part, size = file.get_slice(name), file.get_tensor(name).nbytes
+            dtype, shape = part.get_dtype(), part.get_shape()
             if name in (EMBEDDING, HEAD):
-                with safe_open(source, "pt") as reader:
-                    rows = rows_of(name, reader.get_tensor(name))
-                new.write(rows.view(torch.uint8).numpy().data)
-                del rows
+                size, shape = size + size // shape[0] * more, [shape[0] + more, shape[1]]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    with target.open("wb") as grown:
+        grown.write(len(text).to_bytes(8, "little") + text)
+        for name in list(header)[1:]:
+            with safe_open(source, "pt") as file:  # anew: what a map has read counts as memory
+                tensor = file.get_tensor(name)
+            grown.write(tensor.flatten().view(torch.uint8).numpy())
+            if name in (EMBEDDING, HEAD):
+                grown.write(rows_of(name, tensor).view(torch.uint8).numpy())
 
 
 # --- The report ----------------------------------------------------------------------------------
 
 
-def starting_losses(folder: Path, base, model, texts: list[str], rows_of, eval_loss: str) -> dict:
-    """Bits per character before any training: the base with its own tokenizer, then every --init.
+def measure(model, texts: list[str]) -> dict[str, float]:
+    """How well the tokenizer fits the texts. A line break is a byte token in every Llama tokenizer
+    and no failure, so the share of byte tokens leaves it out."""
+    tokenizer = processor(model)
+    ids = [i for row in tokenizer.encode(texts) for i in row]
+    spelled = sum(map(tokenizer.is_byte, ids)) - ids.count(tokenizer.piece_to_id("<0x0A>"))
+    chars = sum(map(len, texts))
+    return {"characters_per_token": chars / len(ids), "byte_token_share": spelled / len(ids)}
 
-    Bits per character compares across tokenizers, as loss per token does not. Empty where the
-    model is too large for this machine (see --eval_loss).
-    """
+
+def starting_losses(folder: Path, base, model, texts: list[str], rows_of, eval_loss: str) -> dict:
+    """Bits per character (which compares across tokenizers, as loss per token does not) before any
+    training: the base with its own tokenizer, then every --init. Empty where the model is too large
+    for this machine, see --eval_loss."""
     import torch
     from transformers import AutoModelForCausalLM
-
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size
     if eval_loss == "no" or (eval_loss == "auto" and not gpu and size > CPU_LOSS_BYTES):
@@ -713,7 +662,6 @@ def bits_per_character(llama, tokenizer, texts: list[str], bos: int, rows: int) 
     """-log2 p of the texts over their characters, in windows that start with BOS; only the first
     rows of the head count, so that a base is not charged for pieces that it does not have."""
     import torch
-
     nats, device = 0.0, llama.device
     for ids in tokenizer.encode(texts):
         for first in range(0, len(ids), LOSS_WINDOW):
@@ -726,22 +674,20 @@ def bits_per_character(llama, tokenizer, texts: list[str], bos: int, rows: int) 
 def show(report: dict, text: str, model, picture: Path) -> None:
     """The report as a table, with one sentence in the new pieces, and as a picture."""
     from matplotlib.figure import Figure
-
-    sizes, panels = (report["base_vocab_size"], report["vocab_size"]), []
-    print(f"{'':24}{'base':>12}{'extended':>12}\n{'pieces':24}{sizes[0]:12,}{sizes[1]:12,}")
-    for key, title, factor in MEASURES:
-        base, extended = (factor * report[kind][key] for kind in ("base", "extended"))
+    old, new, panels = report["base_vocab_size"], report["vocab_size"], {}
+    print(f"{'':24}{'base':>12}{'extended':>12}\n{'pieces':24}{old:12,}{new:12,}")
+    for title, key, factor in [("characters per token", "characters_per_token", 1),
+                               ("byte tokens, %", "byte_token_share", 100)]:
+        base, extended = factor * report["base"][key], factor * report["extended"][key]
         print(f"{title:24}{base:12.2f}{extended:12.2f}")
-        bars = {f"base\n{sizes[0]:,}": base, f"extended\n{sizes[1]:,}": extended}
-        panels.append((title, bars))
-    losses = report["bits_per_character_before_training"]
-    for name, bits in losses.items():
+        panels[title] = {f"base\n{old:,}": base, f"extended\n{new:,}": extended}
+    for name, bits in report["bits_per_character_before_training"].items():
         print(f"bits per character before training, {name}: {bits:.2f}")
+        panels.setdefault("bits per character before training", {})[name] = bits
     print(f"proof: {report['proof']}; {report['replaced_pieces']} dead candidates were replaced")
     print("sample: " + "|".join(processor(model).encode(text[:60], out_type=str)))
-    panels += [("bits per character before training", losses)] if losses else []
     figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
-    for axis, (title, bars) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axis, (title, bars) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         drawn = axis.bar([*bars], [*bars.values()], color=["#9aa5b1", "#b5322a"], width=0.6)
         axis.bar_label(drawn, fmt="%.2f")
         axis.set_title(title)
@@ -750,14 +696,27 @@ def show(report: dict, text: str, model, picture: Path) -> None:
     figure.savefig(picture, dpi=150)
 
 
-# --- Files ---------------------------------------------------------------------------------------
+# --- The output folder ---------------------------------------------------------------------------
 
 
-def read_json(path: Path, given: str) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{given}: {path.name} is not JSON; fetch or make it again") from error
+def already_done(output: Path, record: dict) -> bool:
+    """Whether the output is this very run, finished; anything else in its place is refused."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    given, path, now = f"--output_dir {output}", output / "run.json", record["arguments"]
+    then = load_json(path, given) if path.is_file() else {}
+    if then.get("script") != record["script"]:
+        raise UserError(f"{given}: extend_vocab.py did not make it; pass a new or empty folder")
+    if now["overwrite"]:
+        return False
+    before = then["arguments"] | {"overwrite": False}
+    differing = [f"--{name}" for name in now if now[name] != before.get(name)]
+    differing += ["the files it reads"] if record["inputs"] != then["inputs"] else []
+    if differing:
+        wrong = f"it holds a run with other settings ({', '.join(differing)})"
+        raise UserError(f"{given}: {wrong}; add --overwrite to replace it, or pass another folder")
+    print(f"already done: {output} (--overwrite builds it anew)")
+    return True
 
 
 def save_json(path: Path, content: dict) -> None:
@@ -766,47 +725,32 @@ def save_json(path: Path, content: dict) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of path, which takes its name when the block ends well."""
-    part, old = (path.with_name(f"{path.name}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+def built_aside(output: Path) -> Iterator[Path]:
+    """A folder beside the output, which takes its place when all is well and is removed when not.
+    What a killed run left of it, the next run removes."""
+    partial, old = (output.with_name(f"{output.name}.{word}") for word in ("partial", "old"))
+
+    def tidy() -> None:
+        if old.exists() and not output.exists():  # stopped between the two renames
+            old.rename(output)
+        for folder in (partial, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    tidy()
     try:
-        yield part
-        for file in part.iterdir():  # the folder's name must not outlive a power cut alone
-            with file.open("rb+") as written:
-                os.fsync(written.fileno())
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        part.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.iterdir():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
+        if output.exists():
+            output.rename(old)
+        partial.rename(output)
+    except OSError as error:
+        message = f"--output_dir {output}: {error.strerror}; it is as it was before"
+        raise OSError(error.errno, message) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def already_done(args: Arguments, inputs: dict[str, int]) -> bool:
-    """Whether the output is this very run, finished; anything else in its place is refused."""
-    folder = Path(args.output_dir)
-    if folder.is_file():
-        raise UserError(f"--output_dir {folder}: is a file; name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return False
-    record = folder / "run.json"
-    run = read_json(record, f"--output_dir {folder}") if record.is_file() else {}
-    if run.get("script") != "extend_vocab.py":
-        raise UserError(f"--output_dir {folder}: holds something else; name another folder")
-    if args.overwrite:
-        return False
-    then, now = (settings | {"overwrite": False} for settings in (run["arguments"], asdict(args)))
-    differing = [f"--{name}" for name in now if now[name] != then.get(name)]
-    differing += ["the files it reads"] if inputs != run["inputs"] else []
-    if differing:
-        wrong = f"holds a run with other settings ({', '.join(differing)})"
-        remedy = "add --overwrite to replace it, or name another folder"
-        raise UserError(f"--output_dir {folder}: {wrong}; {remedy}")
-    print(f"already done: {folder} (--overwrite builds it anew)")
-    return True
+        tidy()
 
 
 # --- Main ----------------------------------------------------------------------------------------
@@ -817,14 +761,15 @@ def main(argv: list[str] | None = None) -> None:
     """Read base and corpus, make the tokenizer, prove it, grow the model, report."""
     args = parse_args(argv)
     check(args)
-    base_folder = find_model(args.base_model, "--base_model")
+    base_folder, output = find_model(args.base_model, "--base_model"), Path(args.output_dir)
     base, config, shards = read_base(base_folder, args)
     files = {name: find_texts(name, "--corpus") for name in args.corpus}
     if args.eval_text is not None:
         files[args.eval_text] = find_texts(args.eval_text, "--eval_text")
     read = [base_folder / "tokenizer.model", *shards, *chain.from_iterable(files.values())]
     inputs = {str(path): path.stat().st_size for path in read}
-    if already_done(args, inputs):
+    record = {"script": "extend_vocab.py", "arguments": asdict(args), "inputs": inputs}
+    if already_done(output, record):
         return
 
     train, report_texts = read_corpora(args, files)
@@ -836,21 +781,19 @@ def main(argv: list[str] | None = None) -> None:
     report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
     report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
     report["replaced_pieces"] = len(replaced)
-    with whole_folder(Path(args.output_dir)) as folder:
-        save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
+    with built_aside(output) as folder:
         write_tokenizer(folder, base_folder, model)
-        proof_texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
-        report["proof"] = prove(folder, base, model, proof_texts, args.seed)
+        texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
+        report["proof"] = prove(folder, base, model, texts, args.seed)
         resize_model(folder, base_folder, shards, rows_of, len(spelling))
+        save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         texts = sample(report_texts, LOSS_CHARS, args.seed)
-        report["bits_per_character_before_training"] = starting_losses(
-            folder, base, model, texts, rows_of, args.eval_loss
-        )
-        run = {"script": "extend_vocab.py", "arguments": asdict(args), "inputs": inputs}
-        run |= {"versions": {name: version(name) for name in PACKAGES}, "results": report}
-        save_json(folder / "run.json", run)
-    show(report, report_texts[0], model, Path(PICTURE))
-    print(f"wrote {args.output_dir} and {PICTURE}; next: python train_pt.py")
+        losses = starting_losses(folder, base, model, texts, rows_of, args.eval_loss)
+        report["bits_per_character_before_training"] = losses
+        record |= {"versions": {name: version(name) for name in PACKAGES}, "results": report}
+        save_json(folder / "run.json", record)
+    show(report, report_texts[0], model, Path("pictures/vocab.png"))
+    print(f"wrote {output} and pictures/vocab.png; next: python train_pt.py")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a pasted notebook cell only defines

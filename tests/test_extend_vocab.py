@@ -54,8 +54,7 @@ def train_base(**changes) -> bytes:
     settings |= {"byte_fallback": True, "split_digits": True, "allow_whitespace_only_pieces": True}
     settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=text, minloglevel=2, **settings | changes
-    )
+        sentence_iterator=iter(lines), model_writer=text, minloglevel=2, **settings | changes)
     return text.getvalue()
 
 
@@ -111,9 +110,8 @@ def proto(folder: Path) -> ModelProto:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()
-    }
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
 def refusal(capsys, *argv: object, code: int = 2) -> str:
@@ -130,13 +128,10 @@ def refusal(capsys, *argv: object, code: int = 2) -> str:
 
 
 def test_the_base_keeps_its_ids_and_everything_has_the_asked_size(base, extended):
-    old, new = proto(base).pieces, proto(extended).pieces
-    size = len(old)
-    assert [(p.piece, p.score, p.type) for p in new[:size]] == [
-        (p.piece, p.score, p.type) for p in old
-    ]
+    old, new = ([(p.piece, p.score, p.type) for p in proto(f).pieces] for f in (base, extended))
+    assert new[: len(old)] == old
     assert len(new) == NEW_SIZE
-    assert len({p.piece for p in new}) == NEW_SIZE
+    assert len({piece for piece, _, _ in new}) == NEW_SIZE
     assert len(AutoTokenizer.from_pretrained(extended)) == NEW_SIZE
     assert json.loads((extended / "config.json").read_text())["vocab_size"] == NEW_SIZE
     assert weights(extended)[script.EMBEDDING].shape == (NEW_SIZE, HIDDEN)
@@ -325,8 +320,7 @@ def test_mean_is_the_mean_of_all_rows_and_random_has_the_configs_width():
 
 @pytest.mark.parametrize(
     ("tied", "dtype", "shard"),
-    [(False, torch.bfloat16, "1GB"), (False, torch.float16, "40KB"), (True, torch.float32, "40KB")],
-)
+    [(False, torch.bfloat16, "1GB"), (False, torch.float16, "40KB"), (True, torch.float32, "40KB")])
 def test_only_embedding_and_head_change(tied, dtype, shard, corpus, tmp_path):
     base = write_base(tmp_path / "base", tied, dtype, shard)
     script.main(options(base, corpus))
@@ -355,6 +349,17 @@ def test_only_embedding_and_head_change(tied, dtype, shard, corpus, tmp_path):
     assert (result / "LICENSE.txt").is_file()  # Llama 2's terms travel with its weights
 
 
+def test_a_shard_of_any_tensors_is_grown_in_its_matrix_alone(tmp_path):
+    """As PyTorch may save them: a number, nothing, integers; bytes as the library writes them."""
+    old, rows = {script.HEAD: torch.randn(5, 3).half()}, torch.randn(2, 3).half()
+    old |= {"number": torch.tensor(1.5), "none": torch.zeros(0, 4), "count": torch.arange(7)}
+    save_file(old, tmp_path / "old", metadata={"format": "pt"})
+    script.grow_shard(tmp_path / "old", tmp_path / "new", lambda name, matrix: rows, 2)
+    grown = old | {script.HEAD: torch.cat([old[script.HEAD], rows])}
+    save_file(grown, tmp_path / "expected", metadata={"format": "pt"})
+    assert (tmp_path / "new").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
 def test_the_model_loads_and_scores_old_tokens_as_before(base, extended):
     size, ids = len(proto(base).pieces), torch.tensor([[1, 300, 358, 7, 299]])
     old, new = (AutoModelForCausalLM.from_pretrained(f, dtype="float32") for f in (base, extended))
@@ -373,9 +378,8 @@ def test_the_report_says_what_was_done(extended):
     assert results["extended"]["byte_token_share"] < 0.1 < results["base"]["byte_token_share"]
     assert [v for k, v in results["proof"].items() if k != "texts_compared"] == [0] * 5
     losses = results["bits_per_character_before_training"]
-    assert set(losses) == {"base", *script.INITS} and all(
-        0 < bits < 100 for bits in losses.values()
-    )
+    assert set(losses) == {"base", *script.INITS}
+    assert all(0 < bits < 100 for bits in losses.values())
     assert (extended.parent.parent / "pictures" / "vocab.png").stat().st_size > 10_000
 
 
@@ -418,14 +422,12 @@ def test_bits_per_character_equal_a_plain_loop(base):
         ("--vocab_size", "359", "expected more than the base's 359"),
         ("--vocab_size", "900", "or more, for the base's 359 pieces"),
         ("--max_chars", "3", "expected 1000 or more"),
-        ("--output_dir", "ascii.txt", "is a file"),
-        ("--output_dir", "data", "holds something else"),
+        ("--output_dir", "ascii.txt", "extend_vocab.py did not make it"),
+        ("--output_dir", "data", "extend_vocab.py did not make it"),
         ("--base_model", "nowhere/at/all", "no such folder"),
         ("--base_model", "outputs/other", "run python extend_vocab.py first"),
         ("--base_model", "data", "no config.json in it"),
-        ("--base_model", "some-owner/some-model", "data/sample/tiny-llama tries the whole"),
-    ],
-)
+        ("--base_model", "some-owner/some-model", "data/sample/tiny-llama tries the whole")])
 def test_wrong_values(option, value, said, base, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
@@ -505,9 +507,7 @@ def spoil(folder: Path, how: str) -> None:
         ("not safetensors", "is not a safetensors file"),
         ("no head", "expected the same number everywhere"),
         ("shard missing", "model-00002-of-00002.safetensors is missing"),
-        ("config cut short", "config.json is not JSON"),
-    ],
-)
+        ("config cut short", "config.json is broken")])
 def test_bases_that_cannot_be_extended(how, said, base, corpus, tmp_path, capsys):
     shutil.copytree(base, tmp_path / "base")
     spoil(tmp_path / "base", how)
@@ -571,20 +571,23 @@ extend_vocab.main(sys.argv[1:])
 
 
 def test_killed_in_the_middle_leaves_nothing_that_looks_whole(base, corpus, tmp_path):
-    root = Path(script.__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *options(base, corpus)],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     outputs = tmp_path / "outputs"
-    assert [path.name for path in outputs.iterdir()] == ["extended.tmp"]
-    assert (outputs / "extended.tmp" / "model.safetensors").is_file()  # it was in the middle
+    root = str(Path(script.__file__).parent)
+    environment = {"PYTHONPATH": root, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+
+    def kill(*more: str) -> list[str]:
+        command = [sys.executable, "-c", KILLED, *options(base, corpus, *more)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert (outputs / "extended.partial" / "model.safetensors").is_file()  # in the middle
+        return sorted(path.name for path in outputs.iterdir())
+
+    assert kill() == ["extended.partial"]
     script.main(options(base, corpus))
     assert [path.name for path in outputs.iterdir()] == ["extended"]
+    before = (outputs / "extended" / "run.json").read_bytes()
+    assert kill("--init", "mean", "--overwrite") == ["extended", "extended.partial"]
+    assert (outputs / "extended" / "run.json").read_bytes() == before
 
 
 def test_two_runs_give_the_same_bytes(base, corpus, extended):
@@ -599,8 +602,7 @@ def test_hongloumeng_is_fetched_without_the_licence(tmp_path, monkeypatch):
     page.write_text(
         "\ufeffThe Project Gutenberg eBook\n*** START OF THE PROJECT GUTENBERG EBOOK 24264 ***\n\n"
         "紅樓夢\n第一回\n\n*** END OF THE PROJECT GUTENBERG EBOOK 24264 ***\nlicence\n",
-        encoding="utf-8",
-    )
+        encoding="utf-8")
     monkeypatch.setattr(script, "HONGLOUMENG_URL", page.as_uri())
     assert script.find_texts(script.HONGLOUMENG, "--corpus") == [Path(script.HONGLOUMENG)]
     assert Path(script.HONGLOUMENG).read_text(encoding="utf-8") == "紅樓夢\n第一回\n"
