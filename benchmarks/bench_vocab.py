@@ -1,15 +1,18 @@
 """What the extended tokenizer and the new rows are worth, measured on real text.
 
-    python benchmarks/bench_vocab.py              # about half an hour: tables 1 and 2
-    python benchmarks/bench_vocab.py --full       # and table 3, which needs 45 GB of disk
+    python benchmarks/bench_vocab.py                          # tokenizers and rows, half an hour
+    python benchmarks/bench_vocab.py --only tokenizers        # some of the tables, minutes
+    python benchmarks/bench_vocab.py --only resize            # minutes, and 45 GB of disk
+    python benchmarks/bench_vocab.py --draw                   # the picture again, from the results
 
-1. Characters per token, byte tokens and dead pieces for Llama 2, Chinese-LLaMA-2 and ours, by
-   corpus and weight; then what was tried and not kept.
-2. Bits per character before training, for each --init, on a small Llama that was trained first,
-   against how long it was trained.
-3. A 13.5 GB model with Llama 2 7B's shapes resized: time as a ratio to `cp -r`, peak memory.
+tokenizers  Characters per token, byte tokens and dead pieces on DRCD for Llama 2, Chinese-LLaMA-2
+            and ours, by corpus and weight; then what was tried and not kept.
+rows        Bits per character before training, for each --init, on a small Llama that was trained
+            first, against how long it was trained.
+resize      A 13.5 GB model with Llama 2 7B's shapes resized: time as a ratio to `cp -r` of the same
+            folder in the same run, peak memory.
 
-Results go to benchmarks/results/vocab.json, table by table, so each can be measured alone (--only).
+Results: benchmarks/results/vocab.json, table by table, and pictures/readme_vocab.png.
 """
 
 import argparse
@@ -32,7 +35,9 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "benchmarks" / "results" / "vocab.json"
+PICTURE = ROOT / "pictures" / "readme_vocab.png"
 WORK = ROOT / "outputs" / "bench_vocab"
+DRCD = "drcd_dev.jsonl"
 NEW_PIECES, TRAINED_ARTICLES, SEED = 29_388, 300, 0
 CURVE_CHARS, LEARNING_RATE = 12_000, 4e-3
 sys.path.insert(0, str(ROOT))
@@ -49,21 +54,15 @@ def read(name: str) -> list[str]:
 def load(name: str):
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    model = ModelProto()
-    model.ParseFromString((DATA / name).read_bytes())
-    return model
+    return ModelProto.FromString((DATA / name).read_bytes())
 
 
-# --- 1. The tokenizer ----------------------------------------------------------------------------
+# --- The tokenizer -------------------------------------------------------------------------------
 
 
 def tokenizers() -> list[dict]:
     """Rows of figures, on all of DRCD and on the 83 articles that nothing was trained on."""
-    llama, novel, drcd = (
-        load("llama2-tokenizer.model"),
-        read("hongloumeng.txt"),
-        read("drcd_dev.jsonl"),
-    )
+    llama, novel, drcd = load("llama2-tokenizer.model"), read("hongloumeng.txt"), read(DRCD)
     modern, unseen = drcd[:TRAINED_ARTICLES], drcd[TRAINED_ARTICLES:]
     rows = []
 
@@ -72,45 +71,33 @@ def tokenizers() -> list[dict]:
         figures = {"all_drcd": script.measure(model, drcd)} if "modern" not in name else {}
         figures["unseen_83"] = script.measure(model, unseen)
         rows.append({"what": name, "pieces": len(model.pieces), "dead": dead} | figures)
-        columns = [
-            f"{f['characters_per_token']:.3f} {f['byte_token_share']:6.2%}"
-            for f in figures.values()
-        ]
-        print(
-            f"{name:58}{len(model.pieces):7,}{dead:5}  " + "   ".join(f"{c:>13}" for c in columns),
-            flush=True,
-        )
+        columns = f"{name:58}{len(model.pieces):7,}{dead:5}  "
+        for found in figures.values():
+            columns += f"{found['characters_per_token']:9.3f} {found['byte_token_share']:6.2%}"
+        print(columns, flush=True)
 
     def ours(name: str, weights: list[float], change: dict | None = None) -> None:
-        train = [
-            (w, t) for w, texts in zip(weights, (novel, modern), strict=True) for t in texts if w
-        ]
+        weighted = zip(weights, (novel, modern), strict=True)
+        train = [(weight, text) for weight, texts in weighted for text in texts if weight]
         pieces = script.train_pieces(train, script.Arguments(), NEW_PIECES, **change or {})
         row(name, script.merge_pieces(llama, pieces, 61_388)[0])
 
+    by_script, mixed = {"split_by_unicode_script": True}, "novel + modern, weight 1"
     row("Llama 2", llama)
     row("Chinese-LLaMA-2 (Simplified)", load("chinese-llama-2-tokenizer.model"))
     ours("novel alone (default)", [1, 0])
-    script_rule = {"split_by_unicode_script": True}
-    ours("novel alone, split_by_unicode_script", [1, 0], script_rule)
+    ours("novel alone, split_by_unicode_script", [1, 0], by_script)
     for weight in (1, 2, 4, 8, 16, 32):
-        ours(f"novel + modern, weight 1 {weight}", [1, weight])
+        ours(f"{mixed} {weight}", [1, weight])
     ours("modern alone", [0, 1])
     for weight in (1, 4, 8):
-        ours(
-            f"novel + modern, weight 1 {weight}, split_by_unicode_script", [1, weight], script_rule
-        )
+        ours(f"{mixed} {weight}, split_by_unicode_script", [1, weight], by_script)
     for length in (3, 4, 8, 32):
-        ours(
-            f"novel + modern, weight 1 8, pieces up to {length}",
-            [1, 8],
-            {"max_sentencepiece_length": length},
-        )
+        ours(f"{mixed} 8, pieces up to {length}", [1, 8], {"max_sentencepiece_length": length})
     for share in (1.0, 0.9999, 0.9995):
-        ours(f"novel + modern, weight 1 8, coverage {share}", [1, 8], {"character_coverage": share})
-    with_digits = {"split_by_number": False}
+        ours(f"{mixed} 8, coverage {share}", [1, 8], {"character_coverage": share})
     with patch.object(script, "segments", segments_with_digits):
-        ours("novel + modern, weight 1 8, digits in pieces", [1, 8], with_digits)
+        ours(f"{mixed} 8, digits in pieces", [1, 8], {"split_by_number": False})
     return rows
 
 
@@ -121,10 +108,35 @@ def segments_with_digits(text: str) -> Iterator[str]:
         yield from filter(str.strip, (run[i : i + 1000] for i in range(0, len(run), 1000)))
 
 
-# --- 2. The rows ---------------------------------------------------------------------------------
+def draw(table: dict) -> None:
+    """Characters per token of four tokenizers, on articles that ours was not trained on."""
+    from matplotlib.figure import Figure
+
+    rows = {row["what"]: row for row in table["results"]}
+    labels = {
+        "Llama 2": "Llama 2\n{pieces:,} pieces",
+        "Chinese-LLaMA-2 (Simplified)": "Chinese-LLaMA-2\n{pieces:,} pieces, {dead} dead",
+        "novel alone (default)": "ours, the novel alone\n{pieces:,} pieces, {dead} dead",
+        "novel + modern, weight 1 8": "ours, novel + modern 1:8\n{pieces:,} pieces, {dead} dead"}
+    bars = {label.format(**rows[what]): rows[what]["unseen_83"]["characters_per_token"]
+            for what, label in labels.items()}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axis = figure.subplots()
+    colors = ["#9aa5b1", "#9aa5b1", "#b5322a", "#b5322a"]
+    axis.bar_label(axis.bar([*bars], [*bars.values()], color=colors, width=0.6), fmt="%.2f")
+    axis.set_ylabel("characters per token")
+    axis.set_title("Traditional Chinese: 83 Wikipedia articles (DRCD) that ours never saw",
+                   fontsize="medium")
+    axis.margins(y=0.1)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PICTURE, dpi=120)
+    print(f"drew {PICTURE.relative_to(ROOT)}")
 
 
-def starting_losses(steps: int) -> dict:
+# --- The rows ------------------------------------------------------------------------------------
+
+
+def starting_losses(steps: int = 4000) -> dict:
     """Train a small Llama on Llama 2's tokens; at some steps extend it three ways and measure."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -166,17 +178,13 @@ def starting_losses(steps: int) -> dict:
     training |= {"learning_rate": LEARNING_RATE, "batch": [rows, window], **sizes}
     chars = {kind: sum(map(len, texts)) for kind, texts in unseen.items()}
     return {
-        "training": training,
-        "curve_characters": CURVE_CHARS,
-        "curve": curve,
-        "last_characters": chars,
-        "last": last,
-    }
+        "training": training, "curve_characters": CURVE_CHARS, "curve": curve,
+        "last_characters": chars, "last": last}
 
 
 def texts_by_kind() -> tuple[dict, dict]:
     """Texts to train on, and texts of the same kinds that nothing was trained on."""
-    drcd, lines = read("drcd_dev.jsonl"), read("hongloumeng.txt")
+    drcd, lines = read(DRCD), read("hongloumeng.txt")
     novel = ["\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]
     cut = len(novel) * 19 // 20
     trained = {"modern": drcd[:TRAINED_ARTICLES], "novel": novel[:cut]}
@@ -215,8 +223,7 @@ def bits_of_each_init(model, base, extended, spelling: list, unseen: dict) -> di
         rows = llama.config.vocab_size
         return {
             kind: script.bits_per_character(llama, tokenizers[name], texts, bos, rows)
-            for kind, texts in unseen.items()
-        }
+            for kind, texts in unseen.items()}
 
     with torch.inference_mode():
         found = {"base": bits(model, "base")}
@@ -225,8 +232,7 @@ def bits_of_each_init(model, base, extended, spelling: list, unseen: dict) -> di
             larger.resize_token_embeddings(len(extended.pieces), mean_resizing=False)
             for name, matrix in (
                 (script.EMBEDDING, larger.get_input_embeddings().weight),
-                (script.HEAD, larger.get_output_embeddings().weight),
-            ):
+                (script.HEAD, larger.get_output_embeddings().weight)):
                 matrix[size:] = script.new_rows(name, matrix[:size], spelling, init, std, SEED)
             found[init] = bits(larger, "extended")
     return {kind: {name: found[name][kind] for name in found} for kind in unseen}
@@ -241,12 +247,12 @@ def used_pieces(model, texts: list[str]):
     smaller = type(model)()
     smaller.CopyFrom(model)
     del smaller.pieces[:]
-    kept = [p for p in model.pieces if p.type != script.NORMAL or p.piece in parts]
+    kept = [p for p in model.pieces if p.type != p.NORMAL or p.piece in parts]
     smaller.pieces.extend(kept)
     return smaller
 
 
-# --- 3. The model --------------------------------------------------------------------------------
+# --- The model -----------------------------------------------------------------------------------
 
 
 def write_7b(folder: Path) -> int:
@@ -263,18 +269,14 @@ def write_7b(folder: Path) -> int:
 
     def layer(i: int) -> dict:
         attention = {f"self_attn.{p}_proj": (hidden, hidden) for p in "qkvo"}
-        mlp = {
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
+        mlp = {f"mlp.{p}_proj": (inner, hidden) for p in ("gate", "up")}
+        mlp |= {"mlp.down_proj": (hidden, inner)}
         norms = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
         return {f"model.layers.{i}.{n}.weight": s for n, s in (attention | mlp | norms).items()}
 
     shapes = [
         {k: v for i in range(first, first + 4) for k, v in layer(i).items()}
-        for first in range(0, layers, 4)
-    ]
+        for first in range(0, layers, 4)]
     shapes[0] |= {script.EMBEDDING: (32_000, hidden)}
     shapes[-1] |= {"model.norm.weight": (hidden,), script.HEAD: (32_000, hidden)}
     folder.mkdir(parents=True)
@@ -285,22 +287,11 @@ def write_7b(folder: Path) -> int:
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(t.nbytes for t in tensors.values())
-    script.save_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": weight_map},
-    )
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 32_000,
-        "dtype": "bfloat16",
-    }
-    config |= {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-    }
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    script.save_json(folder / "model.safetensors.index.json", index)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+    config |= {"vocab_size": 32_000, "hidden_size": hidden, "intermediate_size": inner}
+    config |= {"num_hidden_layers": layers, "num_attention_heads": 32}
     script.save_json(folder / "config.json", config)
     shutil.copy(DATA / "llama2-tokenizer.model", folder / "tokenizer.model")
     return total
@@ -324,16 +315,8 @@ def resize(rounds: int = 2) -> dict:
     for folder in (base, result, copy):
         shutil.rmtree(folder, ignore_errors=True)
     size = write_7b(base)
-    words = [
-        "--base_model",
-        base,
-        "--corpus",
-        DATA / "hongloumeng.txt",
-        "--eval_loss",
-        "no",
-        "--output_dir",
-        result,
-    ]
+    words = ["--base_model", base, "--corpus", DATA / "hongloumeng.txt", "--eval_loss", "no"]
+    words += ["--output_dir", result]
     rows = []
     for _ in range(rounds):
         shutil.rmtree(copy, ignore_errors=True)
@@ -343,14 +326,9 @@ def resize(rounds: int = 2) -> dict:
         shutil.rmtree(result, ignore_errors=True)
         os.sync()
         seconds, peak = timed([sys.executable, ROOT / "extend_vocab.py", *words])
-        rows.append(
-            {
-                "extend_seconds": seconds,
-                "copy_seconds": copy_seconds,
-                "ratio": seconds / copy_seconds,
-                "peak_gb": peak,
-            }
-        )
+        rows.append({
+            "extend_seconds": seconds, "copy_seconds": copy_seconds,
+            "ratio": seconds / copy_seconds, "peak_gb": peak})
         print(rows[-1], flush=True)
     differing = 0
     for path in sorted(base.glob("*.safetensors")):
@@ -366,45 +344,52 @@ def resize(rounds: int = 2) -> dict:
 # --- Main ----------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--full", action="store_true", help="resize a 13.5 GB model too (45 GB of disk)"
-    )
-    parser.add_argument("--only", choices=["tokenizers", "rows", "resize"], help="one table alone")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps for table 2")
-    args = parser.parse_args()
-    if not DATA.is_dir():
-        sys.exit(f"no real material: {DATA} is missing")
-    tables = {
-        "tokenizers": tokenizers,
-        "rows": lambda: starting_losses(args.steps),
-        "resize": resize,
-    }
-    chosen = [args.only] if args.only else [*tables][: 3 if args.full else 2]
-    packages = ("torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "opencc")
-    commit = subprocess.check_output(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True
-    ).strip()
+def stamp() -> dict:
+    """Where, when and how a table was measured."""
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    for name in chosen:
+    packages = ("torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "opencc")
+    return {
+        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
+        "command": " ".join(["python", "benchmarks/bench_vocab.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
+        "hardware": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
+        f"{memory:.0f} GB, no GPU",
+        "seed": SEED}
+
+
+def lacking(table: str) -> str | None:
+    """What a table needs and this machine has not."""
+    if not DATA.is_dir():
+        return f"{DATA} with its real material is missing"
+    free = shutil.disk_usage(ROOT).free / 1e9
+    return f"45 GB of disk needed, {free:.0f} GB free" if table == "resize" and free < 45 else None
+
+
+def main() -> None:
+    """Measure the chosen tables; each keeps its own stamp when another is measured again."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = {"tokenizers": tokenizers, "rows": starting_losses, "resize": resize}
+    parser.add_argument("--only", nargs="+", choices=tables, help="these tables")
+    parser.add_argument("--draw", action="store_true", help="only the picture, from the results")
+    args = parser.parse_args()
+    for name in [] if args.draw else args.only or ["tokenizers", "rows"]:
+        if reason := lacking(name):
+            print(f"{name} skipped: {reason}")
+            continue
         print(f"--- {name}", flush=True)
-        table = {
-            "commit": commit,
-            "date": str(date.today()),
-            "versions": {package: version(package) for package in packages},
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GB, no GPU",
-            "seed": SEED,
-            "command": " ".join(["python", "benchmarks/bench_vocab.py", *sys.argv[1:]]),
-            "results": tables[name](),
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
+        start = time.monotonic()
+        table = stamp() | {"results": tables[name](), "seconds": time.monotonic() - start}
         done = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"results": {}}
         done["results"][name] = table
         script.save_json(RESULTS, done)
     shutil.rmtree(WORK, ignore_errors=True)
+    measured = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else {}
+    if "tokenizers" in measured:
+        draw(measured["tokenizers"])
 
 
 if __name__ == "__main__":
