@@ -173,7 +173,7 @@ def test_lora_on_an_untied_head_and_biases_in_the_base(tmp_path):
 @pytest.mark.parametrize("block", [64, 1000, 100_000, 1 << 30])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bits_depend_neither_on_blocks_nor_on_threads(tmp_path, monkeypatch, block, threads):
-    """257 rows of 129: a remainder of one row would take another BLAS kernel."""
+    """257 rows of 129: a remainder of a few rows would take another BLAS kernel."""
     sizes = {"hidden_size": 129, "intermediate_size": 257, "num_attention_heads": 3}
     base = make_base(tmp_path / "base", num_hidden_layers=1, **sizes)
     targets = ["up_proj", "down_proj"]
@@ -463,10 +463,10 @@ def poke(value: float):
     [
         ("adapter", "k_proj.lora_B.weight", poke(float("nan")), "k_proj.lora_B.weight has NaN"),
         ("adapter", "up_proj.lora_A.weight", poke(float("inf")), "up_proj.lora_A.weight has NaN"),
-        ("adapter", "up_proj.lora_A.weight", lambda t: None, "A and B are [None, (131, 5)]"),
-        ("adapter", "up_proj.lora_A.weight", lambda t: t[:4], "expected rank 5"),
+        ("adapter", "up_proj.lora_A.weight", lambda t: None, "A, B and magnitude are [None, (131,"),
+        ("adapter", "up_proj.lora_A.weight", lambda t: t[:4], "expected [(5, 60), (131, 5), None]"),
         ("adapter", "up_proj.lora_A.weight", lambda t: t[:, :9], "adapter of another model?"),
-        ("base", "v_proj.weight", poke(float("-inf")), "v_proj.weight is not finite"),
+        ("base", "v_proj.weight", poke(float("-inf")), "v_proj.weight has NaN"),
         ("base", "v_proj.weight", lambda t: None, "v_proj.lora_A.weight is not in the base"),
         ("base", "model.norm.weight", lambda t: None, "model.norm.weight is missing"),
         ("base", "model.norm.weight", lambda t: t[:59], "(59,); expected (60,)"),
@@ -519,7 +519,7 @@ def test_truncated_missing_and_foreign_shards(pair, capsys):
     assert "expected a safetensors file" in refusal(capsys, adapter)
     first.write_bytes(whole)
     second.unlink()
-    assert f"{second.name} is missing" in refusal(capsys, adapter)
+    assert f"{second.name} is missing or broken (No such file" in refusal(capsys, adapter)
     (base / "config.json").write_text("{")
     assert "config.json is broken" in refusal(capsys, adapter)
 
@@ -554,7 +554,7 @@ def test_tokenizers_that_do_not_fit(pair, capsys, tmp_path):
     (base / "tokenizer.json").write_text(json.dumps(made))
     assert "tokenizer.model has 1000 pieces, tokenizer.json 1001" in refusal(capsys, adapter)
     (base / "tokenizer.model").unlink()
-    assert "the tokenizer has 1001 tokens" in refusal(capsys, adapter)
+    assert "tokenizer.model has no pieces, tokenizer.json 1001" in refusal(capsys, adapter)
     (base / "tokenizer.json").unlink()
     assert "no tokenizer.model or tokenizer.json" in refusal(capsys, adapter)
 
@@ -589,10 +589,10 @@ def test_a_disk_that_fills_up_leaves_the_earlier_model(pair, capsys, monkeypatch
     before = merge(adapter)
     original, calls = merge_lora.merged, iter(range(1000))
 
-    def failing(part, flags):
+    def failing(part):
         if next(calls) == 7:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        yield from original(part, flags)
+        yield from original(part)
 
     monkeypatch.setattr(merge_lora, "merged", failing)
     assert "No space left on device; it is as it was before" in refusal(capsys, adapter, code=1)
