@@ -17,7 +17,9 @@ Minutes on any CPU, after the first two steps of `make demo`:
 The real run, and first what it will take:
     python train_pt.py --plan --plan_gpu_gb 24
     python train_pt.py --lora_rank 32
-Several GPUs: torchrun --nproc_per_node 4 train_pt.py --lora_rank 32
+Several GPUs, a copy of the model on each (DDP), or a part of it on each (FSDP; README.md):
+    torchrun --nproc_per_node 4 train_pt.py --lora_rank 32
+    accelerate launch --config_file fsdp.yaml train_pt.py --lora_rank 32
 Cost: not measured on a GPU yet; --plan estimates the memory from the shapes.
 
 Every option of transformers.TrainingArguments is accepted too; --help_trainer lists them.
@@ -37,6 +39,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
@@ -149,7 +152,8 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         trainer_parser.print_help()
         raise SystemExit(0)
     on_gpu = torch.cuda.is_available()
-    args.optim = args.optim or ("adamw_8bit" if on_gpu else "adamw_torch")
+    eight_bit = on_gpu and os.environ.get("ACCELERATE_USE_FSDP") != "true"
+    args.optim = args.optim or ("adamw_8bit" if eight_bit else "adamw_torch")
     args.group_size = args.group_size or args.block_size // 4
     args.lora_alpha = args.lora_alpha or 2 * args.lora_rank
     if args.activation_checkpointing is None:
@@ -170,9 +174,23 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     if training.use_liger_kernel:  # its rope, norm and SwiGLU; the chunked loss stays ours
         ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}
         training.liger_kernel_config = (training.liger_kernel_config or {}) | ours
+    version = fsdp_version(training)
+    if version == 1:
+        parser.error("fsdp_version 1: expected 2; set it in accelerate's configuration")
+    if version and any(word in args.optim for word in ("8bit", "bnb", "paged")):
+        parser.error(f"--optim {args.optim}: bitsandbytes' optimizers cannot be sharded; use "
+                     "--optim adamw_torch with FSDP")
     if unknown:
         parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
     return args, training
+
+
+def fsdp_version(training: Any) -> int:
+    """The FSDP that accelerate's configuration or --fsdp asks for; 0: none."""
+    if training.fsdp:
+        return training.fsdp_plugin_args["fsdp_version"]
+    asked = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return int(os.environ.get("FSDP_VERSION", 1)) if asked else 0
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -679,7 +697,8 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"])
+        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"],
+        bnb_4bit_quant_storage=dtype if fsdp_version(training) else None)  # FSDP cuts floats alone
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="s2",
         quantization_config=nf4 if args.quantization == "nf4" else None,
@@ -728,15 +747,28 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
     """The trained parameters by their names in PEFT's adapter file."""
     whole = not len(model.base_model.model.lm_head.frozen)
     rows = ".weight" if whole else ".token_adapter.trainable_tokens_delta"
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # FSDP leaves the head whole after an evaluation
+            module.reshard()
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     return {n.replace(".default.", ".").replace(".trained", rows): p for n, p in trained}
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter of which FSDP may have left only a part here."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def save_adapter(model: Any, folder: Path, base: str) -> None:
-    """Write what stock PeftModel.from_pretrained loads: rows replaced, norms as modules_to_save."""
+    """Write what stock PeftModel.from_pretrained loads: rows replaced, norms as modules_to_save.
+    Every process calls it, for FSDP gathers the parameters from all; the first one writes."""
+    import torch.distributed as dist
     from safetensors.torch import save_file
-    folder.mkdir(parents=True, exist_ok=True)
     tensors, head = adapter_tensors(model), model.base_model.model.lm_head
+    tensors = {key: whole(tensor).detach().contiguous().cpu() for key, tensor in tensors.items()}
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     config = deepcopy(model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
     saved = NORMS if any(key.endswith("norm.weight") for key in tensors) else []
@@ -748,7 +780,6 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     config.modules_to_save = saved or None
     config.save_pretrained(str(folder))
     building = folder / "adapter_model.building"
-    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
     save_file(tensors, building, {"format": "pt"})
     building.rename(folder / "adapter_model.safetensors")
 
@@ -756,9 +787,13 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
 def load_adapter(model: Any, folder: Path) -> None:
     """Put a checkpoint's weights back, exactly."""
     from safetensors.torch import load_file
+    from torch.distributed.tensor import DTensor, distribute_tensor
     saved, tensors = load_file(folder / "adapter_model.safetensors"), adapter_tensors(model)
     assert saved.keys() == tensors.keys(), "the checkpoint holds other parameters than the model"
     for key, tensor in tensors.items():
+        if isinstance(tensor, DTensor):  # FSDP: this process's part
+            part = saved[key].to(tensor.device), tensor.device_mesh, tensor.placements
+            saved[key] = distribute_tensor(*part, src_data_rank=None)
         tensor.data.copy_(saved[key])
 
 
@@ -776,7 +811,7 @@ class PackedTraining:
     lowest, worse = math.inf, 0
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        with self.head.inside_the_loss():
+        with self.head.inside_the_loss(), self.accelerator.autocast():  # FSDP comes without
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -813,9 +848,12 @@ class PackedTraining:
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         rank, ranks = self.args.process_index, self.args.world_size
-        for start in range(rank * size, len(blocks), ranks * size):
-            chosen = range(start, min(start + size, len(blocks)))
-            batch = self._prepare_inputs(self.data_collator([blocks[i] for i in chosen]))
+        for start in range(0, len(blocks), ranks * size):
+            chosen = range(len(blocks))[start : start + ranks * size][rank::ranks]
+            batch = self.data_collator([blocks[i] for i in chosen or [0]])
+            if not chosen:  # with FSDP nobody can go forward alone
+                batch["labels"].fill_(IGNORED)
+            batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast(), self.head.inside_the_loss():
                 sums[0] += self.model(**batch, num_items_in_batch=1).loss
             sums[1] += (batch["labels"] != IGNORED).sum()
@@ -823,8 +861,8 @@ class PackedTraining:
         # Where a block cuts a document, one token has no context: the mean stands for it.
         bits = total / predicted / math.log(2) * blocks.tokens_per_character
         metrics = {"eval_loss": total / predicted, "eval_bits_per_character": bits}
+        metrics |= self.report.sample(self)  # every process, for FSDP needs all to write one
         if self.is_world_process_zero():
-            metrics |= self.report.sample(self)
             tqdm.write(f"{bits:.3f} bits per character; it writes: {metrics.get('eval_sample')}")
         self.log(metrics)
         note = self.callback_handler.on_evaluate
@@ -851,10 +889,10 @@ class PackedTraining:
     def _get_output_dir(self, trial=None) -> str:
         return str(self.saving or self.args.output_dir)
 
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        if self.args.should_save:
-            base = self.report.record["base"]["model_name_or_path"]
-            save_adapter(self.accelerator.unwrap_model(self.model), Path(output_dir), base)
+    def save_model(self, output_dir=None, _internal_call=False) -> None:
+        base = self.report.record["base"]["model_name_or_path"]
+        model = self.accelerator.unwrap_model(self.model)
+        save_adapter(model, Path(output_dir or self.args.output_dir), base)
 
     def _save_checkpoint(self, model, trial=None, *args, **kwargs) -> None:
         """Trainer's checkpoint, built aside, sealed with the sums of its files, then renamed."""
@@ -869,6 +907,9 @@ class PackedTraining:
         try:
             super()._save_checkpoint(model, trial, *args, **kwargs)
             self.accelerator.wait_for_everyone()
+            if self.state.best_global_step:
+                best = output / f"checkpoint-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
                 self.seal(self.saving / final.name, final)
         except Exception as error:  # torch and safetensors name a full disk each in their own way
@@ -887,14 +928,11 @@ class PackedTraining:
 
     def seal(self, folder: Path, final: Path) -> None:
         """Give a checkpoint its sums and its name; remove the oldest."""
-        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(best)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.state.save_to_json(str(folder / "trainer_state.json"))
         write_json(folder / "run.json", self.report.record | {"files": file_sums(folder)})
         folder.rename(final)
         for old in checkpoints(final.parent)[self.keep :]:
-            if old != best:
+            if str(old) != self.state.best_model_checkpoint:
                 shutil.rmtree(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
@@ -914,6 +952,11 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
     trainer = based_on(PackedTraining, Trainer)(
         model=model, args=training, train_dataset=blocks, eval_dataset=held_out,
         data_collator=Collate(report.args.group_size, flash))
+    if trainer.is_fsdp_enabled:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # not changed
+        # Each parameter keeps its own type; autocast does the rest, as on one GPU.
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     trainer.head, trainer.report, trainer.keep = model.base_model.model.lm_head, report, keep
     return trainer
 
@@ -980,8 +1023,8 @@ def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, k
     """What run.json holds from the start: with other settings or inputs it is another run."""
     settings = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
     settings |= {n: v for n, v in training.to_dict().items() if TRAINER_SETTINGS.match(n)}
-    settings |= {"processes": training.world_size, "first_new_row": first_new}
-    settings |= {"model": fingerprint(folder), "dataset": key}
+    settings |= {"processes": training.world_size, "fsdp": fsdp_version(training)}
+    settings |= {"first_new_row": first_new, "model": fingerprint(folder), "dataset": key}
     compute = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     nf4 = {"quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": compute}
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
@@ -1213,7 +1256,6 @@ class Report:
             "loss_last": train[-1]["loss"], "eval_loss": last.get("eval_loss"),
             "eval_bits_per_character": last.get("eval_bits_per_character")}
         base = self.record["base"]["model_name_or_path"]
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), self.output, base)
         self.draw()
         picture, beside = Path(self.args.picture), self.output / "trainloss.png"
         if picture.exists() and picture.resolve() != beside.resolve():
@@ -1297,6 +1339,7 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.stop:
         print(f"stopped at step {trainer.state.global_step} and saved; the same command goes on")
         raise SystemExit(128 + trainer.stop[0])
+    trainer.save_model()
     if training.process_index == 0:
         report.finish(trainer)
 
