@@ -1,25 +1,41 @@
 """What train_pt.py costs and gains, measured on a CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_train.py               # both tables
-    OMP_NUM_THREADS=1 python benchmarks/bench_train.py --only speed  # S² and loss alone
+    python benchmarks/bench_train.py                          # every table
+    python benchmarks/bench_train.py --only attention memory  # some of them
+    python benchmarks/bench_train.py --draw                   # the pictures again, from the results
 
-speed    Step time and peak memory of one model (61,388 pieces, NF4) on the same packed documents,
-         at 2,048 and 8,192 tokens: S² attention with the chunked loss, against
-         transformers.Trainer with stock SDPA attention and the plain loss, and each alone.
-quality  A small Llama trained first on English pages, extended to 61,388 pieces with 紅樓夢, then
-         trained by train_pt.py on articles of DRCD, with the new rows trained and with none: bits
-         per character of articles held out, over the steps.
+attention  Forward and backward of the attention function alone on 16,384 tokens in sequences of 512
+           to 16,384, 8 heads of 64 in bfloat16: S² with groups of a quarter against full causal
+           attention. Once where a sequence is one document (SDPA, is_causal), once for packed
+           documents (SDPA with the mask that Transformers makes of position_ids, and document by
+           document, as train_pt.py evaluates).
+speed      Seconds and peak memory of a training step of one model on the same packed documents, at
+           2,048 and 8,192 tokens, 8,192 a step: S² attention with the chunked loss, against
+           transformers.Trainer with stock SDPA attention and the plain loss; at 8,192 also each
+           of the two alone.
+memory     Peak memory of training by block size, one block a step: train_pt.py against the usual
+           recipe (prepare_model_for_kbit_training, copies of embedding and head trained by
+           modules_to_save, SDPA, plain loss).
+quality    A small Llama trained first on English pages, extended to 61,388 pieces with 紅樓夢, then
+           trained by train_pt.py on articles of DRCD, with the new rows trained and with none: bits
+           per character of articles held out, over the steps.
 
-Each figure of `speed` comes from a process of its own; variants take turns, and the best of the
-rounds counts. Results: benchmarks/results/train.json and pictures/readme_rows.png.
+The model of `speed` and `memory` has 4 layers of width 512 and 61,388 pieces, NF4, LoRA of rank 32,
+activation checkpointing; every figure is from a process of its own, variants take turns. Packed
+documents are random tokens of the lengths of web pages: log-normal, median 700, nine in ten between
+190 and 2,600. Memory is counted over what Python and its libraries take before the model is there.
+
+One thread, unless OMP_NUM_THREADS says otherwise; 14 minutes without `quality`, which takes 15.
+Results: benchmarks/results/train.json, pictures/readme_s2.png, readme_memory.png, readme_rows.png.
 """
 
 import argparse
 import gzip
 import json
+import math
 import os
 import platform
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -27,12 +43,15 @@ import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "benchmarks" / "results" / "train.json"
+PICTURES = ROOT / "pictures"
 WORK = ROOT / "outputs" / "bench_train"
 SEED, PIECES, LLAMA_2_PIECES = 0, 61_388, 32_000
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # times compare better on one thread
 sys.path.insert(0, str(ROOT))
 
 import train_pt as script  # noqa: E402
@@ -50,6 +69,26 @@ def llama(folder: Path, pieces: int, **sizes: int) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
+def step_model() -> Path:
+    """The model whose steps are measured, made once."""
+    folder = WORK / "steps"
+    if not (folder / "model.safetensors").exists():
+        llama(folder, PIECES, hidden_size=512, intermediate_size=1376, num_hidden_layers=4,
+              num_attention_heads=8)
+    return folder
+
+
+def packed_documents(block: int, blocks: int):
+    """Blocks of random tokens in documents of the lengths of web pages."""
+    import numpy as np
+
+    rng = np.random.default_rng(SEED)
+    lengths = rng.lognormal(math.log(700), 0.8, block * blocks // 500 + 10).astype(int) + 2
+    tokens = rng.integers(3, PIECES, int(lengths.sum())).astype(np.uint16)
+    corpus = script.Corpus(tokens, lengths, lengths)
+    return script.PackedBlocks(corpus, np.arange(len(lengths)), block, padding=0)
+
+
 def drcd(path: Path) -> Path:
     """The articles of DRCD as one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,46 +96,112 @@ def drcd(path: Path) -> Path:
     return path
 
 
-# --- speed ---------------------------------------------------------------------------------------
+# --- attention -----------------------------------------------------------------------------------
 
-VARIANTS = {
-    "S², chunked loss (train_pt.py)": ("s2", "chunked"),
+HEADS, HEAD_SIZE, TOKENS = 8, 64, 16_384
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+
+
+def attention_ways(position) -> dict:
+    """Calls of (q, k, v) for sequences with these positions, a tensor (B, T)."""
+    import torch
+    import torch.nn.functional as F
+
+    length = position.shape[1]
+    group, whole = length // 4, bool((position == torch.arange(length)).all())
+
+    def ours(training: bool):  # cut points come with the batch, so they are not in the time
+        module = SimpleNamespace(training=training, config=SimpleNamespace(group_size=group))
+        cuts = {"groups": script.cut_points(position, group, flash=False),
+                "documents": script.cut_points(position, None, flash=False)}
+        return lambda q, k, v: script.s2_attention(module, q, k, v, None, cuts=cuts)[0]
+
+    if whole:
+        full = {"full causal": lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True)}
+        return {"S²": ours(True)} | full
+    document = (position == 0).cumsum(1)
+    # Made once a step for all layers: so it is not in the time either.
+    mask = (document[:, :, None] == document[:, None]).tril_()[:, None]
+    stock = {"full causal, masked": lambda *qkv: F.scaled_dot_product_attention(*qkv, mask)}
+    return {"S²": ours(True), "full causal, by document": ours(False)} | stock
+
+
+def attention() -> list[dict]:
+    """Best time of each way, the ways taking turns."""
+    import numpy as np
+    import torch
+
+    rows = []
+    for length in LENGTHS:
+        count = TOKENS // length
+        blocks = packed_documents(length, count)
+        packed = torch.from_numpy(np.stack([blocks[i]["position_ids"] for i in range(count)]))
+        one = torch.arange(length).expand(count, -1)
+        for documents, position in (("one", one), ("packed", packed)):
+            torch.manual_seed(SEED)
+            shape, best = (count, HEADS, length, HEAD_SIZE), {}
+            q, k, v = (torch.randn(shape, dtype=torch.bfloat16) for _ in range(3))
+            ways = attention_ways(position)
+            for _ in range(2 if length > 4096 else 3):
+                for name, call in ways.items():
+                    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+                    start = time.perf_counter(), time.process_time()
+                    call(*inputs).float().sum().backward()
+                    took = time.perf_counter() - start[0], time.process_time() - start[1]
+                    best[name] = [*map(min, took, best.get(name, took))]
+            for name, (seconds, cpu) in best.items():
+                rows.append({"tokens": length, "documents": documents, "way": name,
+                             "seconds": seconds, "cpu_seconds": cpu,
+                             "times_s2": seconds / best["S²"][0]})
+                print(f"{length:6} tokens  {documents:8}{name:26}{1e3 * seconds:9.1f} ms"
+                      f"{rows[-1]['times_s2']:7.2f} x S²", flush=True)
+    return rows
+
+
+# --- speed and memory ----------------------------------------------------------------------------
+
+OURS, STOCK, USUAL = "S², chunked loss", "SDPA, plain loss", "usual recipe"
+VARIANTS = {  # name: attention, loss
+    OURS: ("s2", "chunked"),
     "S², plain loss": ("s2", "plain"),
-    "stock SDPA, chunked loss": ("sdpa", "chunked"),
-    "stock SDPA, plain loss (Trainer)": ("sdpa", "plain"),
+    "SDPA, chunked loss": ("sdpa", "chunked"),
+    STOCK: ("sdpa", "plain"),
+    USUAL: ("sdpa", "plain"),
 }
 
 
-def one_speed(attention: str, loss: str, block: int, steps: int) -> dict:
-    """Train a few steps with one variant; called in a process of its own."""
-    import numpy as np
-    from transformers import Trainer
+def resident(name: str) -> float:
+    """Memory of this process in GB: VmRSS now, VmHWM at its peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024 / 1e9
 
-    batch = 8192 // block
-    words = ["--model_name_or_path", str(WORK / "speed"), "--base_vocab_size", str(LLAMA_2_PIECES)]
-    words += ["--block_size", str(block), "--per_device_train_batch_size", str(batch)]
-    words += [
-        "--gradient_accumulation_steps",
-        "1",
-        "--max_steps",
-        str(steps),
-        "--eval_strategy",
-        "no",
-    ]
-    words += ["--save_steps", "1000000", "--output_dir", str(WORK / "speed_run")]
-    words += ["--activation_checkpointing", "true", "--sample_tokens", "0"]
-    args, training = script.parse_args(words)
+
+def train_steps(name: str, block: int, batch: int, steps: int) -> dict:
+    """Train a few steps with one variant; called in a process of its own."""
+    from transformers import Trainer
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    attention, loss = VARIANTS[name]
+    options = {
+        "model_name_or_path": step_model(), "base_vocab_size": LLAMA_2_PIECES, "block_size": block,
+        "per_device_train_batch_size": batch, "gradient_accumulation_steps": 1, "max_steps": steps,
+        "activation_checkpointing": "true", "eval_strategy": "no", "save_strategy": "no",
+        "logging_steps": 10**6, "disable_tqdm": "true", "output_dir": WORK / "step_run"}
+    args, training = script.parse_args([str(w) for n, v in options.items() for w in (f"--{n}", v)])
     script.check(args)
-    folder = Path(args.model_name_or_path)
-    model, head = script.build_model(args, training, folder, LLAMA_2_PIECES)
-    tokens = np.random.default_rng(SEED).integers(3, PIECES, 40 * 8192).astype(np.uint16)
-    lengths = np.full(len(tokens) // 640, 640)  # documents of the length of a web page
-    corpus = script.Corpus(tokens, lengths, lengths)
-    blocks = script.PackedBlocks(corpus, np.arange(len(lengths)), block, padding=0)
-    collate, llama = script.Collate(args.group_size, flash=False), model.base_model.model
-    if attention == "sdpa":
-        llama.config._attn_implementation = "sdpa"
-    seconds, cpu_seconds = [], []
+    blocks, head = packed_documents(block, batch * steps), None
+    before = resident("VmRSS")
+    if name == USUAL:
+        from bench_gpu import usual_model
+        model = usual_model(step_model(), training)
+    else:
+        folder = Path(args.model_name_or_path)
+        model, head = script.build_model(args, training, folder, LLAMA_2_PIECES)
+        if attention == "sdpa":
+            model.base_model.model.config._attn_implementation = "sdpa"
+        if loss == "plain":
+            model.base_model.model.loss_function = ForCausalLMLoss
+    seconds, cpu_seconds, collate = [], [], script.Collate(args.group_size, flash=False)
 
     class Watched(Trainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
@@ -118,61 +223,55 @@ def one_speed(attention: str, loss: str, block: int, steps: int) -> dict:
             del batch["cuts"]
         return batch
 
-    if loss == "plain":
-        from transformers.loss.loss_utils import ForCausalLMLoss
-
-        llama.loss_function = ForCausalLMLoss
-    training.disable_tqdm, training.save_strategy = True, "no"
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trainer = Watched(model=model, args=training, train_dataset=blocks, data_collator=batches)
+    built = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     last = trainer.train().training_loss
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resident("VmHWM")
     return {
-        "seconds": min(seconds[1:]),
+        "seconds": min(seconds[1:]),  # the first step warms up
         "cpu_seconds": min(cpu_seconds[1:]),  # what a busy machine disturbs less
-        "peak_gb": peak * 1024 / 1e9,
-        "training_gb": (peak - before) * 1024 / 1e9,
+        "model_gb": built - before,
+        "peak_gb": peak - before,
         "loss": last,
     }
 
 
-def speed(rounds: int) -> list[dict]:
-    if not (WORK / "speed" / "model.safetensors").exists():
-        llama(
-            WORK / "speed",
-            PIECES,
-            hidden_size=512,
-            intermediate_size=1376,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-        )
-    rows = []
-    for block in (2048, 8192):
-        best: dict[str, dict] = {}
-        for _ in range(rounds):
-            for name, (attention, loss) in VARIANTS.items():
-                command = [sys.executable, __file__, "--one", attention, loss, str(block)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise SystemExit(done.stdout + done.stderr)
-                got = json.loads(done.stdout.splitlines()[-1])
-                old = best.setdefault(name, got)
-                best[name] = {key: min(old[key], got[key]) for key in got}
-        stock = best["stock SDPA, plain loss (Trainer)"]
-        for name, got in best.items():
-            row = {"block": block, "batch": 8192 // block, "variant": name} | got
-            row["time_ratio"] = got["seconds"] / stock["seconds"]
-            row["cpu_ratio"] = got["cpu_seconds"] / stock["cpu_seconds"]
-            row["memory_ratio"] = got["training_gb"] / stock["training_gb"]
-            rows.append(row)
-            print(
-                f"{block:6} tokens  {name:34}{got['seconds']:7.2f} s ({row['time_ratio']:.2f}, "
-                f"of CPU time {row['cpu_ratio']:.2f})"
-                f"{got['training_gb']:7.2f} GB over the model ({row['memory_ratio']:.2f})"
-                f"   loss {got['loss']:.4f}",
-                flush=True,
-            )
+def measured(name: str, block: int, batch: int, steps: int) -> dict:
+    """train_steps in a process of its own."""
+    command = [sys.executable, __file__, "--one", name, str(block), str(batch), str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    got = json.loads(done.stdout.splitlines()[-1])
+    print(f"{batch} x {block:5} tokens  {name:20}{got['seconds']:8.2f} s"
+          f" ({got['cpu_seconds']:.2f} of CPU){got['peak_gb']:7.2f} GB"
+          f" (model {got['model_gb']:.2f})  loss {got['loss']:.4f}", flush=True)
+    return {"block": block, "batch": batch, "variant": name} | got
+
+
+def with_ratios(rows: list[dict], reference: str) -> list[dict]:
+    """Each row beside the reference of its block size; under 1 is less than the reference."""
+    for row in rows:
+        to = next(r for r in rows if r["variant"] == reference and r["block"] == row["block"])
+        row |= {"time_ratio": row["seconds"] / to["seconds"],
+                "cpu_ratio": row["cpu_seconds"] / to["cpu_seconds"],
+                "memory_ratio": row["peak_gb"] / to["peak_gb"]}
     return rows
+
+
+def speed() -> list[dict]:
+    """Three steps of each variant, the faster of the last two counts."""
+    names = {2048: (OURS, STOCK), 8192: [n for n in VARIANTS if n != USUAL]}
+    rows = [measured(n, block, 8192 // block, steps=3) for block in names for n in names[block]]
+    return with_ratios(rows, STOCK)
+
+
+def memory() -> list[dict]:
+    """Two steps: the second one has the optimizer's states beside the activations."""
+    blocks = (512, 1024, 2048, 4096, 8192)
+    rows = [measured(name, block, 1, steps=2) for block in blocks for name in (OURS, USUAL)]
+    return with_ratios(rows, USUAL)
 
 
 # --- quality -------------------------------------------------------------------------------------
@@ -201,20 +300,11 @@ def first_training(folder: Path, steps: int) -> float:
     folder.mkdir(parents=True)
     shutil.copy(DATA / "llama2-tokenizer.model", folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    llama(
-        folder,
-        LLAMA_2_PIECES,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    stream = [
-        i
-        for text in english()
-        for i in [1, *tokenizer(text, add_special_tokens=False)["input_ids"], 2]
-    ]
+    llama(folder, LLAMA_2_PIECES, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
+          num_attention_heads=8)
+    tokenizer, stream = AutoTokenizer.from_pretrained(folder), []
+    for text in english():
+        stream += [1, *tokenizer(text, add_special_tokens=False)["input_ids"], 2]
     rows = torch.tensor(np.array(stream[: len(stream) // 256 * 256]).reshape(-1, 256))
     print(f"first training: {len(stream):,} English tokens, {steps} steps of 4 x 256", flush=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
@@ -248,102 +338,148 @@ def quality(first_steps: int, steps: int) -> dict:
         # none would be refused on an extended vocabulary: tell it that nothing is new.
         first_new = PIECES if rows == "none" else LLAMA_2_PIECES
         options = {
-            "model_name_or_path": extended,
-            "dataset": text,
-            "output_dir": output,
-            "train_embeddings": rows,
-            "base_vocab_size": first_new,
-            "block_size": 256,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 1,
-            "max_steps": steps,
-            "learning_rate": 1e-3,
-            "eval_fraction": 0.04,
-            "eval_steps": steps // 6,
-            "eval_on_start": "true",
-            "save_steps": 10**6,
-            "sample_tokens": 0,
-            "picture": output / "trainloss.png",
-            "cache_dir": WORK / "cache",
-            "seed": 42,
-        }
-        if not script.read_record(output).get("results"):  # a stopped benchmark goes on
-            script.main([str(word) for n, v in options.items() for word in (f"--{n}", v)])
+            "model_name_or_path": extended, "dataset": text, "output_dir": output,
+            "train_embeddings": rows, "base_vocab_size": first_new, "block_size": 256,
+            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": steps,
+            "learning_rate": 1e-3, "eval_fraction": 0.04, "eval_steps": steps // 6,
+            "eval_on_start": "true", "save_steps": 10**6, "sample_tokens": 0,
+            "picture": output / "trainloss.png", "cache_dir": WORK / "cache", "seed": 42}
+        script.main([str(word) for n, v in options.items() for word in (f"--{n}", v)])
         metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        held = [r for r in metrics if "eval_loss" in r]
         curves[rows] = {
-            "eval": [
-                [r["step"], r["eval_loss"], r["eval_bits_per_character"]]
-                for r in metrics
-                if "eval_loss" in r
-            ],
+            "eval": [[r["step"], r["eval_loss"], r["eval_bits_per_character"]] for r in held],
             "train": [[r["step"], r["loss"]] for r in metrics if "loss" in r],
-            "minutes": sum(r.get("train_runtime", 0) for r in metrics) / 60,
-        }
+            "minutes": sum(r.get("train_runtime", 0) for r in metrics) / 60}
         print(rows, [f"{bits:.3f}" for _, _, bits in curves[rows]["eval"]], flush=True)
-    draw(curves)
     return curves
 
 
-def draw(curves: dict) -> None:
+# --- Pictures ------------------------------------------------------------------------------------
+
+
+def save_picture(figure, name: str, title: str) -> None:
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(PICTURES / name, dpi=120)
+    print(f"drew pictures/{name}")
+
+
+def tokens_axis(axes, lengths) -> None:
+    """A binary scale with the lengths written out."""
+    lengths = sorted(set(lengths))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens in a sequence")
+    axes.grid(alpha=0.3)
+
+
+def draw_attention(table: dict) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"one": "each sequence one document", "packed": "packed documents (web pages)"}
+    for axes, (documents, title) in zip(panels, titles.items(), strict=True):
+        rows = [r for r in table["results"] if r["documents"] == documents]
+        for way in dict.fromkeys(r["way"] for r in rows):
+            mine = [r for r in rows if r["way"] == way]
+            x, y = [r["tokens"] for r in mine], [1e3 * r["seconds"] for r in mine]
+            axes.plot(x, y, "o-", label=way)
+        axes.set_yscale("log")
+        tokens_axis(axes, LENGTHS)
+        axes.set_title(title, fontsize="medium")
+        axes.legend(fontsize="small")
+    panels[0].set_ylabel(f"ms for {TOKENS:,} tokens, forward and backward")
+    save_picture(figure, "readme_s2.png", "S² beside full causal attention: one CPU thread, "
+                 f"{HEADS} heads of {HEAD_SIZE}, bfloat16")
+
+
+def draw_memory(table: dict) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes, rows = figure.subplots(), table["results"]
+    labels = {USUAL: "usual recipe (SDPA, plain loss, modules_to_save)", OURS: "train_pt.py"}
+    for name, label in labels.items():
+        mine = [r for r in rows if r["variant"] == name]
+        axes.plot([r["block"] for r in mine], [r["peak_gb"] for r in mine], "o-", label=label)
+    tokens_axis(axes, [r["block"] for r in rows])
+    axes.set(xlabel="tokens in a block, one block a step", ylabel="peak memory, GB")
+    axes.set_ylim(0, None)
+    axes.legend()
+    save_picture(figure, "readme_memory.png", "Peak memory of training on a CPU: Llama of 4 layers "
+                 "x 512 with 61,388 pieces,\n76 million weights, NF4 and LoRA")
+
+
+def draw_quality(table: dict) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     names = {"new": "new rows trained (default)", "none": "rows frozen"}
-    for rows, curve in curves.items():
-        axes.plot(
-            [s for s, _, _ in curve["eval"]],
-            [b for _, _, b in curve["eval"]],
-            "o-",
-            label=names[rows],
-        )
-    axes.set(
-        xlabel="step",
-        ylabel="bits per character, held-out articles",
-        title="Which rows of embedding and head are trained",
-    )
+    for rows, curve in table["results"].items():
+        steps, _, bits = zip(*curve["eval"], strict=True)
+        axes.plot(steps, bits, "o-", label=names[rows])
+    axes.set(xlabel="step", ylabel="bits per character, held-out articles")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(ROOT / "pictures" / "readme_rows.png", dpi=120)
+    save_picture(figure, "readme_rows.png", "Which rows of embedding and head are trained: CPU, "
+                 "Llama of 4 layers x 256,\n61,388 pieces")
 
 
 # --- Main ----------------------------------------------------------------------------------------
 
 
+def stamp() -> dict:
+    """Where, when and how a table was measured."""
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    command = ["python", "benchmarks/bench_train.py", *sys.argv[1:]]
+    return {
+        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
+        "command": " ".join(command),
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version()}
+        | {n: version(n) for n in ("torch", "transformers", "peft", "bitsandbytes")},
+        "hardware": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
+        f"{os.environ['OMP_NUM_THREADS']} used, {memory:.0f} GB, no GPU",
+        "seed": SEED,
+    }
+
+
 def main() -> None:
+    """Measure the chosen tables; each keeps its own stamp when another is measured again."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--only", choices=["speed", "quality"])
-    parser.add_argument("--rounds", type=int, default=2, help="rounds of speed; the best counts")
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    names = ["attention", "speed", "memory", "quality"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these tables")
+    parser.add_argument("--draw", action="store_true", help="only the pictures, from the results")
     parser.add_argument("--first_steps", type=int, default=200, help="steps of the first training")
     parser.add_argument("--steps", type=int, default=240, help="steps of train_pt.py in quality")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        attention, loss, block = args.one
-        return print(json.dumps(one_speed(attention, loss, int(block), steps=4)))
-    if not DATA.is_dir() and args.only != "speed":
-        raise SystemExit(f"no real material: {DATA} is missing; --only speed runs without it")
-    WORK.mkdir(parents=True, exist_ok=True)
-    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"results": {}}
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    record = {
-        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
-        "date": date.today().isoformat(),
-        "versions": {n: version(n) for n in ("torch", "transformers", "peft", "bitsandbytes")},
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"{os.environ.get('OMP_NUM_THREADS', 'all')} used",
-        "seed": SEED,
-        "command": " ".join(["python", "benchmarks/bench_train.py", *sys.argv[1:]]),
-        "results": old["results"],
-    }
-    if args.only != "quality":
-        record["results"]["speed"] = speed(args.rounds)
-    if args.only != "speed":
-        record["results"]["quality"] = quality(args.first_steps, args.steps)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        return print(json.dumps(train_steps(args.one[0], *map(int, args.one[1:]))))
+    measure = {"attention": attention, "speed": speed, "memory": memory,
+               "quality": lambda: quality(args.first_steps, args.steps)}
+    pictures = {"attention": draw_attention, "memory": draw_memory, "quality": draw_quality}
+    for name in args.only:
+        record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"results": {}}
+        if name == "quality" and not DATA.is_dir() and not args.draw:
+            print(f"quality skipped: {DATA} with its real material is missing")
+            continue
+        if not args.draw:
+            print(f"--- {name}", flush=True)
+            WORK.mkdir(parents=True, exist_ok=True)
+            record["results"][name] = stamp() | {"results": measure[name]()}
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        if name in pictures and name in record["results"]:
+            pictures[name](record["results"][name])
+    if not args.draw:
+        shutil.rmtree(WORK, ignore_errors=True)
 
 
 if __name__ == "__main__":
