@@ -1,19 +1,23 @@
 """merge_lora.py beside PEFT's merge_and_unload and beside cp -r: time, memory, bits.
 
-    python benchmarks/bench_merge.py            # a 3.7 GB model; about 16 GB of disk
-    python benchmarks/bench_merge.py --full     # and a 13.5 GB one; about 30 GB of disk
+    python benchmarks/bench_merge.py                 # a 3.7 GB model, minutes; 17 GB of disk
+    python benchmarks/bench_merge.py --only 7B       # a 14 GB one, cp and ours; 32 GB of disk
+    python benchmarks/bench_merge.py --draw          # the picture again, from the results
 
 Random weights in Llama's shapes with 61,388 rows, and an adapter laid out like train_pt.py's: rank
 32 on all linear layers, norms, 29,388 new rows of embedding and head. Each way is a process of its
 own, from start to files that are safely on the disk (fsync). The ways take turns, the medians are
 shown; times are comparable within one run only, and only on a machine that does nothing else. Then
 every tensor of ours is compared with PEFT's.
+
+Results: benchmarks/results/merge.json, model by model, and pictures/readme_merge.png.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -28,14 +32,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "merge.json"
+PICTURE = ROOT / "pictures" / "readme_merge.png"
 WORK = ROOT / "outputs" / "bench_merge"
 ROWS, NEW_FROM, RANK, SEED = 61_388, 32_000, 32, 0
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
-SIZES = {
-    "1.9B": (32, 2048, 5504),
-    "7B": (32, 4096, 11008),
-}
+SIZES = {"1.9B": (32, 2048, 5504), "7B": (32, 4096, 11008)}  # layers, hidden, intermediate
+WAYS = {"1.9B": ["cp", "original", "dequantized", "PEFT"], "7B": ["cp", "original"]}
+DISK = {"1.9B": 17, "7B": 32}  # GB
 sys.path.insert(0, str(ROOT))
 
 import merge_lora as script  # noqa: E402
@@ -61,12 +65,8 @@ def make_base(folder: Path, size: str) -> dict[str, tuple[int, ...]]:
     layers, hidden, inner = SIZES[size]
     heads = {"num_attention_heads": hidden // 128, "num_key_value_heads": hidden // 128}
     config = LlamaConfig(
-        vocab_size=ROWS,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        **heads,
-    )
+        vocab_size=ROWS, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        **heads)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
     config.save_pretrained(folder)
     vocabulary = {f"piece {i}": i for i in range(ROWS)}
@@ -111,15 +111,9 @@ def make_adapter(folder: Path, base: Path, size: str) -> None:
                 tensors[key] = random_tensor(size, torch.float32, generator)
     new = list(range(NEW_FROM, ROWS))
     config = LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
-        target_modules=LINEAR,
-        modules_to_save=NORMS,
-        trainable_token_indices={"embed_tokens": new, "lm_head": new},
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=str(base),
-        inference_mode=True,
-    )
+        r=RANK, lora_alpha=2 * RANK, target_modules=LINEAR, modules_to_save=NORMS,
+        trainable_token_indices={"embed_tokens": new, "lm_head": new}, task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base), inference_mode=True)
     config.save_pretrained(folder)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -150,8 +144,7 @@ def commands(base: Path, adapter: Path) -> dict[str, list[str]]:
         "cp": ["bash", "-c", copy],
         "original": [*ours, "--merge_into", "original", "--output_dir"],
         "dequantized": [*ours, "--merge_into", "dequantized", "--output_dir"],
-        "PEFT": [sys.executable, "-c", PEFT + SYNC, str(base), str(adapter)],
-    }
+        "PEFT": [sys.executable, "-c", PEFT + SYNC, str(base), str(adapter)]}
 
 
 def run(command: list[str], out: Path) -> dict[str, float]:
@@ -159,31 +152,26 @@ def run(command: list[str], out: Path) -> dict[str, float]:
     shutil.rmtree(out, ignore_errors=True)
     began = time.perf_counter()
     process = subprocess.Popen(
-        [*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        [*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"failed: {' '.join(command)[:200]} {out}")
     seconds = time.perf_counter() - began
-    return {
-        "seconds": seconds,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_mb": usage.ru_maxrss / 1024,
-    }
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": usage.ru_maxrss / 1024}
 
 
 def same_bits(ours: Path, theirs: Path) -> tuple[int, int]:
     """(tensors that are equal, tensors), read from the files one at a time."""
     import torch
 
-    left, right = (script.read_folder(folder, str(folder)) for folder in (ours, theirs))
+    left, right = (script.read_tensors(folder, str(folder)) for folder in (ours, theirs))
     assert left.keys() == right.keys()
     equal = 0
     for name, a in left.items():
         equal += a.shape == right[name].shape and all(
             torch.equal(a.block(begin, end), right[name].block(begin, end))
-            for begin, end in a.blocks()
-        )
+            for begin, end in a.blocks())
     return equal, len(left)
 
 
@@ -213,8 +201,7 @@ def measure(size: str, ways: list[str], rounds: int) -> dict:
                 shutil.rmtree(WORK / way)
     found = {
         way: {key: round(statistics.median(r[key] for r in all_), 2) for key in all_[0]}
-        for way, all_ in runs.items()
-    }
+        for way, all_ in runs.items()}
     copy = found["cp"]["seconds"]
     result = {
         "model": size,
@@ -222,8 +209,7 @@ def measure(size: str, ways: list[str], rounds: int) -> dict:
         "adapter_gigabytes": round(sum(p.stat().st_size for p in adapter.iterdir()) / 1e9, 2),
         "rounds": rounds,
         "load_average": round(os.getloadavg()[0], 1),
-        "ways": {way: {**f, "times_cp": round(f["seconds"] / copy, 2)} for way, f in found.items()},
-    }
+        "ways": {way: {**f, "times_cp": round(f["seconds"] / copy, 2)} for way, f in found.items()}}
     if "PEFT" in ways:
         equal, count = aside(same_bits, WORK / "original", WORK / "PEFT")
         result["tensors"], result["tensors_equal_to_peft"] = count, equal
@@ -233,36 +219,81 @@ def measure(size: str, ways: list[str], rounds: int) -> dict:
     return result
 
 
+# --- The picture ---------------------------------------------------------------------------------
+
+
+def draw(row: dict) -> None:
+    """Seconds and peak memory of the four ways, side by side."""
+    from matplotlib.figure import Figure
+
+    labels = {"cp": "cp -r", "PEFT": "PEFT, merge_and_unload"}
+    labels |= {w: f"merge_lora.py\n--merge_into {w}" for w in ("original", "dequantized")}
+    ways = sorted(labels, key=lambda way: -row["ways"][way]["seconds"])  # the quickest on top
+    panels = {"seconds, until it is safely on the disk": ("seconds", 1, "%.1f s"),
+              "peak memory, GB": ("peak_mb", 1000, "%.2f GB")}
+    colors = ["#9aa5b1" if way in ("cp", "PEFT") else "#b5322a" for way in ways]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axis, (title, (key, unit, form)) in zip(
+            figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        values = [row["ways"][way][key] / unit for way in ways]
+        bars = axis.barh([labels[way] for way in ways], values, color=colors, height=0.6)
+        axis.bar_label(bars, fmt=form, padding=3)
+        axis.set_xlabel(title)
+        axis.margins(x=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"Merging an adapter into a model of {row['gigabytes']:.2f} GB, on a CPU with "
+        f"{row['hardware'].split(' cores')[0].split()[-1]} cores", fontsize="medium")
+    figure.savefig(PICTURE, dpi=120)
+    print(f"drew {PICTURE.relative_to(ROOT)}")
+
+
+# --- Main ----------------------------------------------------------------------------------------
+
+
+def stamp() -> dict:
+    """Where, when and how a model was measured."""
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
+    return {
+        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
+        "command": " ".join(["python", "benchmarks/bench_merge.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
+        "hardware": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
+        f"{memory:.0f} GB, no GPU used",
+        "seed": SEED}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="also a 13.5 GB model")
-    parser.add_argument("--only_7b", action="store_true", help="only that one")
-    parser.add_argument("--rounds", type=int, default=3)
+    """Measure the chosen models; each keeps its own stamp when another is measured again."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SIZES, default=["1.9B"], help="these models")
+    parser.add_argument("--rounds", type=int, default=3, help="of cp and ours, on the small model")
+    parser.add_argument("--draw", action="store_true", help="only the picture, from the results")
     args = parser.parse_args()
-    old = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else []
-    results = {row["model"]: row for row in old}
-    if not args.only_7b:
-        results["1.9B"] = measure("1.9B", ["cp", "original", "dequantized", "PEFT"], args.rounds)
-    if args.full or args.only_7b:
-        results["7B"] = measure("7B", ["cp", "original"], 1)
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    record = {
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "date": str(date.today()),
-        "versions": {n: version(n) for n in ("torch", "transformers", "peft", "bitsandbytes")},
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "seed": SEED,
-        "command": "python " + " ".join(sys.argv),
-        "results": list(results.values()),
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
-    for row in results.values():
+    for size in [] if args.draw else args.only:
+        free = shutil.disk_usage(ROOT).free / 1e9
+        if free < DISK[size]:
+            print(f"{size} skipped: {DISK[size]} GB of disk needed, {free:.0f} GB free")
+            continue
+        start = time.monotonic()
+        row = stamp() | measure(size, WAYS[size], args.rounds if size == "1.9B" else 1)
+        row["measured_in_seconds"] = round(time.monotonic() - start)
+        done = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
+        rows = sorted([r for r in done if r["model"] != size] + [row], key=lambda r: r["gigabytes"])
+        script.save_json(RESULTS, {"results": rows})
+    for row in json.loads(RESULTS.read_text())["results"]:
         print(f"\n{row['model']}, {row['gigabytes']} GB, equal to PEFT: ", end="")
         print(f"{row.get('tensors_equal_to_peft', '-')} of {row.get('tensors', '-')} tensors")
         print("| way | seconds | times cp | peak MB |\n| --- | --- | --- | --- |")
         for way, f in row["ways"].items():
             print(f"| {way} | {f['seconds']} | {f['times_cp']} | {f['peak_mb']:.0f} |")
+        if "PEFT" in row["ways"]:
+            draw(row)
 
 
 if __name__ == "__main__":
