@@ -1,7 +1,7 @@
 """What the extended tokenizer and the new rows are worth, measured on real text.
 
-    python benchmarks/bench_vocab.py                          # tokenizers and rows, half an hour
-    python benchmarks/bench_vocab.py --only tokenizers        # some of the tables, minutes
+    python benchmarks/bench_vocab.py                          # tokenizers and rows, 20 minutes
+    python benchmarks/bench_vocab.py --only tokenizers        # some of the tables: 2 minutes
     python benchmarks/bench_vocab.py --only resize            # minutes, and 45 GB of disk
     python benchmarks/bench_vocab.py --draw                   # the picture again, from the results
 
