@@ -46,7 +46,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import fsspec  # datatrove, matplotlib and ray are imported where they are used: --help stays quick
 import numpy as np
@@ -66,8 +66,7 @@ BLOCK = 1 << 20  # bytes that a stream gives at a time
 MAX_RECORD = 16 << 20  # bytes; no page of prose is larger
 HEAD = 384  # compressed bytes that hold a record's header
 SAMPLE = 640  # further bytes that show its script
-SCRIPTS = (
-    "other", "han", "traditional", "simplified", "rare", "kana", "hangul", "letter", "broken")
+FIRST_LEAD, LEADS = np.uint8(0xE4), np.uint8(6)  # E4 to E9 begin nearly every Han character
 SCORES = ("han", "traditional", "mainland", "repeated", "distinct", "closing", "spam")
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
 
@@ -89,6 +88,9 @@ RULES = {
     "near_duplicate": "nearly the same text as another page",
     "target": "beyond the target size",
 }
+
+# A record's header (in lower case) names the page's languages, and Chinese is not among them.
+FOREIGN = re.compile(rb"\nwarc-identified-content-language:(?!.*zho)")
 
 # Words of menus, for lines that hold no sentence.
 FURNITURE = re.compile(
@@ -310,32 +312,31 @@ def plain_records(data, wanted: Callable, damage: Callable) -> Iterator[tuple]:
         damage("foreign bytes")
 
 
-def only_record(piece: bytes, wanted: Callable) -> tuple | None:
-    """Return the record of a healthy gzip member that holds just one, with the place and length of
-    its body; () if `wanted` refuses it for its header or for its first bytes, and then the rest is
-    not even inflated; None if the member is anything else. Its last four bytes, the inflated size,
-    must be the record's own."""
+def only_record(data: bytes, at: int, end: int, wanted: Callable) -> tuple | None:
+    """Return the record of the gzip member data[at:end] if it is healthy and holds just one, with
+    the place and length of its body; () if `wanted` refuses it for its header or for its first
+    bytes, and then the rest is not even inflated; None if the member is anything else. Its last
+    four bytes, the inflated size, must be the record's own."""
     try:
-        inflate = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
-        head, fed = inflate.decompress(piece[:HEAD]), HEAD
-        while (end := head.find(b"\r\n\r\n")) < 0 and not inflate.eof and fed < len(piece):
-            head += inflate.decompress(piece[fed : fed + HEAD])
+        inflate, fed = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), min(at + HEAD, end)
+        head, size = inflate.decompress(data[at:fed]), int.from_bytes(data[end - 4 : end], "little")
+        while (body := head.find(b"\r\n\r\n") + 4) < 4 and not inflate.eof and fed < end:
+            head += inflate.decompress(data[fed : min(fed + HEAD, end)])
             fed += HEAD
-        lower = head[: max(end, 0)].lower()
-        length = content_length(lower)
-        size = int.from_bytes(piece[-4:], "little")
-        odd = length is None or end + 8 + length != size or not lower.startswith(b"warc/1.")
-        if odd or size > MAX_RECORD:
+        header, length = head[: body - 2].lower(), size - body - 4
+        if b"\ncontent-length: %d\r" % length not in header or not header.startswith(b"warc/1."):
             return None
-        if not wanted(lower, length):
+        if size > MAX_RECORD:
+            return None
+        if not wanted(header, length):
             return ()
         if not inflate.eof:
-            head += inflate.decompress(piece[fed : fed + SAMPLE])
+            head += inflate.decompress(data[fed : min(fed + SAMPLE, end)])
             if not inflate.eof:
-                if not wanted(lower, length, head[end + 4 :]):
+                if not wanted(header, length, head[body:]):
                     return ()
-                head += inflate.decompress(piece[fed + SAMPLE :], size)
-        return (head, end + 4, length) if inflate.eof and len(head) == size else None
+                head += inflate.decompress(data[fed + SAMPLE : end], size)
+        return (head, body, length) if inflate.eof and len(head) == size else None
     except igzip_lib.IsalError:
         return None
 
@@ -353,19 +354,16 @@ def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Ite
     that damage ends with its member. One record each is the rule; any other member (many records,
     a wrong length, damage, magic bytes that were none) is inflated into a file and looked through.
     """
-    at, more, starts = 0, True, member_starts(data)
+    at, more, starts = 0, True, [*member_starts(data), len(data)]
 
     def refill(keep: int) -> bool:
         """Read another block; what lies before `keep` is done with."""
         nonlocal data, at, more, starts
         block = stream.read(BLOCK) if more else b""
-        data, at, more = data[keep:] + block, at - keep, bool(block)
-        starts = member_starts(data)
+        if more := bool(block):
+            data, at = data[keep:] + block, at - keep
+            starts = [*member_starts(data), len(data)]
         return more
-
-    def next_start() -> int:
-        following = bisect(starts, at)
-        return starts[following] if following < len(starts) else len(data)
 
     def inflate_into(file) -> bool:
         """Inflate the member at `at` and go to its end; False, and stay, if it is damaged."""
@@ -387,12 +385,14 @@ def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Ite
         return inflate.eof
 
     while True:
-        end = next_start()
+        if at == len(data):
+            if not refill(at):
+                return
+            continue
+        end = starts[bisect(starts, at)]
         if end == len(data) and end - at < MAX_RECORD and refill(at):
             continue
-        if at == len(data):
-            return
-        found = only_record(data[at:end], wanted)
+        found = only_record(data, at, end, wanted)
         if found is not None:
             at = end
             if found:
@@ -403,7 +403,7 @@ def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Ite
             whole = inflate_into(file)
             if not whole:
                 damage(kind)
-                at = next_start()
+                at = starts[bisect(starts, at)]
             yield from file_records(file, wanted, damage if whole else lambda kind: None)
 
 
@@ -472,7 +472,7 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
     def wanted(header: bytes, length: int, start: bytes = b"") -> bool:
         if b"\nwarc-type: conversion" not in header:
             return b"\nwarc-type: response" in header
-        refused = judge.glance(start) if start else "language" if foreign(header) else None
+        refused = judge.glance(start) if start else "language" if FOREIGN.search(header) else None
         if save or not refused:
             return True
         tally.count(refused, length)
@@ -487,7 +487,7 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
                 page = main_text(WarcRecord.from_bytes(data), judge)
                 if page is None:
                     continue
-            refused = "language" if foreign(header) else judge.refuse_bytes(page or b"")
+            refused = "language" if FOREIGN.search(header) else judge.refuse_bytes(page or b"")
             if refused and not save:
                 tally.count(refused, len(page) if page else length)
                 continue
@@ -497,12 +497,6 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
                 "text": (page or data[at:]).decode("utf-8", "replace"), "refused": refused}
         except (OSError, ValueError, LookupError):
             damage("record that does not parse")
-
-
-def foreign(lower_header: bytes) -> bool:
-    """Tell whether the header names the page's languages and Chinese is not among them."""
-    at = lower_header.find(b"\nwarc-identified-content-language:")
-    return at >= 0 and b"zho" not in lower_header[at + 1 :].partition(b"\n")[0]
 
 
 def main_text(record: WarcRecord, judge: "Judge") -> bytes | None:
@@ -526,8 +520,26 @@ def main_text(record: WarcRecord, judge: "Judge") -> bytes | None:
 # --- Verdicts ------------------------------------------------------------------------------------
 
 
+class Scripts(NamedTuple):
+    """How many characters of each script a text has."""
+
+    other: int
+    han: int  # in Traditional and Simplified text alike
+    traditional: int
+    simplified: int
+    rare: int
+    kana: int
+    hangul: int
+    letter: int
+    broken: int
+
+    @property
+    def all_han(self) -> int:
+        return self.han + self.traditional + self.simplified + self.rare
+
+
 def script_table() -> np.ndarray:
-    """Return the number in SCRIPTS of every code point up to U+FFFF.
+    """Return for every code point the place of its script in Scripts.
 
     OpenCC's tables say which characters only Traditional or only Simplified text has. Simplified
     forms that Big5 holds as well (后, 里, 台) say nothing. Big5 level 1 (lead bytes A4 to C6) is
@@ -535,12 +547,12 @@ def script_table() -> np.ndarray:
     """
     from opencc import OpenCC
 
-    table = np.zeros(1 << 16, np.uint8)
-    table[0x3040:0x3100] = SCRIPTS.index("kana")
-    table[0xAC00:0xD7A4] = table[0x1100:0x1200] = SCRIPTS.index("hangul")
-    table[0xE000:0xF900] = table[0xFFFD] = SCRIPTS.index("broken")
-    table[0x3400:0x4E00] = table[0xF900:0xFB00] = SCRIPTS.index("rare")
-    table[[code for code in range(0x1100) if chr(code).isalpha()]] = SCRIPTS.index("letter")
+    table = np.zeros(sys.maxunicode + 1, np.uint8)
+    table[0x3040:0x3100] = Scripts._fields.index("kana")
+    table[0xAC00:0xD7A4] = table[0x1100:0x1200] = Scripts._fields.index("hangul")
+    table[0xE000:0xF900] = table[0xFFFD] = Scripts._fields.index("broken")
+    table[0x3400:0x4E00] = table[0xF900:0xFB00] = Scripts._fields.index("rare")
+    table[[code for code in range(0x1100) if chr(code).isalpha()]] = Scripts._fields.index("letter")
     han = [chr(code) for code in range(0x4E00, 0xA000)]
     to_simplified, to_traditional = (
         OpenCC(name).convert("\n".join(han)).split("\n") for name in ("t2s", "s2t"))
@@ -552,7 +564,7 @@ def script_table() -> np.ndarray:
             script = "simplified"
         else:
             script = "han" if big5 and big5[0] <= 0xC6 else "rare"
-        table[ord(char)] = SCRIPTS.index(script)
+        table[ord(char)] = Scripts._fields.index(script)
     return table
 
 
@@ -582,16 +594,19 @@ class Words:
 
     def __init__(self, kinds: dict[str, int]):
         self.kinds, self.lengths = kinds, {}
-        self.starts = np.zeros(1 << 16, bool)
+        self.starts = np.zeros(1 << 20, bool)
         for word in sorted(kinds, key=len, reverse=True):
             self.lengths.setdefault(word[:2], []).append(len(word))
-            self.starts[(ord(word[0]) * 31 + ord(word[1])) & 0xFFFF] = True
+            self.starts[(ord(word[0]) * 31 + ord(word[1])) & 0xFFFFF] = True
 
     def count(self, text: str, codes: np.ndarray) -> Counter:
         """Return the listed words in the text and how often each is there."""
         found, end = Counter(), 0
-        for at in np.flatnonzero(self.starts[(codes[:-1] * 31 + codes[1:]) & 0xFFFF]).tolist():
-            for length in self.lengths.get(text[at : at + 2], ()) if at >= end else ():
+        hashes = (codes[:-1] * 31 + codes[1:]) & 0xFFFFF
+        for at in self.starts.take(hashes).nonzero()[0].tolist():
+            if at < end:
+                continue
+            for length in self.lengths.get(text[at : at + 2], ()):
                 if (word := text[at : at + length]) in self.kinds:
                     found[word] += 1
                     end = at + length
@@ -605,20 +620,18 @@ class Judge:
     def __init__(self, limits: Arguments):
         self.limits, self.scripts, self.words = limits, script_table(), Words(word_kinds())
 
-    def count(self, codes: np.ndarray) -> dict[str, int]:
+    def count(self, codes: np.ndarray) -> Scripts:
         """Count characters by script."""
-        scripts = self.scripts[np.minimum(codes, 0xFFFF)]
-        numbers = np.bincount(scripts, minlength=len(SCRIPTS)).tolist()
-        more = {"all_han": sum(numbers[1:5]), "letters": sum(numbers[1:8])}
-        return dict(zip(SCRIPTS, numbers, strict=True)) | more
+        scripts = self.scripts.take(codes)
+        return Scripts._make(np.bincount(scripts, minlength=len(Scripts._fields)).tolist())
 
     def refuse_bytes(self, page: bytes) -> str | None:
         """Return the rule that refuses a page for its UTF-8 bytes. E4 to E9 begin nearly all Han;
         before its lines are cleaned, much of a page may be menus in English. Of what is left, a
         sample tells the script."""
         limits = self.limits
-        leads = np.count_nonzero(np.frombuffer(page, np.uint8) - np.uint8(0xE4) < 6)
-        if page.isascii() or 3 * leads < 0.4 * limits.min_han * len(page):
+        leads = 0 if page.isascii() else lead_bytes(page)
+        if not leads or 3 * leads < 0.4 * limits.min_han * len(page):
             return "han"
         if leads < limits.min_length:
             return self.glance(page) or "length"
@@ -629,19 +642,17 @@ class Judge:
         plainly another script."""
         if start.isascii():
             return "han"
-        codes = np.frombuffer(start, np.uint8)
-        leads = np.count_nonzero(codes - np.uint8(0xE4) < 6)
-        if leads < 30:
+        if (leads := lead_bytes(start)) < 30:
             return None if leads else "han"
         return self.refuse_scripts(self.count(code_points(start.decode(errors="ignore"))))
 
-    def refuse_scripts(self, counts: dict[str, int]) -> str | None:
+    def refuse_scripts(self, counts: Scripts) -> str | None:
         """Return the rule that refuses a page for its scripts."""
-        other = counts["kana"] + counts["hangul"]
-        if other > self.limits.max_kana_hangul * (counts["all_han"] + other):
+        other = counts.kana + counts.hangul
+        if other > self.limits.max_kana_hangul * (counts.all_han + other):
             return "japanese_korean"
-        telling = counts["traditional"] + counts["simplified"]
-        few = counts["traditional"] < self.limits.min_traditional * telling
+        telling = counts.traditional + counts.simplified
+        few = counts.traditional < self.limits.min_traditional * telling
         return "simplified" if few else None
 
     def verdict(self, text: str) -> tuple[str, dict, str | None]:
@@ -652,9 +663,9 @@ class Judge:
         text = clean_lines(text)
         codes = code_points(text)
         counts, dense = self.count(codes), codes[codes > 32]
-        han = counts["all_han"]
-        broken = counts["broken"] > limits.max_broken * len(text)
-        if broken or counts["rare"] > limits.max_rare * han:
+        han = counts.all_han
+        broken = counts.broken > limits.max_broken * len(text)
+        if broken or counts.rare > limits.max_rare * han:
             return text, {}, "mojibake"
         if han < limits.min_length:
             return text, {}, "length"
@@ -662,9 +673,10 @@ class Judge:
         kinds = Counter(map(self.words.kinds.get, found))  # different words, so no topic decides
         spam = sum(number for word, number in found.items() if self.words.kinds[word] == 3)
         abroad = kinds[1] - kinds[2]
-        telling = counts["traditional"] + counts["simplified"]
+        telling = counts.traditional + counts.simplified
         scores = {
-            "han": han / counts["letters"], "traditional": counts["traditional"] / max(1, telling),
+            "han": han / (han + counts.kana + counts.hangul + counts.letter),
+            "traditional": counts.traditional / max(1, telling),
             "mainland": 1000 * abroad / min(han, 1000),
             "repeated": 1 - distinct_share(shingles(dense, 10)),
             "distinct": distinct_share(shingles(dense[:1000], 2)), "closing": closing_share(text),
@@ -677,13 +689,18 @@ class Judge:
             "punctuation": scores["closing"] < limits.min_closing,
             "spam": scores["spam"] > limits.max_spam}
         refused = self.refuse_scripts(counts) or next(filter(broken.get, broken), None)
-        return hide_private(text), scores, refused
+        return text if refused else hide_private(text), scores, refused
+
+
+def lead_bytes(text: bytes) -> int:
+    """Count the bytes that begin Han characters in UTF-8, nearly all of them."""
+    return np.count_nonzero(np.frombuffer(text, np.uint8) - FIRST_LEAD < LEADS)
 
 
 def clean_lines(text: str) -> str:
     """Return the lines that are prose, headings or verse; menus, footers and notices go."""
     lines = [line for line in map(" ".join, map(str.split, text.splitlines())) if line]
-    kinds = [line_kind(line) for line in lines]
+    kinds = [menu_kind(line) if len(line) < 20 else line_kind(line) for line in lines]
     kept, start = [], 0
     for at, kind in enumerate([*kinds, "end"]):
         if kind in ("prose", "end"):
@@ -716,6 +733,9 @@ def line_kind(line: str) -> str:
     if hide_private(line) != line or (menu and len(items) > 1):
         return "furniture"
     return "furniture" if len(items) > 2 and len(line) < 7 * len(items) else "short"
+
+
+menu_kind = lru_cache(1 << 14)(line_kind)  # the same short lines are on many pages
 
 
 def block_lines(lines: list[str], kinds: list[str], before_prose: bool) -> list[str]:
@@ -758,22 +778,24 @@ def closing_share(text: str) -> float:
 
 
 def shingles(codes: np.ndarray, size: int) -> np.ndarray:
-    """Return a 32-bit hash of every run of `size` characters. Runs of two are made of runs of one,
-    of four of those of two, and so on; `size` says in binary which to join."""
+    """Return a 32-bit hash of every run of `size` characters: a polynomial in their mixed codes
+    (Karp and Rabin 1987). Runs of two are made of runs of one, of four of those of two, and so on;
+    `size` says in binary which to join."""
     power, length, hashes, have = codes * np.uint32(0x9E3779B1), 1, None, 0
-    while have < size:
+    power ^= power >> np.uint32(15)
+    while True:
         if size & length:
-            hashes = power if hashes is None else join(hashes, power[have:])
+            hashes = power if hashes is None else join(hashes, power[have:], length)
             have += length
-        power, length = join(power, power[length:]), 2 * length
-    return hashes
+        if have == size:
+            return hashes
+        power, length = join(power, power[length:], length), 2 * length
 
 
-def join(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return hashes of pairs of hashes."""
+def join(left: np.ndarray, right: np.ndarray, length: int) -> np.ndarray:
+    """Return the hashes of runs, each followed by one of `length` characters."""
     size = min(len(left), len(right))
-    mixed = (left[:size] ^ (left[:size] >> np.uint32(15))) * np.uint32(0x85EBCA6B)
-    return mixed + (right[:size] ^ (right[:size] >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return left[:size] * np.uint32(pow(0x85EBCA6B, length, 1 << 32)) + right[:size]
 
 
 # --- Blocks for datatrove ------------------------------------------------------------------------
