@@ -358,6 +358,11 @@ def quality(first_steps: int, steps: int) -> dict:
 # --- Pictures ------------------------------------------------------------------------------------
 
 
+def processor(table: dict) -> str:
+    """The first word of a table's stamp on hardware."""
+    return table["hardware"].split(",")[0]
+
+
 def save_picture(figure, name: str, title: str) -> None:
     figure.suptitle(title, fontsize="medium")
     figure.savefig(PICTURES / name, dpi=120)
@@ -387,12 +392,13 @@ def draw_attention(table: dict) -> None:
             x, y = [r["tokens"] for r in mine], [1e3 * r["seconds"] for r in mine]
             axes.plot(x, y, "o-", label=way)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         tokens_axis(axes, LENGTHS)
         axes.set_title(title, fontsize="medium")
         axes.legend(fontsize="small")
-    panels[0].set_ylabel(f"ms for {TOKENS:,} tokens, forward and backward")
-    save_picture(figure, "readme_s2.png", "S² beside full causal attention: one CPU thread, "
-                 f"{HEADS} heads of {HEAD_SIZE}, bfloat16")
+    panels[0].set_ylabel(f"ms for {TOKENS:,} tokens, with backward pass")
+    save_picture(figure, "readme_s2.png", "S² beside full causal attention, alone, on a CPU "
+                 f"({processor(table)}): {HEADS} heads of {HEAD_SIZE}, bfloat16")
 
 
 def draw_memory(table: dict) -> None:
@@ -408,8 +414,9 @@ def draw_memory(table: dict) -> None:
     axes.set(xlabel="tokens in a block, one block a step", ylabel="peak memory, GB")
     axes.set_ylim(0, None)
     axes.legend()
-    save_picture(figure, "readme_memory.png", "Peak memory of training on a CPU: Llama of 4 layers "
-                 "x 512 with 61,388 pieces,\n76 million weights, NF4 and LoRA")
+    save_picture(figure, "readme_memory.png", "Peak memory of training on a CPU "
+                 f"({processor(table)}): Llama of 4 layers\nx 512 and {PIECES:,} pieces, 76 "
+                 "million weights, NF4 and LoRA")
 
 
 def draw_quality(table: dict) -> None:
@@ -424,8 +431,8 @@ def draw_quality(table: dict) -> None:
     axes.set(xlabel="step", ylabel="bits per character, held-out articles")
     axes.legend()
     axes.grid(alpha=0.3)
-    save_picture(figure, "readme_rows.png", "Which rows of embedding and head are trained: CPU, "
-                 "Llama of 4 layers x 256,\n61,388 pieces")
+    save_picture(figure, "readme_rows.png", "Which rows of embedding and head are trained: CPU "
+                 f"({processor(table)}),\nLlama of 4 layers x 256 and {PIECES:,} pieces, NF4, LoRA")
 
 
 # --- Main ----------------------------------------------------------------------------------------
