@@ -2,6 +2,7 @@
 # make test   the tests
 # make lint   ruff
 # make bench  measures what the README says: benchmarks/results/*.json and pictures/readme_*.png
+# make notebook  builds and executes notebooks/luojiu.ipynb, after a change of a script
 # make clean  removes what the demo (or any run with default paths) has written
 
 SHELL := /bin/bash
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	&& { echo $$p; break; }; done)
 VENV := .venv
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench notebook clean
 .DEFAULT_GOAL := demo
 
 install: $(VENV)/installed
@@ -28,7 +29,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	@touch $@
 
 # The commands are printed as you would type them inside the environment.
-demo test lint bench_%: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+demo test lint notebook bench_%: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 demo: $(VENV)/installed
 	python filter_cc.py
@@ -56,6 +57,9 @@ bench:
 
 bench_%: $(VENV)/installed-dev
 	python benchmarks/$@.py
+
+notebook: $(VENV)/installed-dev
+	python notebooks/make_notebook.py
 
 clean:
 	rm -rf outputs data/cc_filtered
