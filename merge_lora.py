@@ -548,7 +548,8 @@ def merged(part: Part) -> Iterator["Tensor"]:
             first, last = int(which.min()), int(which.max())
             rows[hit] = part.new.block(first, last + 1)[which - first].to(rows.dtype)
         if not finite(rows):
-            raise UserError(f"--dtype: {part.name} is beyond the range of {part.dtype}; pass fp32")
+            wrong = f"{part.name} goes beyond the range of {DTYPES[part.dtype]}"
+            raise UserError(f"--dtype: {wrong}; pass --dtype bf16 or fp32")
         yield rows
 
 

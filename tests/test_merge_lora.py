@@ -479,6 +479,24 @@ def test_broken_tensors(pair, capsys, where, name, change, expected):
     assert expected in refusal(capsys, pair[1])
 
 
+def test_numbers_that_the_format_cannot_hold(pair, capsys):
+    edit_tensor(pair[0], "v_proj.weight", poke(1e5))
+    line = refusal(capsys, pair[1], "--dtype", "fp16")
+    assert "v_proj.weight goes beyond the range of float16; pass --dtype bf16" in line
+    assert merge(pair[1])
+
+
+def test_settings_and_tensors_of_an_adapter_that_do_not_go_together(pair, tmp_path, capsys):
+    edit(pair[1] / "adapter_config.json", use_dora=True)
+    assert "expected [(5, 131), (60, 5), (60,)]" in refusal(capsys, pair[1])
+    edit(pair[1] / "adapter_config.json", use_dora=False, revision="v2")
+    edit(pair[1] / "adapter_config.json", base_model_name_or_path="someone/model")
+    assert "wanted is revision v2; download it" in refusal(capsys, pair[1])
+    new = make_adapter(pair[0], tmp_path / "new", trainable_token_indices=[7, 9])
+    edit(new / "adapter_config.json", trainable_token_indices=[7])
+    assert "the new rows are (2, 60); expected (1, 60)" in refusal(capsys, new)
+
+
 def test_an_adapter_of_another_model(pair, capsys):
     """Same shapes, other weights: only the fingerprint tells."""
     base, adapter = pair
