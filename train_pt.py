@@ -41,7 +41,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -62,6 +62,7 @@ if TYPE_CHECKING:  # heavy imports wait inside the functions that use them, so t
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 LLAMA_2_PIECES = 32_000
+LARGE_FOR_A_CPU = 2e9  # bytes of weights
 IGNORED = -100  # the label of a token that is not predicted
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 1,024 x 61,388 x 4 bytes = 0.25 GB
 # The Trainer's options that change the result, beside our own Settings.
@@ -147,6 +148,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package we need not
     import torch
     from transformers import TrainingArguments
+    from transformers.utils import is_liger_kernel_available
     trainer_parser = HfArgumentParser(TrainingArguments, **form)
     if extra.help_trainer:
         trainer_parser.print_help()
@@ -160,7 +162,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         args.activation_checkpointing = on_gpu
     known = TrainingArguments.__dataclass_fields__
     ours = vars(args) | {
-        "activation_checkpointing": False,  # build_model does it, alike in all versions
+        "activation_checkpointing": False,  # build_model turns it on
         "activation_checkpointing_kwargs": None, "use_cpu": not on_gpu, "label_names": ["labels"],
         "remove_unused_columns": False,  # it would drop the cut points before the collator
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
@@ -171,6 +173,8 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     except (ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
+    if training.use_liger_kernel and not is_liger_kernel_available():
+        parser.error("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel")
     if training.use_liger_kernel:  # its rope, norm and SwiGLU; the chunked loss stays ours
         ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}
         training.liger_kernel_config = (training.liger_kernel_config or {}) | ours
@@ -724,23 +728,10 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
                 # The stream stays in 16 bits: flash kernels refuse fp32.
                 module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
     if args.activation_checkpointing:
-        checkpoint_layers(llama, json.loads(args.activation_checkpointing_kwargs or "{}"))
+        options = json.loads(args.activation_checkpointing_kwargs or "{}")
+        offload = options.pop("offload", False) and torch.cuda.is_available()
+        llama.activation_checkpointing_enable({"use_reentrant": False} | options, offload=offload)
     return model, llama.lm_head
-
-
-def checkpoint_layers(llama: Any, options: dict[str, Any]) -> None:
-    """Keep only each layer's input for the backward pass, on the host with {"offload": true}."""
-    import torch
-    from torch.autograd.graph import save_on_cpu
-    from torch.utils.checkpoint import checkpoint
-    options = {"use_reentrant": False} | options
-    offload, pinned = options.pop("offload", False), torch.cuda.is_available()
-
-    def run(function, *inputs):
-        with save_on_cpu(pin_memory=pinned) if offload else nullcontext():
-            return checkpoint(function, *inputs, **options)
-
-    llama._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -831,8 +822,9 @@ class PackedTraining:
         logs = logs | {"tokens_seen": round((self.state.epoch or 0) * self.report.facts["tokens"])}
         figures = {name: value for name, value in logs.items() if name != "eval_sample"}
         super().log(figures, *args, **kwargs)
+        self.state.log_history[-1].update(logs)
         if self.is_world_process_zero():
-            self.report.log({"step": self.state.global_step, **logs, **figures})
+            self.report.write(self.state.log_history)
         if "loss" in logs:
             self.worse = self.worse + 1 if logs["loss"] > self.lowest + 2 else 0
             self.lowest = min(self.lowest, logs["loss"])
@@ -1176,43 +1168,36 @@ class Report:
         self.output = Path(args.output_dir)
         self.drawn = 0.0
 
-    def rows(self, name: str) -> list[dict]:
-        """The lines of metrics.jsonl that hold a metric."""
-        path = self.output / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        return [row for row in rows if name in row]
-
-    def begin(self, checkpoint: str | None) -> None:
-        """Open the folder; forget what a resumed run will write again."""
+    def begin(self, blocks: PackedBlocks, bytes_on_cpu: int) -> None:
+        """Open the folder and say what comes."""
         self.output.mkdir(parents=True, exist_ok=True)
         write_json(self.output / "run.json", self.record)
-        state = Path(checkpoint or "", "trainer_state.json")
-        step = json.loads(state.read_text())["global_step"] if checkpoint else -1
-        rows = self.rows("step")
-        (self.output / "metrics.jsonl").unlink(missing_ok=True)
-        for row in rows:
-            if row["step"] <= step:
-                self.log(row, draw=False)
+        print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in self.facts.items()))
+        if bytes_on_cpu > LARGE_FOR_A_CPU:
+            print(f"note: no GPU in use, so {bytes_on_cpu / 1e9:.1f} GB of weights train on the "
+                  "CPU, slowly; if there is one, see nvidia-smi and torch.version.cuda")
+        print("a sample:", self.tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
 
-    def log(self, row: dict[str, Any], draw: bool = True) -> None:
-        with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if draw and (time.time() - self.drawn > 20 or "eval_loss" in row):
-            self.draw()
+    def write(self, history: list[dict]) -> None:
+        """Write the whole history, which goes with the checkpoints: a resumed run takes it up."""
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in history)
+        building = self.output / "metrics.building"
+        building.write_text(lines, encoding="utf-8")
+        building.replace(self.output / "metrics.jsonl")
+        if time.time() - self.drawn > 20 or "eval_loss" in history[-1]:
+            self.draw(history)
 
-    def draw(self) -> None:
+    def draw(self, history: list[dict]) -> None:
         """Train and eval loss over steps and tokens, the learning rate below."""
         from matplotlib.figure import Figure
-        train, held = self.rows("loss"), self.rows("eval_loss")
+        train, held = ([row for row in history if n in row] for n in ("loss", "eval_loss"))
         if not train or not train[-1]["tokens_seen"]:
             return
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        steps = [row["step"] for row in train]
-        axes.plot(steps, [row["loss"] for row in train], label="train")
-        losses = [row["eval_loss"] for row in held]
-        axes.plot([row["step"] for row in held], losses, "o-", label="held out")
+        for rows, name, style, label in ((train, "loss", "-", "train"),
+                                         (held, "eval_loss", "o-", "held out")):
+            axes.plot([r["step"] for r in rows], [r[name] for r in rows], style, label=label)
         title = f"{self.facts['steps']} steps, blocks of {self.args.block_size} tokens"
         axes.set(ylabel="loss (nats per token)", title=title)
         millions = train[-1]["tokens_seen"] / train[-1]["step"] / 1e6
@@ -1220,7 +1205,7 @@ class Report:
         top.set_xlabel("million tokens seen")
         axes.legend()
         axes.grid(alpha=0.3)
-        below.plot(steps, [row["learning_rate"] for row in train], color="gray")
+        below.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="gray")
         below.set(xlabel="step", ylabel="learning rate")
         picture = Path(self.args.picture)
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -1247,16 +1232,15 @@ class Report:
         share = traditional_share(text)
         return {"eval_sample": text} | ({} if share is None else {"eval_traditional": share})
 
-    def finish(self, trainer: Any) -> None:
-        """Adapter, chart and model card; run.json last, for it says that the run is whole."""
-        train, held = self.rows("loss"), self.rows("eval_loss")
+    def finish(self, history: list[dict]) -> None:
+        """Chart and model card; run.json last, for it says that the run is whole."""
+        train, held = ([row for row in history if n in row] for n in ("loss", "eval_loss"))
         last = held[-1] if held else {}
         results = self.facts | {
-            "steps": trainer.state.global_step, "loss_first": train[0]["loss"],
+            "steps": history[-1]["step"], "loss_first": train[0]["loss"],
             "loss_last": train[-1]["loss"], "eval_loss": last.get("eval_loss"),
             "eval_bits_per_character": last.get("eval_bits_per_character")}
-        base = self.record["base"]["model_name_or_path"]
-        self.draw()
+        self.draw(history)
         picture, beside = Path(self.args.picture), self.output / "trainloss.png"
         if picture.exists() and picture.resolve() != beside.resolve():
             shutil.copy(picture, beside)
@@ -1264,7 +1248,8 @@ class Report:
         row = "| {epoch:.2f} | {step} | {eval_loss:.4f} | {eval_bits_per_character:.4f} |"
         card = CARD.format(
             **{n: round(v, 4) if isinstance(v, float) else v for n, v in results.items()},
-            base=base, hyperparameters="\n".join(f"- {n}: {v}" for n, v in settings.items()),
+            base=self.record["base"]["model_name_or_path"],
+            hyperparameters="\n".join(f"- {n}: {v}" for n, v in settings.items()),
             held_out="\n".join(row.format(**metrics) for metrics in held),
             versions="\n".join(f"- {n} {v}" for n, v in self.record["versions"].items()))
         (self.output / "README.md").write_text(card, encoding="utf-8")
@@ -1329,9 +1314,8 @@ def main(argv: list[str] | None = None) -> None:
         return print_plan(args, training, config, first_new, facts)
     report = Report(args, record, tokenizer, facts, held_out or blocks)
     if training.process_index == 0:
-        report.begin(checkpoint)
-        print(", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in facts.items()))
-        print("a sample:", tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        report.begin(blocks, size if training.use_cpu else 0)
     model, _ = build_model(args, training, folder, first_new)
     trainer = build_trainer(training, model, blocks, held_out, report)
     with stop_signals() as trainer.stop:
@@ -1341,7 +1325,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(128 + trainer.stop[0])
     trainer.save_model()
     if training.process_index == 0:
-        report.finish(trainer)
+        report.finish(trainer.state.log_history)
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -52,16 +52,8 @@ def test_positions_restart_with_each_document_and_its_first_token_is_no_target()
     assert first["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
     ignored = first["labels"] == train_pt.IGNORED
     assert ignored.tolist() == [True, False, False, True, False, False, False, False]
-    assert second["position_ids"].tolist() == [
-        0,
-        0,
-        1,
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]  # the rest, the third, padding
+    # The rest of the second document, the third, padding.
+    assert second["position_ids"].tolist() == [0, 0, 1, 0, 1, 2, 3, 4]
     assert second["labels"].tolist() == [-100, -100, 1010, -100, -100, -100, -100, -100]
 
 

@@ -68,8 +68,7 @@ def launch(words: list[str]) -> subprocess.CompletedProcess:
     batch = ["--per_device_train_batch_size", "1", "--ddp_backend", "gloo"]
     return subprocess.run(
         [*launcher, "--main_process_port", "0", "on_cpus.py", *words, *batch],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
 
 
 def sharded(words: list[str]) -> str:

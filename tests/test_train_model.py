@@ -49,9 +49,8 @@ def test_the_chunked_loss_equals_the_plain_loss_with_its_gradients(chunk, first,
     train_pt.train_tail(ours, first)
     batch = batch_of([9, 30, 4, 19], 31)
 
-    hidden = plain.model(
-        batch["input_ids"], position_ids=batch["position_ids"], cuts=batch["cuts"]
-    )[0]
+    words = {name: batch[name] for name in ("input_ids", "position_ids", "cuts")}
+    hidden = plain.model(**words)[0]
     hidden.retain_grad()
     logits = plain.lm_head(hidden)[:, :-1]
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
@@ -66,18 +65,15 @@ def test_the_chunked_loss_equals_the_plain_loss_with_its_gradients(chunk, first,
     assert near(loss, expected)
     if first < 53:
         assert near(ours.lm_head.trained.grad, plain.lm_head.weight.grad[first:])
-        assert near(
-            ours.model.embed_tokens.trained.grad, plain.model.embed_tokens.weight.grad[first:]
-        )
+        expected = plain.model.embed_tokens.weight.grad[first:]
+        assert near(ours.model.embed_tokens.trained.grad, expected)
     theirs = dict(plain.model.layers.named_parameters())
     for name, parameter in ours.model.layers.named_parameters():
         assert near(parameter.grad, theirs[name].grad), name
     assert ours.lm_head.frozen.grad is None
 
-    words = {name: batch[name] for name in ("input_ids", "position_ids", "cuts")}
-    assert near(ours(**words).logits, plain(**words).logits), (
-        "outside the loss the head gives logits"
-    )
+    # Outside the loss the head gives logits.
+    assert near(ours(**words).logits, plain(**words).logits)
 
 
 def test_no_logits_of_the_whole_batch_exist(chunk):

@@ -43,13 +43,7 @@ def attend_by_mask(q, k, v, mask):
     "heads, kv_heads, size, group, rows",
     [
         (4, 4, 8, 8, [[32]]),  # one document, whole groups
-        (
-            4,
-            2,
-            6,
-            8,
-            [[5, 20, 7], [32]],
-        ),  # grouped queries, documents shorter and longer than a group
+        (4, 2, 6, 8, [[5, 20, 7], [32]]),  # grouped queries, documents below and above a group
         (4, 1, 5, 7, [[1, 1, 29], [13, 18]]),  # odd group, documents of one token
         (3, 3, 4, 4, [[17, 2]]),  # an odd number of heads
         (6, 3, 3, 5, [[9, 14], [23], [3, 20]]),  # halves that cut through the key heads' groups
@@ -130,14 +124,8 @@ def llama():
     train_pt.register_attention()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        attn_implementation="s2",
-    )
+        vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
+        num_attention_heads=6, num_key_value_heads=3, attn_implementation="s2")
     model = LlamaForCausalLM(config).double()
     model.config.group_size = 8
     return model
