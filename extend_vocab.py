@@ -598,8 +598,13 @@ def grow_shard(source: Path, target: Path, rows_of, more: int) -> None:
     tensors. Memory holds one matrix and its new rows."""
     import torch
     from safetensors import safe_open
+
+    def read(name: str) -> Any:  # opened anew: the pages that a memory map has read count as ours
+        with safe_open(source, "pt") as file:
+            return file.get_tensor(name)
+
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    with safe_open(source, "pt") as file:  # a memory map: no tensor is read yet
+    with safe_open(source, "pt") as file:  # only mapped: no tensor is read yet
         for name in file.offset_keys():
             part, size = file.get_slice(name), file.get_tensor(name).nbytes
             dtype, shape = part.get_dtype(), part.get_shape()
@@ -612,11 +617,9 @@ def grow_shard(source: Path, target: Path, rows_of, more: int) -> None:
     with target.open("wb") as grown:
         grown.write(len(text).to_bytes(8, "little") + text)
         for name in list(header)[1:]:
-            with safe_open(source, "pt") as file:  # anew: what a map has read counts as memory
-                tensor = file.get_tensor(name)
-            grown.write(tensor.flatten().view(torch.uint8).numpy())
+            grown.write(read(name).flatten().view(torch.uint8).numpy())
             if name in (EMBEDDING, HEAD):
-                grown.write(rows_of(name, tensor).view(torch.uint8).numpy())
+                grown.write(rows_of(name, read(name)).view(torch.uint8).numpy())
 
 
 # --- The report ----------------------------------------------------------------------------------
