@@ -76,7 +76,7 @@ INSTALL = """\
 # @title 安裝套件 · Install the packages
 import subprocess
 import sys
-from importlib.metadata import distributions, packages_distributions
+from importlib.metadata import distributions, files
 
 REQUIREMENTS = \"\"\"
 {requirements}
@@ -85,33 +85,35 @@ REQUIREMENTS = \"\"\"
 KEPT = {{"torch", "matplotlib", "wandb"}}
 
 
-def installed():
-    return {{dist.name.lower(): dist.version for dist in distributions()}}
+def is_loaded(name):
+    loaded = {{getattr(module, "__file__", None) for module in list(sys.modules.values())}}
+    return any(str(file.locate()) in loaded for file in files(name) or [])
 
 
 def install():
-    before, lines, kept = installed(), [], []
+    here = {{dist.name.lower(): dist.version for dist in distributions()}}
+    wanted, kept, loaded = [], [], []
     for line in REQUIREMENTS.split():
         name, pin = line.partition("[")[0].partition("=")[0], line.partition("==")[2]
-        if name in KEPT and name in before:
-            kept.append(f"{{name}}=={{before[name]}}")
-        elif before.get(name) != pin:
-            lines.append(line)
+        if name in KEPT and name in here:
+            kept.append(f"{{name}}=={{here[name]}}")
+        elif here.get(name) != pin:
+            wanted.append(line)
+            loaded += [name] if name in here and is_loaded(name) else []
     pip = [sys.executable, "-m", "pip"]
-    if lines:
-        subprocess.run([*pip, "install", "-q", *lines, *kept], check=True)
-    torchao = before.get("torchao", "1").split(".")
-    if int(torchao[0]) == 0 and int(torchao[1]) < 16:  # PEFT refuses it; nothing here uses it
+    if wanted:
+        subprocess.run([*pip, "install", "-q", *wanted, *kept], check=True)
+    from packaging.version import Version  # transformers brings it
+
+    if "torchao" in here and Version(here["torchao"]) < Version("0.16"):
+        # PEFT refuses to run beside so old a one, and nothing here uses it
         subprocess.run([*pip, "uninstall", "-q", "-y", "torchao"], check=True)
-    after, owners = installed(), packages_distributions()
-    loaded = {{owner.lower() for module in list(sys.modules) for owner in owners.get(module, [])}}
-    stale = sorted(name for name in loaded & before.keys() if before[name] != after.get(name))
-    if stale:
+    if loaded:
         raise SystemExit(
-            f"{{', '.join(stale)}} 是舊的，請選「執行階段 → 重新啟動工作階段」再全部執行。\\n"
+            f"{{', '.join(loaded)}} 是舊的，請選「執行階段 → 重新啟動工作階段」再全部執行一次。\\n"
             "Old versions are still loaded: choose Runtime > Restart session, then run all again."
         )
-    print(f"{{len(lines)}} packages installed" if lines else "all packages are here already")
+    print(f"{{len(wanted)}} packages installed" if wanted else "all packages are here already")
 
 
 install()"""
@@ -352,21 +354,20 @@ def execute(notebook: NotebookNode, folder: Path) -> None:
 
 
 def tidy_outputs(notebook: NotebookNode) -> None:
-    """Leave what a reader wants: no progress bars or warnings (stderr), no times of execution."""
+    """Leave what a reader wants: what was printed and the charts, no progress bars or warnings."""
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        kept: list[NotebookNode] = []
         for output in cell.outputs:
-            if "text" in output:  # of a line that was written over, the last state
-                output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
-        whole: list[NotebookNode] = []  # what was printed in several pieces
-        for output in cell.outputs:
-            if whole and "text" in output and "text" in whole[-1]:
-                whole[-1].text += output.text
+            bar = "<progress" in output.get("data", {}).get("text/html", "")
+            if bar or output.get("name") == "stderr":
+                continue
+            if kept and "text" in output and "text" in kept[-1]:  # printed in several pieces
+                kept[-1].text += output.text
             else:
-                whole.append(output)
-        cell.outputs = whole
+                kept.append(output)
+        cell.outputs = kept
 
 
 def main() -> None:
