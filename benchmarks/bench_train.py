@@ -142,7 +142,7 @@ def attention() -> list[dict]:
             shape, best = (count, HEADS, length, HEAD_SIZE), {}
             q, k, v = (torch.randn(shape, dtype=torch.bfloat16) for _ in range(3))
             ways = attention_ways(position)
-            for _ in range(2 if length > 4096 else 3):
+            for _ in range(2):
                 for name, call in ways.items():
                     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
                     start = time.perf_counter(), time.process_time()

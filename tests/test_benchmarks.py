@@ -1,0 +1,73 @@
+"""The benchmarks compare like with like, and say where and how their figures were measured."""
+
+import json
+import os
+import re
+from datetime import date
+from importlib.util import module_from_spec, spec_from_file_location
+
+import pytest
+from conftest import ROOT
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def bench_train():
+    before = dict(os.environ)
+    spec = spec_from_file_location("bench_train", ROOT / "benchmarks" / "bench_train.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    os.environ.clear()  # it asks for one thread
+    os.environ.update(before)
+    return module
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_every_table_carries_its_own_stamp(path):
+    """So that one table can be measured again and the others stay true."""
+    tables = json.loads(path.read_text(encoding="utf-8"))["results"]
+    tables = list(tables.values()) if isinstance(tables, dict) else tables
+    assert tables
+    for table in tables:
+        lacking = {"commit", "command", "date", "versions", "hardware", "seed"} - table.keys()
+        assert not lacking, f"{path.name}: no {lacking} beside {[*table]}"
+        assert date.fromisoformat(table["date"])
+        assert re.match(r"[0-9a-f]{7}", table["commit"])
+        script = re.search(r"python (benchmarks/\w+\.py)", table["command"])
+        assert script and (ROOT / script[1]).is_file(), table["command"]
+
+
+@pytest.mark.parametrize("length", [64, 256])
+def test_ways_of_full_attention_over_packed_documents_give_the_same(bench_train, length):
+    """The reference of the S² picture does the work that train_pt.py's own attention does."""
+    import torch
+
+    position = torch.cat([torch.arange(n) for n in (length // 3, length, length // 2)])
+    position = position[: length // 4 * 4].view(1, -1)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 8, position.shape[1], 16)  # B = 1, H = 8, D = 16
+    ways = bench_train.attention_ways(position)
+    masked = ways["full causal, masked"](q, k, v)
+    ours = ways["full causal, by document"](q, k, v).transpose(1, 2)
+    torch.testing.assert_close(ours, masked)
+    assert not torch.allclose(ways["S²"](q, k, v).transpose(1, 2), masked)
+
+
+def test_packed_documents_have_the_lengths_that_the_docstring_says(bench_train):
+    import numpy as np
+
+    ends = bench_train.packed_documents(8192, 400).ends
+    lengths = np.diff(ends)
+    assert np.median(lengths) == pytest.approx(700, rel=0.05)
+    assert np.percentile(lengths, [5, 95]) == pytest.approx([190, 2600], rel=0.08)
+
+
+@pytest.mark.parametrize("table", ["attention", "memory", "quality"])
+def test_pictures_are_drawn_from_the_results_alone(bench_train, table, tmp_path, monkeypatch):
+    tables = json.loads((ROOT / "benchmarks" / "results" / "train.json").read_text())["results"]
+    monkeypatch.setattr(bench_train, "PICTURES", tmp_path)
+    getattr(bench_train, f"draw_{table}")(tables[table])
+    (picture,) = tmp_path.iterdir()
+    assert picture.name in bench_train.__doc__
+    assert picture.stat().st_size > 10_000
