@@ -61,7 +61,7 @@ CRAWL_URL = "https://data.commoncrawl.org/"
 ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 ENDINGS = (".wet", ".wet.gz", ".warc", ".warc.gz", *ROW_ENDINGS)
 MAX_TASKS = 256  # deduplication opens one file of every task at once
-FIRST_WAVE = 32  # files read before the yield of a crawl is known (--target_size)
+FIRST_TURN = 32  # files read before the yield of a crawl is known (--target_size)
 BLOCK = 1 << 20  # bytes that a stream gives at a time
 MAX_RECORD = 16 << 20  # bytes; no page of prose is larger
 HEAD = 384  # compressed bytes that hold a record's header
@@ -995,20 +995,20 @@ def reject_writer(args: Arguments, name: str):
     return JsonlWriter(folder, name, compression=None) if args.save_rejected else None
 
 
-def judging(args: Arguments, work: Path, wave: int, files: list[str]) -> tuple:
-    """Return the stage that reads the files of a wave and keeps the good pages."""
+def judging(args: Arguments, work: Path, turn: int, files: list[str]) -> tuple:
+    """Return the stage that reads the files of a turn and keeps the good pages."""
     from datatrove.pipeline.filters import URLFilter
 
-    listing = work / f"inputs_{wave:02d}.txt"
+    listing = work / f"inputs_{turn:02d}.txt"
     write_whole(listing, "\n".join(files))
     judge = Judge(args)
-    rejected = reject_writer(args, "${filter_reason}/" + f"{wave:02d}_${{rank}}.jsonl")
-    tallies = f"{work}/tally/{wave:02d}_{{:05d}}.json"
+    rejected = reject_writer(args, "${filter_reason}/" + f"{turn:02d}_${{rank}}.jsonl")
+    tallies = f"{work}/tally/{turn:02d}_{{:05d}}.json"
     steps = [
         blocks().CrawlReader(str(listing), tallies, judge),
         blocks().Verdicts(judge, URLFilter() if args.url_lists else None, rejected),
-        parquet_writer(f"{work}/kept", f"{wave:02d}_${{rank}}.parquet", "lz4")]
-    return (f"judge_{wave:02d}", steps, task_count(args, files))
+        parquet_writer(f"{work}/kept", f"{turn:02d}_${{rank}}.parquet", "lz4")]
+    return (f"judge_{turn:02d}", steps, task_count(args, files))
 
 
 def deduplication(args: Arguments, work: Path, kept: list[str], turn: int) -> list[tuple]:
@@ -1104,7 +1104,11 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
                 return super()._run_for_rank(*args, **kwargs)
 
         return EndableExecutor(**common)
+    import multiprocess
     from datatrove.executor import LocalPipelineExecutor
+
+    # every stage has workers of its own; they start from a process that has these imported
+    multiprocess.set_forkserver_preload(["__main__", "datatrove.pipeline.dedup", "pyarrow.parquet"])
 
     class QuietExecutor(LocalPipelineExecutor):
         def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
@@ -1158,33 +1162,22 @@ def sum_tallies(folder: Path, pattern: str = "*.json") -> Tally:
 
 
 def filter_files(args: Arguments, files: list[str], work: Path) -> int | None:
-    """Judge the files, deduplicate what is kept; with a target size wave by wave until it is there.
-    Return the number of the last deduplication, None if Slurm has still to work."""
-    target = parse_size(args.target_size)
-    wanted, done, kept, wave, turn, stages = target, 0, [], 0, 0, []
+    """Judge the files and deduplicate what is kept; with a target size in turns, each with as many
+    more files as the yield so far lets expect, until it is there. Return the number of the last
+    turn, None if Slurm has still to work."""
+    target, kept, done, turn, size = parse_size(args.target_size), [], 0, 0, FIRST_TURN
     while True:
-        have = sum_tallies(work / "tally").bytes["kept"] if wave else 0
-        while done < len(files) and (not done or have < wanted):
-            size = len(files)
-            if target is not None:  # as many files as the yield so far lets expect
-                need = min(4, 1.1 * wanted / max(1, have) - 1)
-                size = math.ceil(done * need) if done else FIRST_WAVE
-            chosen = files[done : done + size]
-            stages.append(judging(args, work, wave, chosen))
-            kept += [f"{wave:02d}_{rank:05d}.parquet" for rank in range(task_count(args, chosen))]
-            done, wave = done + len(chosen), wave + 1
-            if target is not None:
-                if not run_stages(stages, args, work, done):
-                    return None
-                have, stages = sum_tallies(work / "tally").bytes["kept"], []
-        stages += deduplication(args, work, kept, turn)
+        chosen = files[done : done + size] if target else files
+        done += len(chosen)
+        kept += [f"{turn:02d}_{rank:05d}.parquet" for rank in range(task_count(args, chosen))]
+        stages = [judging(args, work, turn, chosen), *deduplication(args, work, kept, turn)]
         if not run_stages(stages, args, work, done):
             return None
-        final = sum_tallies(work / f"dedup_{turn:02d}" / "tally", "near_*").bytes["kept"]
-        if target is None or final >= target or done == len(files):
+        have = sum_tallies(work / f"dedup_{turn:02d}" / "tally", "near_*").bytes["kept"]
+        if target is None or have >= target or done == len(files):
             return turn
-        wanted = 1.1 * have * target / max(1, final)
-        turn, stages = turn + 1, []
+        size = math.ceil(done * min(3, 1.1 * target / max(1, have) - 1))
+        turn += 1
 
 
 # --- Input and output ----------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 """How fast filter_cc.py is, what its deduplication costs and how much of it scales.
 
-    python benchmarks/bench_filter.py                # about ten minutes
-    python benchmarks/bench_filter.py --only speed   # one table
+    python benchmarks/bench_filter.py                # every table, ten minutes
+    python benchmarks/bench_filter.py --only speed   # some of them
+    python benchmarks/bench_filter.py --draw         # the picture again, from the results
 
-speed    the first pass on one core against `igzip -dc` and against datatrove's WarcReader with the
-         same verdicts, on a WET of which about 1% of the pages are good; two workers against one
-memory   peak memory of a worker, input tenfold
-dedup    time and memory for 100,000 and 400,000 generated pages; recall by Jaccard similarity
+speed    The first pass on one core against `igzip -dc` and against datatrove's WarcReader with the
+         same verdicts, on a WET of which about 1% of the pages are good.
+workers  Two workers against one, on six such files.
+memory   Peak memory of a worker, input tenfold.
+dedup    Time and peak memory for 100,000 and 400,000 generated pages; recall by Jaccard similarity.
 
 All figures of a table come from one run, side by side; ratios are what to read. The WET is mixed
-from ../shared/data/labelled.wet.gz. Results go to benchmarks/results/filter.json.
+from ../shared/data/labelled.wet.gz. Results: benchmarks/results/filter.json and
+pictures/readme_filter.png.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -32,6 +36,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data" / "labelled.wet.gz"
 RESULTS = ROOT / "benchmarks" / "results" / "filter.json"
+PICTURE = ROOT / "pictures" / "readme_filter.png"
 WORK = ROOT / "outputs" / "bench_filter"
 SEED = 0
 sys.path.insert(0, str(ROOT))
@@ -75,9 +80,23 @@ def cpu_seconds() -> float:
 
 
 def seconds(run) -> float:
+    """Time that a function takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process so far."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+
+
+def in_a_process(statement: str) -> dict:
+    """Run a statement on this module, `b`, in a process of its own; return what it prints."""
+    code = "import json, sys; sys.path.insert(0, sys.argv[1]); import bench_filter as b; "
+    command = [sys.executable, "-c", code + statement, str(ROOT / "benchmarks")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # --- Tables --------------------------------------------------------------------------------------
@@ -89,13 +108,13 @@ def speed(rounds: int) -> dict:
 
     wet, part = WORK / "mixed.wet.gz", WORK / "part.wet.gz"
     whole, slice_ = mixed_wet(wet, 100_000), mixed_wet(part, 1_000)
-    os.sched_setaffinity(0, {0})
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
     times, cpu = {"igzip -dc": [], "filter_cc": []}, {"igzip -dc": [], "filter_cc": []}
     for _ in range(rounds):  # side by side, so that other work on the machine meets both
         runs = {
             "igzip -dc": lambda: subprocess.run(["igzip", "-dc", wet], stdout=subprocess.DEVNULL),
-            "filter_cc": first_pass("ours", [wet]).run,
-        }
+            "filter_cc": first_pass("ours", [wet]).run}
         for name, run in runs.items():
             before = cpu_seconds()
             times[name].append(seconds(run))
@@ -114,49 +133,39 @@ def speed(rounds: int) -> dict:
     executor.pipeline = [reader, with_tally, verdicts, writer]
     rate = {name: whole["unpacked"] / 1e6 / min(taken) for name, taken in times.items()}
     rate["WarcReader"] = slice_["unpacked"] / 1e6 / seconds(executor.run)
+    os.sched_setaffinity(0, cores)
     return {
         "wet": whole,
         "MB/s": {name: round(value, 1) for name, value in rate.items()},
         "ratio to igzip -dc": round(rate["filter_cc"] / rate["igzip -dc"], 2),
         "ratio to igzip -dc in processor time": round(
-            min(cpu["igzip -dc"]) / min(cpu["filter_cc"]), 2
-        ),
-        "ratio to WarcReader": round(rate["filter_cc"] / rate["WarcReader"], 1),
-    }
+            min(cpu["igzip -dc"]) / min(cpu["filter_cc"]), 2),
+        "ratio to WarcReader": round(rate["filter_cc"] / rate["WarcReader"], 1)}
 
 
 def workers(rounds: int) -> dict:
     """Two workers against one, on six files each of the size of a crawl's (all the same)."""
-    mixed_wet(WORK / "crawl_0.wet.gz", 120_000)
+    size = mixed_wet(WORK / "crawl_0.wet.gz", 120_000)
     files = [WORK / f"crawl_{number}.wet.gz" for number in range(6)]
     for file in files[1:]:
         file.unlink(missing_ok=True)
         file.symlink_to(files[0])
-    os.sched_setaffinity(0, set(range(os.cpu_count())))
     times = {1: [], 2: []}
     for _ in range(rounds):
         for count, taken in times.items():
-            executor = first_pass(f"workers_{count}", files, count)
-            taken.append(seconds(executor.run))
-    best = {count: min(taken) for count, taken in times.items()}
-    return {"seconds": best, "ratio": round(best[1] / best[2], 2)}
+            taken.append(seconds(first_pass(f"workers_{count}", files, count).run))
+    best = {count: round(min(taken), 2) for count, taken in times.items()}
+    return {"files": 6, "each": size, "seconds": best, "ratio": round(best[1] / best[2], 2)}
 
 
 def memory(rounds: int) -> dict:
-    """Peak resident memory of a process that runs the first pass, input tenfold."""
-    peaks = {}
+    """Peak memory of a process that runs the first pass, input tenfold."""
+    wet, peaks = WORK / "memory.wet.gz", {}
     for records in (20_000, 200_000):
-        wet = WORK / "memory.wet.gz"
         mixed_wet(wet, records)
-        code = (
-            "import sys; sys.path[:0] = sys.argv[1:3]; import bench_filter as b;"
-            "b.first_pass('memory', [b.Path(sys.argv[3])]).run();"
-            "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-        )
-        command = [sys.executable, "-c", code, str(ROOT / "benchmarks"), str(ROOT), str(wet)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[records] = int(done.stdout.split()[-1]) / 1024
-    return {"MB by records": {k: round(v) for k, v in peaks.items()}}
+        peaks[records] = round(in_a_process(
+            f"b.first_pass('memory', [b.Path('{wet}')]).run(); print(b.peak_mb())"))
+    return {"MB by records": peaks}
 
 
 def dedup(rounds: int) -> dict:
@@ -179,15 +188,11 @@ def write_kept(folder: Path, texts: list[str], files: int) -> list[str]:
     return names
 
 
-def run_dedup(folder: Path, names: list[str]) -> list[str]:
-    """Run the stages in this process and return the texts that are left."""
-    import pyarrow.parquet as pq
-
+def run_dedup(folder: Path, names: list[str]) -> None:
+    """Run the stages in this process."""
     args = script.Arguments(output_dir=str(folder))
     for name, steps, tasks in script.deduplication(args, folder, names, 0):
         script.make_executor(args, steps, tasks, folder / "logs" / name, None).run()
-    left = sorted((folder / "dedup_00" / "final").glob("*.parquet"))
-    return [text for path in left for text in pq.read_table(path)["text"].to_pylist()]
 
 
 def random_texts(count: int, length: int, seed: int) -> list[str]:
@@ -199,23 +204,34 @@ def random_texts(count: int, length: int, seed: int) -> list[str]:
 
 def dedup_cost(count: int) -> dict:
     """Time and peak memory of a process that deduplicates so many pages, 5% of them copies."""
-    code = (
-        "import resource, sys; sys.path[:0] = sys.argv[1:3]; import bench_filter as b;"
-        f"texts = b.random_texts({count}, 400, 0); texts[:{count // 20}] = texts[-{count // 20}:];"
-        "folder = b.WORK / 'dedup'; names = b.write_kept(folder, texts, 16); total = len(texts);"
-        "del texts; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "start = b.time.perf_counter(); left = len(b.run_dedup(folder, names));"
-        "print(left, b.time.perf_counter() - start)"
-    )
-    command = [sys.executable, "-c", code, str(ROOT / "benchmarks"), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    left, taken = done.stdout.split()[-2:]
-    shutil.rmtree(WORK / "dedup")
-    return {"left": int(left), "seconds": round(float(taken), 1)}
+    texts = random_texts(count, 400, SEED)
+    texts[: count // 20] = texts[-(count // 20) :]
+    folder = WORK / "dedup"
+    names = write_kept(folder, texts, 16)
+    del texts
+    row = in_a_process(f"print(json.dumps(b.timed_dedup(b.Path('{folder}'), {names})))")
+    shutil.rmtree(folder)
+    return row
+
+
+def timed_dedup(folder: Path, names: list[str]) -> dict:
+    """Deduplicate in this process, and say what that took."""
+    import datatrove.pipeline.dedup  # noqa: F401 (its memory is not the pages')
+    import pyarrow.parquet as pq
+
+    before = peak_mb()
+    taken = seconds(lambda: run_dedup(folder, names))
+    final = (folder / "dedup_00" / "final").glob("*.parquet")
+    left = sum(pq.ParquetFile(path).metadata.num_rows for path in final)
+    return {
+        "left": left, "seconds": round(taken, 1), "peak_mb": round(peak_mb()),
+        "imports_mb": round(before)}
 
 
 def dedup_recall() -> dict:
     """Plant copies with so many characters changed, and see which are found, by Jaccard."""
+    import pyarrow.parquet as pq
+
     draw = random.Random(SEED)
     texts = random_texts(2_000, 600, 1)
     pairs, planted = [], []
@@ -227,7 +243,9 @@ def dedup_recall() -> dict:
         grams = [{t[i : i + 5] for i in range(len(t) - 4)} for t in (text, planted[-1])]
         pairs.append(len(grams[0] & grams[1]) / len(grams[0] | grams[1]))
     folder = WORK / "recall"
-    left = set(run_dedup(folder, write_kept(folder, texts + planted, 4)))
+    run_dedup(folder, write_kept(folder, texts + planted, 4))
+    final = (folder / "dedup_00" / "final").glob("*.parquet")
+    left = {text for path in final for text in pq.read_table(path)["text"].to_pylist()}
     both = zip(texts, planted, strict=True)
     found = [text not in left or copy not in left for text, copy in both]
     rows = {}
@@ -238,40 +256,84 @@ def dedup_recall() -> dict:
     return rows | {"0.8 and over": {"pairs": len(hits), "found": round(sum(hits) / len(hits), 4)}}
 
 
+# --- Picture -------------------------------------------------------------------------------------
+
+
+def draw(table: dict) -> None:
+    """Throughput of the three on one core, on a logarithmic scale."""
+    from matplotlib.figure import Figure
+
+    labels = {
+        "igzip -dc": "igzip -dc\n(decompression alone)",
+        "filter_cc": "filter_cc.py\n(reads, judges, writes)",
+        "WarcReader": "datatrove's WarcReader,\nthe same verdicts"}
+    values = [table["MB/s"][name] for name in labels]
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    axis = figure.subplots()
+    colors = ["#9aa5b1", "#b5322a", "#9aa5b1"]
+    bars = axis.barh(list(labels.values()), values, color=colors, height=0.6)
+    axis.bar_label(bars, [f"{value:,.3g} MB/s" for value in values], padding=4)
+    axis.set(
+        xscale="log", xlim=(min(values) / 4, 4 * max(values)),
+        xlabel="MB/s of unpacked WET on one core")
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"First pass over {table['wet']['unpacked'] / 1e6:.0f} MB of pages, 1% of them good",
+        fontsize="medium")
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, dpi=120)
+    print(f"drew {PICTURE.relative_to(ROOT)}")
+
+
 # --- Main ----------------------------------------------------------------------------------------
 
 TABLES = {"speed": speed, "workers": workers, "memory": memory, "dedup": dedup}
 
 
+def stamp() -> dict:
+    """Where, when and how a table was measured."""
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    packages = ("datatrove", "fastwarc", "isal", "numpy", "pyarrow")
+    return {
+        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
+        "command": " ".join(["python", "benchmarks/bench_filter.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
+        "hardware": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
+        f"{memory:.0f} GB, no GPU used",
+        "seed": SEED}
+
+
 def main() -> None:
-    """Measure, print, and store each table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=TABLES, help="one table instead of all")
+    """Measure the chosen tables; each keeps its own stamp when another is measured again."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=TABLES, help="these tables")
     parser.add_argument("--rounds", type=int, default=3, help="the best of so many rounds counts")
-    options = parser.parse_args()
-    if not DATA.exists():
+    parser.add_argument("--draw", action="store_true", help="only the picture, from the results")
+    args = parser.parse_args()
+    if not args.draw and not DATA.exists():
         sys.exit(f"{DATA} is missing: nothing to measure on")
+    if not args.draw and not shutil.which("igzip"):
+        sys.exit("igzip is missing: apt-get install isal")
     WORK.mkdir(parents=True, exist_ok=True)
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"results": {}}
-    for name in [options.only] if options.only else TABLES:
-        table = TABLES[name](options.rounds)
-        stored["results"][name] = table
-        print(name, json.dumps(table, indent=2, ensure_ascii=False), flush=True)
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-        packages = ("datatrove", "fastwarc", "isal", "numpy", "pyarrow")
-        stored |= {
-            "commit": commit,
-            "date": date.today().isoformat(),
-            "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-            "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "seed": SEED,
-            "command": "python benchmarks/bench_filter.py",
-        }
+    for name in [] if args.draw else args.only or TABLES:
+        print(f"--- {name}", flush=True)
+        start = time.monotonic()
+        table = stamp() | TABLES[name](args.rounds)
+        table["measured_in_seconds"] = round(time.monotonic() - start)
+        print(json.dumps(table, indent=2, ensure_ascii=False), flush=True)
+        done = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+        measured = {"results": done | {name: table}}
+        RESULTS.write_text(json.dumps(measured, indent=2, ensure_ascii=False) + "\n")
     shutil.rmtree(WORK)
+    measured = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
+    if "speed" in measured:
+        draw(measured["speed"])
 
 
 if __name__ == "__main__":

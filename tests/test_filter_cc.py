@@ -794,8 +794,8 @@ def test_target_size_stops_there_with_what_comes_first(run_script, tmp_path):
     assert rows(tmp_path)[0]["url"].endswith("g0_0")
 
 
-def test_target_size_reads_no_more_waves_than_it_needs(monkeypatch, tmp_path):
-    monkeypatch.setattr(filter_cc, "FIRST_WAVE", 1)
+def test_target_size_reads_no_more_files_than_it_needs(monkeypatch, tmp_path):
+    monkeypatch.setattr(filter_cc, "FIRST_TURN", 1)
     paths = write_wets(tmp_path / "crawl", files=5, pages=4)
     options = ["--output_dir", str(tmp_path / "out"), "--picture", str(tmp_path / "filter.png")]
     filter_cc.main(["--input", *paths, "--target_size", "12KB", *options])
