@@ -745,18 +745,16 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {n.replace(".default.", ".").replace(".trained", rows): p for n, p in trained}
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter of which FSDP may have left only a part here."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def save_adapter(model: Any, folder: Path, base: str) -> None:
     """Write what stock PeftModel.from_pretrained loads: rows replaced, norms as modules_to_save.
     Every process calls it, for FSDP gathers the parameters from all; the first one writes."""
     import torch.distributed as dist
     from safetensors.torch import save_file
+    from torch.distributed.tensor import DTensor
     tensors, head = adapter_tensors(model), model.base_model.model.lm_head
-    tensors = {key: whole(tensor).detach().contiguous().cpu() for key, tensor in tensors.items()}
+    for key, tensor in tensors.items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensors[key] = tensor.detach().contiguous().cpu()
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -893,6 +891,7 @@ class PackedTraining:
         self.accelerator.wait_for_everyone()
         if final.exists():
             return
+        # With FSDP each process sees its own part; one that gives up ends the others' wait too.
         if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
             self.give_up(self.state.global_step, "weights are no longer finite")
         self.saving = output / "checkpoint.building"
