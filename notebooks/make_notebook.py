@@ -360,8 +360,7 @@ def tidy_outputs(notebook: NotebookNode) -> None:
             continue
         kept: list[NotebookNode] = []
         for output in cell.outputs:
-            bar = "<progress" in output.get("data", {}).get("text/html", "")
-            if bar or output.get("name") == "stderr":
+            if output.get("name") != "stdout" and "image/png" not in output.get("data", {}):
                 continue
             if kept and "text" in output and "text" in kept[-1]:  # printed in several pieces
                 kept[-1].text += output.text
