@@ -411,7 +411,7 @@ def draw_memory(table: dict) -> None:
         mine = [r for r in rows if r["variant"] == name]
         axes.plot([r["block"] for r in mine], [r["peak_gb"] for r in mine], "o-", label=label)
     tokens_axis(axes, [r["block"] for r in rows])
-    axes.set(xlabel="tokens in a block, one block a step", ylabel="peak memory, GB")
+    axes.set(xlabel="tokens in a block, one block a step", ylabel="peak over the bare process, GB")
     axes.set_ylim(0, None)
     axes.legend()
     save_picture(figure, "readme_memory.png", "Peak memory of training on a CPU "
