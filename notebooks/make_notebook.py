@@ -247,10 +247,14 @@ print(write("春天的", max_new_tokens=60)[0]["generated_text"])"""
 OUTRO = """\
 ## 換成你的資料與 Llama 2 · Your own text and Llama 2
 
+這個檔案裡的腳本就是真正訓練用的腳本：
+
 1. 重新啟動工作階段，刪掉範例那一格的 `CUDA_VISIBLE_DEVICES` 一行（顯示卡才看得到），執行「準備」的\
 兩格。
 2. 換到自己的資料夾，把文字放進它的 `data/mine`。Colab 的檔案在結束後會消失，所以放在雲端硬碟。
 3. 每一步先執行腳本格，再呼叫它的 `main`。
+
+The scripts in this file are those of the real run:
 
 1. Restart the session, delete the line `CUDA_VISIBLE_DEVICES` in the sample's cell (it hides the
    GPU), and run the two cells of *Getting ready*.
