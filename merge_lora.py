@@ -140,6 +140,16 @@ def parse_args(argv: list[str] | None) -> Arguments:
     return args
 
 
+def check(args: Arguments) -> None:
+    """Refuse what can be refused before anything is read."""
+    if not args.max_shard_size > 0:
+        raise UserError(f"--max_shard_size {args.max_shard_size}: expected a number of GB above 0")
+    if args.verify_tokens < 2:
+        raise UserError(f"--verify_tokens {args.verify_tokens}: expected 2 or more")
+    if args.push_to_hub and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", args.push_to_hub):
+        raise UserError(f"--push_to_hub {args.push_to_hub}: expected a repository as user/name")
+
+
 # --- Errors --------------------------------------------------------------------------------------
 
 
@@ -756,12 +766,11 @@ def compare(args: Arguments, base: Path, adapter: Path, nf4: dict | None, text: 
 def push(folder: Path, repository: str) -> None:
     """Upload the folder; whatever goes wrong, it stays whole here."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     try:
         HfApi().create_repo(repository, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repository, folder_path=folder)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = f"{folder} is whole; run hf auth login, then hf upload {repository} {folder}"
         raise UserError(f"--push_to_hub {repository}: {reason}; {remedy}") from error
 
@@ -773,6 +782,7 @@ def push(folder: Path, repository: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Find both models, plan every tensor, write them aside, put them in place, report."""
     args, began = parse_args(argv), time.time()
+    check(args)
     text = read_passage(args.verify)
     adapter, shown = find_adapter(args.adapter), f"--adapter {args.adapter}"
     lora = load_json(adapter / "adapter_config.json", shown)

@@ -587,6 +587,13 @@ def test_output_folders_that_are_not_ours(pair, capsys):
     assert "lies in it" in refusal(capsys, adapter, "--output_dir", adapter.parent)
 
 
+@pytest.mark.parametrize(("option", "value"), [
+    ("--max_shard_size", "0.0"), ("--max_shard_size", "nan"), ("--verify_tokens", "1"),
+    ("--push_to_hub", "my model")])
+def test_values_that_are_refused_before_anything_is_read(capsys, option, value):
+    assert f"{option} {value}: expected" in refusal(capsys, "nowhere", option, value)
+
+
 def test_texts_that_cannot_be_read(pair, capsys):
     Path("latin").write_bytes(b"\xff\xfe\xfd")
     assert "expected a UTF-8 text" in refusal(capsys, pair[1], "--verify", "latin")
