@@ -86,8 +86,7 @@ RULES = {
     "url": "the address is on a block list",
     "exact_duplicate": "same text as an earlier page",
     "near_duplicate": "nearly the same text as another page",
-    "target": "beyond the target size",
-}
+    "target": "beyond the target size"}
 
 # A record's header (in lower case) names the page's languages, and Chinese is not among them.
 FOREIGN = re.compile(rb"\nwarc-identified-content-language:(?!.*zho)")
@@ -276,40 +275,39 @@ def user_errors() -> Iterator[None]:
 # --- Records out of damaged files ----------------------------------------------------------------
 
 
-def content_length(lower_header: bytes) -> int | None:
-    """Return the length that a WARC header (in lower case) gives, None if it gives none."""
-    value = lower_header.partition(b"\ncontent-length:")[2].partition(b"\n")[0].strip()
-    return int(value) if value.isdigit() else None
-
-
-def plain_records(data, wanted: Callable, damage: Callable) -> Iterator[tuple]:
-    """Yield the records in WARC bytes, each with the place and length of its body; where a length
-    is wrong, go on at the next record's header."""
+def file_records(file, wanted: Callable, damage: Callable) -> Iterator[tuple]:
+    """Yield the records of a file of WARC bytes, each with the place and length of its body; where
+    a length is wrong, go on at the next record's header."""
+    file.flush()
+    if not file.tell():
+        return
     at, lost = 0, False
-    while (start := data.find(b"WARC/1.", at)) >= 0:
-        if not lost and data[at : min(start, at + HEAD)].strip():
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while (start := data.find(b"WARC/1.", at)) >= 0:
+            if not lost and data[at : min(start, at + HEAD)].strip():
+                damage("foreign bytes")
+            head = data[start : start + (1 << 16)]
+            body = max(head.find(b"\r\n\r\n"), 0) + 4
+            header = head[: body - 2].lower()
+            said = header.partition(b"\ncontent-length:")[2].partition(b"\n")[0].strip()
+            length = int(said[:20]) if said.isdigit() else 0  # int() refuses thousands of digits
+            at = start + body + length
+            kind = None
+            if not said.isdigit():
+                kind = "record without a length"
+            elif length > MAX_RECORD:
+                kind = "oversized record"
+            elif at > len(data):
+                kind = "truncated record"
+            elif not b"WARC/1.".startswith(data[at : at + 11].lstrip(b"\r\n")[:7]):
+                kind = "record with a wrong length"
+            if lost := kind is not None:
+                damage(kind)
+                at = start + 7  # past this header's WARC/1., on to the next
+            elif wanted(header, length):
+                yield data[start:at], body, length
+        if not lost and data[at : at + HEAD].strip():
             damage("foreign bytes")
-        head = data[start : start + (1 << 16)]
-        end = head.find(b"\r\n\r\n")
-        lower = head[: max(end, 0)].lower()
-        length = content_length(lower)
-        at = start + end + 4 + (length or 0)
-        kind = None
-        if length is None:
-            kind = "record without a length"
-        elif length > MAX_RECORD:
-            kind = "oversized record"
-        elif at > len(data):
-            kind = "truncated record"
-        elif not b"WARC/1.".startswith(data[at : at + 11].lstrip(b"\r\n")[:7]):
-            kind = "record with a wrong length"
-        if lost := kind is not None:
-            damage(kind)
-            at = start + 7  # past this header's WARC/1., on to the next
-        elif wanted(lower, length):
-            yield data[start:at], len(lower) + 4, length
-    if not lost and data[at : at + HEAD].strip():
-        damage("foreign bytes")
 
 
 def only_record(data: bytes, at: int, end: int, wanted: Callable) -> tuple | None:
@@ -324,9 +322,8 @@ def only_record(data: bytes, at: int, end: int, wanted: Callable) -> tuple | Non
             head += inflate.decompress(data[fed : min(fed + HEAD, end)])
             fed += HEAD
         header, length = head[: body - 2].lower(), size - body - 4
-        if b"\ncontent-length: %d\r" % length not in header or not header.startswith(b"warc/1."):
-            return None
-        if size > MAX_RECORD:
+        said = b"\ncontent-length: %d\r" % length in header and header.startswith(b"warc/1.")
+        if not said or size > MAX_RECORD:
             return None
         if not wanted(header, length):
             return ()
@@ -405,14 +402,6 @@ def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Ite
                 damage(kind)
                 at = starts[bisect(starts, at)]
             yield from file_records(file, wanted, damage if whole else lambda kind: None)
-
-
-def file_records(file, wanted: Callable, damage: Callable) -> Iterator[tuple]:
-    """Yield the records of a temporary file."""
-    file.flush()
-    if file.tell():
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield from plain_records(data, wanted, damage)
 
 
 def stream_records(stream, wanted: Callable, damage: Callable) -> Iterator[tuple]:
@@ -521,7 +510,7 @@ def main_text(record: WarcRecord, judge: "Judge") -> bytes | None:
 
 
 class Scripts(NamedTuple):
-    """How many characters of each script a text has."""
+    """How many characters of each script a text has; the four of Han come in one run."""
 
     other: int
     han: int  # in Traditional and Simplified text alike
@@ -531,11 +520,7 @@ class Scripts(NamedTuple):
     kana: int
     hangul: int
     letter: int
-    broken: int
-
-    @property
-    def all_han(self) -> int:
-        return self.han + self.traditional + self.simplified + self.rare
+    broken: int  # no property here: dill, which takes this to the workers, would lose it
 
 
 def script_table() -> np.ndarray:
@@ -649,7 +634,7 @@ class Judge:
     def refuse_scripts(self, counts: Scripts) -> str | None:
         """Return the rule that refuses a page for its scripts."""
         other = counts.kana + counts.hangul
-        if other > self.limits.max_kana_hangul * (counts.all_han + other):
+        if other > self.limits.max_kana_hangul * (sum(counts[1:5]) + other):
             return "japanese_korean"
         telling = counts.traditional + counts.simplified
         few = counts.traditional < self.limits.min_traditional * telling
@@ -663,7 +648,7 @@ class Judge:
         text = clean_lines(text)
         codes = code_points(text)
         counts, dense = self.count(codes), codes[codes > 32]
-        han = counts.all_han
+        han = sum(counts[1:5])
         broken = counts.broken > limits.max_broken * len(text)
         if broken or counts.rare > limits.max_rare * han:
             return text, {}, "mojibake"
@@ -681,14 +666,14 @@ class Judge:
             "repeated": 1 - distinct_share(shingles(dense, 10)),
             "distinct": distinct_share(shingles(dense[:1000], 2)), "closing": closing_share(text),
             "spam": 1000 * spam / han}
-        broken = {
+        breaks = {
             "han": scores["han"] < limits.min_han,
             "mainland": abroad > 1 and scores["mainland"] > limits.max_mainland,
             "repetition": scores["repeated"] > limits.max_repeated
             or scores["distinct"] < limits.min_distinct,
             "punctuation": scores["closing"] < limits.min_closing,
             "spam": scores["spam"] > limits.max_spam}
-        refused = self.refuse_scripts(counts) or next(filter(broken.get, broken), None)
+        refused = self.refuse_scripts(counts) or next(filter(breaks.get, breaks), None)
         return text if refused else hide_private(text), scores, refused
 
 
@@ -700,7 +685,7 @@ def lead_bytes(text: bytes) -> int:
 def clean_lines(text: str) -> str:
     """Return the lines that are prose, headings or verse; menus, footers and notices go."""
     lines = [line for line in map(" ".join, map(str.split, text.splitlines())) if line]
-    kinds = [menu_kind(line) if len(line) < 20 else line_kind(line) for line in lines]
+    kinds = [line_kind(line) for line in lines]
     kept, start = [], 0
     for at, kind in enumerate([*kinds, "end"]):
         if kind in ("prose", "end"):
@@ -733,9 +718,6 @@ def line_kind(line: str) -> str:
     if hide_private(line) != line or (menu and len(items) > 1):
         return "furniture"
     return "furniture" if len(items) > 2 and len(line) < 7 * len(items) else "short"
-
-
-menu_kind = lru_cache(1 << 14)(line_kind)  # the same short lines are on many pages
 
 
 def block_lines(lines: list[str], kinds: list[str], before_prose: bool) -> list[str]:
@@ -1044,9 +1026,7 @@ def deduplication(args: Arguments, work: Path, kept: list[str], turn: int) -> li
             dedup.MinhashDedupFilter(
                 f"{place}/removed", reject_writer(args, "near_duplicate/${rank}.jsonl")),
             blocks().Meter(f"{place}/tally/near_{{:05d}}.json"),
-            parquet_writer(f"{place}/final", "${rank}.parquet", "lz4"),
-        ],
-    }
+            parquet_writer(f"{place}/final", "${rank}.parquet", "lz4")]}
     tasks = {"exact_found": 1, "clusters": 1, "buckets": buckets}
     return [
         (f"{turn:02d}_{name}", steps, tasks.get(name, len(kept))) for name, steps in stages.items()]
