@@ -314,12 +314,12 @@ def only_record(data: bytes, at: int, end: int, wanted: Callable) -> tuple | Non
     """Return the record of the gzip member data[at:end] if it is healthy and holds just one, with
     the place and length of its body; () if `wanted` refuses it for its header or for its first
     bytes, and then the rest is not even inflated; None if the member is anything else. Its last
-    four bytes, the inflated size, must be the record's own."""
+    four bytes, the inflated size, must be the record's own. Bytes after it do no harm."""
     try:
-        inflate, fed = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), min(at + HEAD, end)
+        inflate, fed = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), at + HEAD
         head, size = inflate.decompress(data[at:fed]), int.from_bytes(data[end - 4 : end], "little")
         while (body := head.find(b"\r\n\r\n") + 4) < 4 and not inflate.eof and fed < end:
-            head += inflate.decompress(data[fed : min(fed + HEAD, end)])
+            head += inflate.decompress(data[fed : fed + HEAD])
             fed += HEAD
         header, length = head[: body - 2].lower(), size - body - 4
         said = b"\ncontent-length: %d\r" % length in header and header.startswith(b"warc/1.")
@@ -328,7 +328,7 @@ def only_record(data: bytes, at: int, end: int, wanted: Callable) -> tuple | Non
         if not wanted(header, length):
             return ()
         if not inflate.eof:
-            head += inflate.decompress(data[fed : min(fed + SAMPLE, end)])
+            head += inflate.decompress(data[fed : fed + SAMPLE])
             if not inflate.eof:
                 if not wanted(header, length, head[body:]):
                     return ()
