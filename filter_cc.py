@@ -1088,7 +1088,10 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
     from datatrove.executor import LocalPipelineExecutor
 
     # every stage has workers of its own; they start from a process that has these imported
-    multiprocess.set_forkserver_preload(["__main__", "datatrove.pipeline.dedup", "pyarrow.parquet"])
+    heavy = "fastwarc.warc fsspec isal pyarrow.parquet tqdm transformers.hf_argparser"
+    heavy += " datatrove.executor datatrove.pipeline.dedup datatrove.pipeline.readers"
+    heavy += " datatrove.pipeline.filters datatrove.pipeline.writers"
+    multiprocess.set_forkserver_preload(heavy.split())
 
     class QuietExecutor(LocalPipelineExecutor):
         def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
