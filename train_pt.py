@@ -130,7 +130,7 @@ class Arguments(Settings):
     eval_strategy: str = option("steps", "When to evaluate: steps, epoch or no.")
     eval_steps: float = option(0.1, "Steps between evaluations; under 1: a share of all steps.")
     save_steps: float = option(100, "Steps between checkpoints; under 1: a share of all steps.")
-    save_total_limit: int = option(2, "Checkpoints kept.")
+    save_total_limit: int = option(2, "Checkpoints kept; 0: all.")
     logging_steps: float = option(5, "Steps between points of the loss curve.")
     report_to: str = option("none", "Also log to: wandb, tensorboard, ... or none.")
 
@@ -148,6 +148,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package we need not
     import torch
     from transformers import TrainingArguments
+    from transformers.integrations import get_available_reporting_integrations
     from transformers.utils import is_liger_kernel_available
     trainer_parser = HfArgumentParser(TrainingArguments, **form)
     if extra.help_trainer:
@@ -155,11 +156,10 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         raise SystemExit(0)
     on_gpu = torch.cuda.is_available()
     eight_bit = on_gpu and os.environ.get("ACCELERATE_USE_FSDP") != "true"
-    args.optim = args.optim or ("adamw_8bit" if eight_bit else "adamw_torch")
-    args.group_size = args.group_size or args.block_size // 4
-    args.lora_alpha = args.lora_alpha or 2 * args.lora_rank
-    if args.activation_checkpointing is None:
-        args.activation_checkpointing = on_gpu
+    computed = {
+        "optim": "adamw_8bit" if eight_bit else "adamw_torch", "group_size": args.block_size // 4,
+        "lora_alpha": 2 * args.lora_rank, "activation_checkpointing": on_gpu}
+    vars(args).update({n: value for n, value in computed.items() if getattr(args, n) is None})
     known = TrainingArguments.__dataclass_fields__
     ours = vars(args) | {
         "activation_checkpointing": False,  # build_model turns it on
@@ -184,6 +184,10 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     if version and any(word in args.optim for word in ("8bit", "bnb", "paged")):
         parser.error(f"--optim {args.optim}: bitsandbytes' optimizers cannot be sharded; use "
                      "--optim adamw_torch with FSDP")
+    if missing := set(training.report_to) - set(get_available_reporting_integrations()):
+        parser.error(f"--report_to {', '.join(missing)}: unknown or not installed; pip install it")
+    if training.max_steps == 0:
+        parser.error("--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")
     if unknown:
         parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
     return args, training
@@ -284,15 +288,20 @@ def fingerprint(folder: Path) -> str:
 
 def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
     """Folder, configuration and tokenizer of the base, and the first of its rows that are new."""
+    from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoTokenizer
     option = "--model_name_or_path"
-    folder = find_model(args.model_name_or_path, option)
+    path = folder = find_model(args.model_name_or_path, option)
+    index = folder / "model.safetensors.index.json"
     try:
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
+        for path in {*folder.glob("*.safetensors"), *(folder / name for name in shards)}:
+            safe_open(path, "np")  # it holds the header against the file's size
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{option} {folder}: not a whole model ({reason})") from error
+        raise UserError(f"{option} {path}: is not whole ({reason}); fetch it again") from error
     rows, positions, pieces = config.vocab_size, config.max_position_embeddings, len(tokenizer)
     recorded = (read_record(folder).get("results") or {}).get("base_vocab_size")
     first = min(args.base_vocab_size or recorded or LLAMA_2_PIECES, rows)
@@ -312,8 +321,7 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
          f"{positions} positions; choose a smaller one, or set rope scaling in its config.json"),
         (args.train_embeddings == "none" and first < rows,
          f"--train_embeddings none: rows {first} to {rows - 1} of embedding and head are new "
-         f"and would never be trained; use new, or --base_vocab_size {rows} if none is new"),
-    )
+         f"and would never be trained; use new, or --base_vocab_size {rows} if none is new"))
     return folder, config, tokenizer, first
 
 
@@ -452,14 +460,17 @@ def read_texts(path: Path) -> Iterator[str]:
     """Every document of a file."""
     try:
         if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
+            texts = [path.read_text(encoding="utf-8")]
         elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                yield from (json.loads(line)["text"] for line in lines if line.strip())
+            texts = (json.loads(row)["text"] for row in path.open(encoding="utf-8") if row.strip())
         else:
             from pyarrow.parquet import ParquetFile
-            for batch in ParquetFile(path).iter_batches(256, columns=["text"]):
-                yield from batch.column("text").to_pylist()
+            batches = ParquetFile(path).iter_batches(256, columns=["text"])
+            texts = (text for batch in batches for text in batch.column("text").to_pylist())
+        for text in texts:
+            if not isinstance(text, str | None):
+                raise TypeError(f"the text {text} is no string")
+            yield text
     except (ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"--dataset {path}: cannot be read ({reason}); expected text") from error
@@ -555,7 +566,7 @@ def split_corpus(corpus: Corpus, args: Arguments, padding: int) -> tuple[PackedB
     documents = len(corpus.lengths)
     order = np.random.default_rng(args.seed).permutation(documents)
     held = max(round(args.eval_fraction * documents), min(4, documents // 10))
-    held = 0 if args.eval_fraction == 0 or args.eval_strategy == "no" else held
+    held = 0 if args.eval_fraction == 0 or args.eval_strategy == "no" else min(held, documents - 1)
     train, held_out = order[held:], order[:held]
     blocks = PackedBlocks(corpus, train, args.block_size, padding)
     return blocks, PackedBlocks(corpus, held_out, args.block_size, padding) if held else None
@@ -770,6 +781,7 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     config.save_pretrained(str(folder))
     building = folder / "adapter_model.building"
     save_file(tensors, building, {"format": "pt"})
+    building.chmod((folder / "adapter_config.json").stat().st_mode)  # it was for the owner alone
     building.rename(folder / "adapter_model.safetensors")
 
 
@@ -795,9 +807,22 @@ class PackedTraining:
     head: TailHead
     report: Report
     stop: list[int]  # signals caught
-    keep: int  # checkpoints
+    keep: int  # checkpoints; seal removes the others
     saving: Path | None = None
     lowest, worse = math.inf, 0
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        except Exception as error:  # a package that we do not require names its own remedy
+            wandb = "--report_to wandb: " if type(error).__module__.startswith("wandb.") else ""
+            if not (wandb or (isinstance(error, ImportError) and not error.name)):
+                raise
+            raise UserError(wandb + " ".join(str(error).split())) from error
+        finally:  # what is said then stands below the progress bar
+            for callback in self.callback_handler.callbacks:
+                if bar := getattr(callback, "training_bar", None):
+                    bar.close()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         with self.head.inside_the_loss(), self.accelerator.autocast():  # FSDP comes without
@@ -810,7 +835,6 @@ class PackedTraining:
         return loss
 
     def give_up(self, step: int, reason: str) -> None:
-        print(file=sys.stderr)  # below the progress bar
         raise UserError(
             f"step {step}: {reason}; the last checkpoint is from before. Try a lower "
             f"--learning_rate (now {self.args.learning_rate:g}), --warmup_steps 100 or a lower "
@@ -907,7 +931,6 @@ class PackedTraining:
             full = shutil.disk_usage(output).free < 1 << 26 or "No space left" in str(error)
             if not (full or isinstance(error, OSError)):
                 raise
-            print(file=sys.stderr)
             last = next(iter(checkpoints(output)), "none")
             reason = f"{final} cannot be written ({error}); the last good checkpoint is {last}; "
             raise OSError(errno.ENOSPC, reason + "make room and run the same command") from error
@@ -936,7 +959,7 @@ class PackedTraining:
 def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report: Report) -> Any:
     """transformers.Trainer with PackedTraining in front."""
     from transformers import Trainer
-    keep, training.save_total_limit = training.save_total_limit or sys.maxsize, None  # see seal
+    keep, training.save_total_limit = max(0, training.save_total_limit) or sys.maxsize, None
     if held_out is None:
         training.eval_strategy = "no"
     flash = flash_is_here() and not training.use_cpu and (training.bf16 or training.fp16)
@@ -984,9 +1007,10 @@ def write_json(path: Path, content: Any) -> None:
 def read_record(folder: Path) -> dict:
     """A folder's run.json; empty where there is none."""
     try:
-        return json.loads((folder / "run.json").read_text())
+        found = json.loads((folder / "run.json").read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) and isinstance(found.get("results") or {}, dict) else {}
 
 
 def file_sums(folder: Path) -> dict[str, str]:
@@ -1033,15 +1057,16 @@ def open_run(args: Arguments, record: dict) -> str | None:
     output = Path(args.output_dir)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         old = read_record(output)
-        if old.get("script") != "train_pt.py":
+        if old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys():
             raise UserError(f"--output_dir {output}: holds something else; choose another folder")
         new, before = record["settings"], old["settings"]
         changed = [n for n in sorted(new | before) if new.get(n) != before.get(n)]
         if changed and old["results"] is None:
-            what = "; ".join(f"{n} was {before.get(n)}, now {new.get(n)}" for n in changed)
+            sums = {"dataset": "the text or the tokenizer changed", "model": "the base changed"}
+            told = (sums.get(n, f"{n} was {before.get(n)}, now {new.get(n)}") for n in changed)
             raise UserError(
-                f"--output_dir {output}: an unfinished run with other settings ({what}); give the "
-                "same settings to go on, name another --output_dir, or remove the folder")
+                f"--output_dir {output}: an unfinished run with other settings ({'; '.join(told)})"
+                "; give the same to go on, name another --output_dir, or remove the folder")
         if changed:
             aside = next(p for n in range(1, 10**6) if not (p := Path(f"{output}.{n}")).exists())
             output.rename(aside)
@@ -1092,8 +1117,7 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
         "trained rows, gradient, optimizer": 2 * rows * D * state,
         "LoRA, gradient, optimizer": lora * state,
         "kept for the backward pass": inputs if args.activation_checkpointing else (L - 1) * layer,
-        "backward pass of a layer, or loss": max(layer, LOSS_CHUNK * V * 10 + tokens * D * 4),
-    }
+        "backward pass of a layer, or loss": max(layer, LOSS_CHUNK * V * 10 + tokens * D * 4)}
 
 
 def print_plan(args: Arguments, training: Any, config: Any, first_new: int, facts: dict) -> None:
@@ -1164,8 +1188,7 @@ class Report:
     def __init__(self, args: Arguments, record: dict, tokenizer: Any, facts: dict, source: Any):
         self.args, self.record, self.tokenizer, self.facts = args, record, tokenizer, facts
         self.prompt = source[0]["input_ids"][:32].tolist()
-        self.output = Path(args.output_dir)
-        self.drawn = 0.0
+        self.output, self.drawn = Path(args.output_dir), 0.0
 
     def begin(self, blocks: PackedBlocks, bytes_on_cpu: int) -> None:
         """Open the folder and say what comes."""
@@ -1186,7 +1209,7 @@ class Report:
         if time.time() - self.drawn > 20 or "eval_loss" in history[-1]:
             self.draw(history)
 
-    def draw(self, history: list[dict]) -> None:
+    def draw(self, history: list[dict], *copies: Path) -> None:
         """Train and eval loss over steps and tokens, the learning rate below."""
         from matplotlib.figure import Figure
         train, held = ([row for row in history if n in row] for n in ("loss", "eval_loss"))
@@ -1206,11 +1229,11 @@ class Report:
         axes.grid(alpha=0.3)
         below.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="gray")
         below.set(xlabel="step", ylabel="learning rate")
-        picture = Path(self.args.picture)
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        building = picture.with_name("building." + picture.name)
-        figure.savefig(building, dpi=120)
-        building.replace(picture)
+        for picture in (Path(self.args.picture), *copies):
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            building = picture.with_name("building." + picture.name)
+            figure.savefig(building, dpi=120)
+            building.replace(picture)
         self.drawn = time.time()
 
     def sample(self, trainer: Any) -> dict[str, Any]:
@@ -1239,16 +1262,12 @@ class Report:
             "steps": history[-1]["step"], "loss_first": train[0]["loss"],
             "loss_last": train[-1]["loss"], "eval_loss": last.get("eval_loss"),
             "eval_bits_per_character": last.get("eval_bits_per_character")}
-        self.draw(history)
-        picture, beside = Path(self.args.picture), self.output / "trainloss.png"
-        if picture.exists() and picture.resolve() != beside.resolve():
-            shutil.copy(picture, beside)
-        settings = self.record["settings"]
+        self.draw(history, self.output / "trainloss.png")
         row = "| {epoch:.2f} | {step} | {eval_loss:.4f} | {eval_bits_per_character:.4f} |"
         card = CARD.format(
             **{n: round(v, 4) if isinstance(v, float) else v for n, v in results.items()},
             base=self.record["base"]["model_name_or_path"],
-            hyperparameters="\n".join(f"- {n}: {v}" for n, v in settings.items()),
+            hyperparameters="\n".join(f"- {n}: {v}" for n, v in self.record["settings"].items()),
             held_out="\n".join(row.format(**metrics) for metrics in held),
             versions="\n".join(f"- {n} {v}" for n, v in self.record["versions"].items()))
         (self.output / "README.md").write_text(card, encoding="utf-8")
@@ -1275,18 +1294,24 @@ def traditional_share(text: str) -> float | None:
 
 def check(args: Arguments) -> None:
     """Refuse impossible values before anything heavy."""
-    block, group, share = args.block_size, args.group_size, args.eval_fraction
+    ranges = {  # where it is not 1 or more or, for fractions, above 0; a NaN lies in none
+        "block_size": (8, math.inf), "group_size": (2, args.block_size), "eval_fraction": (0, 0.9),
+        "lora_rank": (1, 8192), "lora_dropout": (0, 0.99), "learning_rate": (0, 100),
+        "num_train_epochs": (1e-6, 10**4), "seed": (0, 2**32 - 1), "sample_tokens": (0, 4096),
+        "save_total_limit": (-math.inf, math.inf), "plan_gpu_gb": (1, 10**4)}
+    for name, value in vars(args).items():
+        least, most = ranges.get(name, (1 if type(value) is int else 1e-6, math.inf))
+        refuse((type(value) in (int, float) and not least <= value <= most,
+                f"--{name} {value}: expected {least} to {most}"))
     options, parsed = args.activation_checkpointing_kwargs, None
     with suppress(ValueError):
         parsed = json.loads(options or "{}")
     refuse(
-        (block < 8, f"--block_size {block}: too short; expected at least 8 tokens"),
-        (not 2 <= group <= block, f"--group_size {group}: expected 2 to block_size ({block})"),
-        (not 0 <= share < 1, f"--eval_fraction {share}: expected a share, 0 to under 1"),
-        (args.lora_rank < 1, f"--lora_rank {args.lora_rank}: expected at least 1"),
+        (Path(args.cache_dir).is_file(), f"--cache_dir {args.cache_dir}: expected a folder"),
+        (Path(args.picture).suffix not in (".png", ".pdf", ".svg"),
+         f"--picture {args.picture}: expected a file that ends in .png, .pdf or .svg"),
         (not isinstance(parsed, dict), f"--activation_checkpointing_kwargs {options}: expected "
-         """a JSON object such as '{"offload": true}'"""),
-    )
+         """a JSON object such as '{"offload": true}'"""))
 
 
 @user_errors()

@@ -86,14 +86,16 @@ def copy_of_tiny(folder: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
+        (["--max_steps", "0"], "--max_steps 0: expected"),
+        (["--optim", "galore_adamw"], "galore_torch"),
         (["--no_such_option", "1"], "unknown option: --no_such_option"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["--model_name_or_path", "outputs/extended"], "run python extend_vocab.py first"),
         (["--model_name_or_path", "."], "no config.json"),
         (["--dataset", "data/cc_filtered"], "run python filter_cc.py first"),
-        (["--block_size", "4"], "--block_size 4: too short"),
+        (["--block_size", "4"], "--block_size 4: expected 8 to "),
         (["--block_size", "8192"], "longer than the model's 4096 positions"),
-        (["--group_size", "33"], "--group_size 33: expected 2 to block_size"),
+        (["--group_size", "33"], "--group_size 33: expected 2 to 32"),
         (["--eval_fraction", "2"], "--eval_fraction 2.0"),
         (["--lora_rank", "0"], "--lora_rank 0"),
         (["--activation_checkpointing_kwargs", "offload"], "expected a JSON object"),
