@@ -26,6 +26,7 @@ as cp -r); 20 s of CPU and 1 GB for each 10 million characters of corpus.
 
 import argparse
 import errno
+import fcntl
 import json
 import os
 import random
@@ -35,7 +36,7 @@ import sys
 import urllib.request
 from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
@@ -150,11 +151,13 @@ def check(args: Arguments) -> None:
     """Refuse what can be refused before anything is read."""
     count = len(args.corpus)
     args.corpus_weight = args.corpus_weight or [1.0] * count
-    if len(args.corpus_weight) != count or min(args.corpus_weight) <= 0:
-        wanted = f"expected {count} numbers above 0, one for each --corpus"
+    if len(args.corpus_weight) != count or not all(0 < w <= 1e6 for w in args.corpus_weight):
+        wanted = "expected one number above 0, a million at most, for each --corpus"
         raise UserError(f"--corpus_weight {args.corpus_weight}: {wanted}")
     if args.max_chars < 1000:
         raise UserError(f"--max_chars {args.max_chars}: expected 1000 or more")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed {args.seed}: expected 0 to {2**32 - 1}")
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     try:
         base.ParseFromString((folder / "tokenizer.model").read_bytes())
     except Exception as error:
-        wrong = "tokenizer.model is missing or not SentencePiece's"
+        wrong = f"tokenizer.model is missing or not SentencePiece's ({error})"
         raise UserError(f"{given}: {wrong}; {expected}") from error
     spec, normal, size = base.trainer_spec, base.normalizer_spec, len(base.pieces)
     rules = [spec.model_type == spec.BPE, min(spec.unk_id, spec.bos_id, spec.eos_id) >= 0]
@@ -244,8 +247,9 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     if not all(rules):
         rest = "no normalisation, a prefix space and no user-defined pieces"
         raise UserError(f"{given}: its tokenizer.model is another kind; {expected}: {rest}")
-    if args.vocab_size <= size:
-        raise UserError(f"--vocab_size {args.vocab_size}: expected more than the base's {size}")
+    if not size < args.vocab_size < 10**7:
+        wanted = f"expected more than the base's {size} and less than 10 million"
+        raise UserError(f"--vocab_size {args.vocab_size}: {wanted}")
     config, shards = load_json(folder / "config.json", given), find_shards(folder, given)
     matrices = {name: found for inside in shards.values() for name, found in inside.items()}
     rows = {EMBEDDING: 0} if config.get("tie_word_embeddings") else {EMBEDDING: 0, HEAD: 0}
@@ -276,8 +280,8 @@ def find_shards(folder: Path, given: str) -> dict[Path, dict[str, tuple[int, str
             with safe_open(path, "np") as file:  # it holds the header against the file's size
                 inside = {n: file.get_slice(n) for n in {EMBEDDING, HEAD}.intersection(file.keys())}
                 shards[path] = {n: (p.get_shape()[0], p.get_dtype()) for n, p in inside.items()}
-        except SafetensorError as error:
-            wrong = f"{path.name} is cut short or is not a safetensors file ({error})"
+        except (SafetensorError, OSError) as error:
+            wrong = f"{path.name} is cut short, locked or is not a safetensors file ({error})"
             raise UserError(f"{given}: {wrong}; {AGAIN}") from error
     return shards
 
@@ -353,6 +357,8 @@ def read_corpora(args: Arguments, files: dict[str, list[Path]]) -> tuple[list, l
         print(f"corpus {name}: {chars:,} characters, weight {weight:g}", flush=True)
     if args.eval_text is not None:
         held_out = [t for path in files[args.eval_text] for t in documents(path, "--eval_text")]
+        if not held_out:
+            raise UserError(f"--eval_text {args.eval_text}: holds no text; name one that does")
     if not held_out:
         print("the corpus is too small to hold some out: the report is on the training text")
     return train, sample(held_out or [text for _, text in train], REPORT_CHARS, args.seed)
@@ -712,9 +718,9 @@ def already_done(output: Path, record: dict) -> bool:
         raise UserError(f"{given}: extend_vocab.py did not make it; pass a new or empty folder")
     if now["overwrite"]:
         return False
-    before = then["arguments"] | {"overwrite": False}
+    before = (then.get("arguments") or {}) | {"overwrite": False}
     differing = [f"--{name}" for name in now if now[name] != before.get(name)]
-    differing += ["the files it reads"] if record["inputs"] != then["inputs"] else []
+    differing += ["the files it reads"] if record["inputs"] != then.get("inputs") else []
     if differing:
         wrong = f"it holds a run with other settings ({', '.join(differing)})"
         raise UserError(f"{given}: {wrong}; add --overwrite to replace it, or pass another folder")
@@ -729,31 +735,44 @@ def save_json(path: Path, content: dict) -> None:
 
 @contextmanager
 def built_aside(output: Path) -> Iterator[Path]:
-    """A folder beside the output, which takes its place when all is well and is removed when not.
-    What a killed run left of it, the next run removes."""
-    partial, old = (output.with_name(f"{output.name}.{word}") for word in ("partial", "old"))
+    """A hidden folder beside the output, which takes its place when all is well and is removed when
+    not. A lock keeps a second run out; what a killed run left, the next one takes over."""
+    shown, output = f"--output_dir {output}", output.resolve()  # beside what a link leads to
+    partial, old = (output.with_name(f".{output.name}.{word}") for word in ("partial", "old"))
 
     def tidy() -> None:
         if old.exists() and not output.exists():  # stopped between the two renames
             old.rename(output)
-        for folder in (partial, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
-    tidy()
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
-        if output.exists():
-            output.rename(old)
-        partial.rename(output)
-    except OSError as error:
-        message = f"--output_dir {output}: {error.strerror}; it is as it was before"
-        raise OSError(error.errno, message) from error
-    finally:
-        tidy()
+    with ExitStack() as leaving:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(partial, os.O_RDONLY)
+            leaving.callback(os.close, lock)  # the last step, when all is tidy
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                remedy = "wait for it, or pass another folder"
+                raise UserError(f"{shown}: another run is writing it; {remedy}") from error
+            leaving.push(lambda wrong, *_: wrong and shutil.rmtree(partial, ignore_errors=True))
+            leaving.callback(tidy)
+            tidy()
+            for path in partial.iterdir():
+                path.unlink()
+            yield partial
+            for path in partial.iterdir():
+                with path.open("r+b") as file:
+                    os.fsync(file.fileno())
+            if output.exists():
+                output.rename(old)
+            partial.rename(output)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise UserError(f"{shown}: {error.filename} is in the way; move it away") from error
+        except OSError as error:
+            cause = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+            message = f"{shown}: {cause or error}; it is as it was before"
+            raise OSError(error.errno, message) from error
 
 
 # --- Main ----------------------------------------------------------------------------------------
@@ -795,7 +814,7 @@ def main(argv: list[str] | None = None) -> None:
         report["bits_per_character_before_training"] = losses
         record |= {"versions": {name: version(name) for name in PACKAGES}, "results": report}
         save_json(folder / "run.json", record)
-    show(report, report_texts[0], model, Path("pictures/vocab.png"))
+        show(report, report_texts[0], model, Path("pictures/vocab.png"))
     print(f"wrote {output} and pictures/vocab.png; next: python train_pt.py")
 
 

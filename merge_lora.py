@@ -29,6 +29,7 @@ PEFT) and 0.32 GB of memory; dequantized 29 s and 0.54 GB.
 
 import argparse
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -40,7 +41,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
@@ -338,7 +339,7 @@ def find_base(args: Arguments, lora: dict, run: dict) -> tuple[Path, dict, dict[
     config = load_json(folder / "config.json", shown)
     if config.get("quantization_config"):
         raise UserError(f"{shown}: it is quantised; pass the 16-bit model that it was made from")
-    tensors, trained_on = read_tensors(folder, shown), run.get("base", {})
+    tensors, trained_on = read_tensors(folder, shown), run.get("base") or {}
     if trained_on.get("fingerprint") not in (None, fingerprint(folder)):
         wrong = f"the adapter is of another model, {trained_on['model_name_or_path']} as it was"
         raise UserError(f"{shown}: {wrong}; pass that one, or train again")
@@ -689,31 +690,44 @@ def check_output(output: Path, inputs: list[Path], nbytes: int) -> None:
 
 @contextmanager
 def built_aside(output: Path) -> Iterator[Path]:
-    """A folder beside the output, which takes its place when all is well and is removed when not.
-    What a killed run left of it, the next run removes."""
-    partial, old = (output.with_name(f"{output.name}.{word}") for word in ("partial", "old"))
+    """A hidden folder beside the output, which takes its place when all is well and is removed when
+    not. A lock keeps a second run out; what a killed run left, the next one takes over."""
+    shown, output = f"--output_dir {output}", output.resolve()  # beside what a link leads to
+    partial, old = (output.with_name(f".{output.name}.{word}") for word in ("partial", "old"))
 
     def tidy() -> None:
         if old.exists() and not output.exists():  # stopped between the two renames
             old.rename(output)
-        for folder in (partial, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
-    tidy()
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
-        if output.exists():
-            output.rename(old)
-        partial.rename(output)
-    except OSError as error:
-        message = f"--output_dir {output}: {error.strerror}; it is as it was before"
-        raise OSError(error.errno, message) from error
-    finally:
-        tidy()
+    with ExitStack() as leaving:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(partial, os.O_RDONLY)
+            leaving.callback(os.close, lock)  # the last step, when all is tidy
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                remedy = "wait for it, or pass another folder"
+                raise UserError(f"{shown}: another run is writing it; {remedy}") from error
+            leaving.push(lambda wrong, *_: wrong and shutil.rmtree(partial, ignore_errors=True))
+            leaving.callback(tidy)
+            tidy()
+            for path in partial.iterdir():
+                path.unlink()
+            yield partial
+            for path in partial.iterdir():
+                with path.open("r+b") as file:
+                    os.fsync(file.fileno())
+            if output.exists():
+                output.rename(old)
+            partial.rename(output)
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise UserError(f"{shown}: {error.filename} is in the way; move it away") from error
+        except OSError as error:
+            cause = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+            message = f"{shown}: {cause or error}; it is as it was before"
+            raise OSError(error.errno, message) from error
 
 
 # --- After the merge -----------------------------------------------------------------------------

@@ -418,9 +418,13 @@ def test_bits_per_character_equal_a_plain_loop(base):
         ("--corpus", "broken.jsonl", "cannot be read (JSONDecodeError"),
         ("--corpus", "no_text.jsonl", "cannot be read (KeyError"),
         ("--corpus", "broken.parquet", "cannot be read (ArrowInvalid"),
-        ("--corpus_weight", "0", "expected 1 numbers above 0"),
+        ("--corpus_weight", "0", "expected one number above 0"),
+        ("--corpus_weight", "inf", "a million at most"),
+        ("--eval_text", "blank.txt", "holds no text"),
         ("--vocab_size", "359", "expected more than the base's 359"),
         ("--vocab_size", "900", "or more, for the base's 359 pieces"),
+        ("--vocab_size", "99999999999", "less than 10 million"),
+        ("--seed", "-1", "expected 0 to 4294967295"),
         ("--max_chars", "3", "expected 1000 or more"),
         ("--output_dir", "ascii.txt", "extend_vocab.py did not make it"),
         ("--output_dir", "data", "extend_vocab.py did not make it"),
@@ -434,6 +438,7 @@ def test_wrong_values(option, value, said, base, corpus, tmp_path, monkeypatch, 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine").write_text("precious")
     (tmp_path / "ascii.txt").write_text("only ascii\n" * 9)
+    (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
     (tmp_path / "no_text.jsonl").write_text('{"content": "a"}\n')
@@ -579,15 +584,75 @@ def test_killed_in_the_middle_leaves_nothing_that_looks_whole(base, corpus, tmp_
         command = [sys.executable, "-c", KILLED, *options(base, corpus, *more)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-        assert (outputs / "extended.partial" / "model.safetensors").is_file()  # in the middle
+        assert (outputs / ".extended.partial" / "model.safetensors").is_file()  # in the middle
         return sorted(path.name for path in outputs.iterdir())
 
-    assert kill() == ["extended.partial"]
+    assert kill() == [".extended.partial"]
     script.main(options(base, corpus))
     assert [path.name for path in outputs.iterdir()] == ["extended"]
     before = (outputs / "extended" / "run.json").read_bytes()
-    assert kill("--init", "mean", "--overwrite") == ["extended", "extended.partial"]
+    assert kill("--init", "mean", "--overwrite") == [".extended.partial", "extended"]
     assert (outputs / "extended" / "run.json").read_bytes() == before
+
+
+def test_killed_between_the_two_renames_gives_the_earlier_result_back(tmp_path):
+    outputs = tmp_path / "outputs"
+    (outputs / ".extended.old").mkdir(parents=True)
+    (outputs / ".extended.old" / "run.json").write_text("{}")
+    (outputs / ".extended.partial").mkdir()
+    (outputs / ".extended.partial" / "config.json").write_text("{}")
+    with pytest.raises(ZeroDivisionError), script.built_aside(outputs / "extended") as folder:
+        assert not list(folder.iterdir())
+        raise ZeroDivisionError
+    assert [path.name for path in outputs.iterdir()] == ["extended"]
+    assert (outputs / "extended" / "run.json").is_file()
+
+
+def test_a_second_run_is_refused_and_does_no_harm(tmp_path):
+    output = tmp_path / "extended"
+    with script.built_aside(output) as folder:
+        (folder / "config.json").write_text("{}")
+        with pytest.raises(script.UserError, match="another run"), script.built_aside(output):
+            pass
+    assert (output / "config.json").is_file()
+    with script.built_aside(output):  # the lock is let go of, though the process lives on
+        pass
+    assert not list(output.iterdir())
+
+
+def test_an_output_that_is_a_link_stays_one(tmp_path):
+    (tmp_path / "disk" / "extended").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "extended")
+    with script.built_aside(tmp_path / "link") as folder:
+        (folder / "config.json").write_text("{}")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "link" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["config.json"]
+
+
+@pytest.mark.parametrize("place", [".extended.partial", "folder/extended"])
+def test_a_file_in_the_way_is_named(place, tmp_path):
+    (tmp_path / place.split("/")[0]).write_text("mine")
+    output = tmp_path / place.replace(".extended.partial", "extended")
+    with pytest.raises(script.UserError, match="is in the way"), script.built_aside(output):
+        pass
+    assert (tmp_path / place.split("/")[0]).read_text() == "mine"
+
+
+def test_no_place_for_the_picture_leaves_the_earlier_result(base, corpus, tmp_path, capsys):
+    (tmp_path / "pictures").write_text("mine")
+    line = refusal(capsys, *options(base, corpus))
+    assert "pictures is in the way" in line
+    assert not list((tmp_path / "outputs").iterdir())
+    (tmp_path / "pictures").unlink()
+    script.main(options(base, corpus))  # and not "already done"
+    assert (tmp_path / "pictures" / "vocab.png").is_file()
+
+
+def test_a_record_without_arguments_needs_overwrite(base, corpus, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text('{"script": "extend_vocab.py"}')
+    line = refusal(capsys, *options(base, corpus, "--output_dir", "mine"))
+    assert "it holds a run with other settings" in line and "--overwrite" in line
 
 
 def test_two_runs_give_the_same_bytes(base, corpus, extended):

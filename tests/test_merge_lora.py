@@ -106,7 +106,7 @@ def refusal(capsys, adapter: Path | str, *options: object, code: int = 2) -> str
         merge_lora.main(["--adapter", str(adapter), "--output_dir", "merged", *map(str, options)])
     assert stop.value.code == code
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert not Path("merged.partial").exists()
+    assert not Path(".merged.partial").exists()
     return line
 
 
@@ -359,7 +359,7 @@ def test_a_second_merge_replaces_the_first(tmp_path):
     adapter = make_adapter(base, tmp_path / "other", r=2)
     assert_same_bits(merge(adapter), peft_merge(base, adapter))
     assert not Path("merged", "stale").exists()
-    assert sorted(p.name for p in Path().glob("merged*")) == ["merged"]
+    assert sorted(p.name for p in Path().glob("*merged*")) == ["merged"]
 
 
 def test_run_json_and_card_tell_where_the_weights_come_from(tmp_path):
@@ -639,11 +639,11 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(pair, moment):
         merge_lora.main(sys.argv[1:])"""
     command = [sys.executable, "-c", code, "--adapter", str(adapter), "--output_dir", "merged"]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
-    assert Path("merged.partial").is_dir() and not Path("merged.partial/config.json").exists()
+    assert Path(".merged.partial").is_dir() and not Path(".merged.partial/config.json").exists()
     after = read(Path("merged"))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     merge(adapter)
-    assert sorted(p.name for p in Path().glob("merged*")) == ["merged"]
+    assert sorted(p.name for p in Path().glob("*merged*")) == ["merged"]
 
 
 def test_ctrl_c_cleans_up(pair, monkeypatch):
@@ -653,4 +653,4 @@ def test_ctrl_c_cleans_up(pair, monkeypatch):
     monkeypatch.setattr(merge_lora, "write_papers", interrupt)
     with contextlib.suppress(SystemExit):
         merge(pair[1])
-    assert not list(Path().glob("merged*"))
+    assert not list(Path().glob("*merged*"))
