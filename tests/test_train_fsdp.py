@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from train_support import TINY, metrics, same, weights
+from train_support import TINY, metrics, same, short_run, weights
 
 import train_pt
 
@@ -35,7 +35,7 @@ fsdp_config:
 
 # Accelerate knows FSDP on accelerators alone: here two CPUs say that they are such.
 ON_CPUS = f"""\
-import sys
+import json, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 import train_pt
@@ -51,31 +51,50 @@ def sharded(self, *args, fsdp_plugin=None, **kwargs):
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 def show(self, *args, **kwargs):
-    parts = {{type(p).__name__ for p in self.model.parameters()}}
-    print("parameters of the model:", *parts)
+    parts = " ".join({{type(p).__name__ for p in self.model.parameters()}})
+    os.write(1, f"parameters of {{self.args.output_dir}}: {{parts}}\\n".encode())  # in one piece
     log(self, *args, **kwargs)
 
 log, train_pt.PackedTraining.log = train_pt.PackedTraining.log, show
 AcceleratorState.__init__ = sharded
-train_pt.main(sys.argv[1:])
+for words in json.loads(sys.argv[1]):
+    train_pt.main(words)
+    AcceleratorState._reset_state()
 """
 
 
-def launch(words: list[str]) -> subprocess.CompletedProcess:
-    Path("fsdp.yaml").write_text(CONFIG)
-    Path("on_cpus.py").write_text(ON_CPUS)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "fsdp.yaml"]
+def train_sharded(folder: Path, *runs: list[str]) -> None:
+    """One launch on two processes for all runs: it takes longer than they do."""
+    (folder / "fsdp.yaml").write_text(CONFIG)
+    (folder / "on_cpus.py").write_text(ON_CPUS)
     batch = ["--per_device_train_batch_size", "1", "--ddp_backend", "gloo"]
-    return subprocess.run(
-        [*launcher, "--main_process_port", "0", "on_cpus.py", *words, *batch],
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "fsdp.yaml"]
+    launcher += ["--main_process_port", "0", "on_cpus.py"]
+    done = subprocess.run(
+        [*launcher, json.dumps([words + batch for words in runs])], cwd=folder,
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-
-
-def sharded(words: list[str]) -> str:
-    done = launch(words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "parameters of the model: DTensor\n" in done.stdout, "not everything is sharded"
-    return done.stdout
+    for words in runs:
+        name = words[words.index("--output_dir") + 1]
+        assert f"parameters of {name}: DTensor\n" in done.stdout, "not everything is sharded"
+
+
+# Rows that two processes cannot share evenly.
+BRIEF = ["--max_steps", "5", "--bf16", "false", "--base_vocab_size", "801"]
+RUNS = {
+    "none": [*BRIEF, "--quantization", "none"],
+    "nf4": [*BRIEF, "--quantization", "nf4"],
+    "whole": ["--max_steps", "8", "--save_total_limit", "5", "--lora_dropout", "0.3",
+              "--activation_checkpointing", "true"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts(text, tmp_path_factory) -> Path:
+    """The folder of all RUNS, trained on two processes."""
+    folder = tmp_path_factory.mktemp("parts")
+    train_sharded(folder, *(short_run(text, *RUNS[name], name=name) for name in RUNS))
+    return folder
 
 
 def test_the_configuration_is_that_of_the_readme():
@@ -98,34 +117,32 @@ def logits(name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_the_parts_train_as_one_process_does_with_the_same_global_batch(quantization, command):
-    options = ["--max_steps", "5", "--quantization", quantization, "--bf16", "false"]
-    options += ["--base_vocab_size", "801"]  # rows that two processes cannot share evenly
-    train_pt.main(command(*options, name="one"))
-    sharded(command(*options, name="parts"))
-    assert losses("parts", "loss") == pytest.approx(losses("one", "loss"), rel=1e-4)
-    assert losses("parts", "eval_loss") == pytest.approx(losses("one", "eval_loss"), rel=1e-4)
-    one, parts = weights("one"), weights("parts")
-    assert one.keys() == parts.keys()
+def test_the_parts_train_as_one_process_does_with_the_same_global_batch(
+    quantization, parts, command
+):
+    train_pt.main(command(*RUNS[quantization], name="one"))
+    folder = str(parts / quantization)
+    assert losses(folder, "loss") == pytest.approx(losses("one", "loss"), rel=1e-4)
+    assert losses(folder, "eval_loss") == pytest.approx(losses("one", "eval_loss"), rel=1e-4)
+    one, sharded = weights("one"), weights(folder)
+    assert one.keys() == sharded.keys()
     for key in one:
-        assert (one[key] - parts[key]).abs().max() <= 0.01 * one[key].abs().max(), key
-    assert (logits("one") - logits("parts")).abs().max() <= 0.01 * logits("one").abs().max()
+        assert (one[key] - sharded[key]).abs().max() <= 0.01 * one[key].abs().max(), key
+    assert (logits("one") - logits(folder)).abs().max() <= 0.01 * logits("one").abs().max()
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(command):
-    options = ["--lora_dropout", "0.3", "--activation_checkpointing", "true"]
-    words = command(*options, "--max_steps", "8", "--save_total_limit", "5")
-    sharded(words)
+def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(parts, command):
+    whole = str(parts / "whole")
     # As a kill after step 5 leaves it.
-    shutil.copytree("pt", "whole")
+    shutil.copytree(whole, "pt")
     shutil.rmtree("pt/checkpoint-8")
     Path("pt/adapter_model.safetensors").unlink()
     record = json.loads(Path("pt/run.json").read_text()) | {"results": None}
     Path("pt/run.json").write_text(json.dumps(record))
-    sharded(words)
-    assert same(weights("pt"), weights("whole"))
-    assert losses("pt", "loss") == losses("whole", "loss")
-    assert losses("pt", "eval_loss") == losses("whole", "eval_loss")
+    train_sharded(Path(), command(*RUNS["whole"]))
+    assert same(weights("pt"), weights(whole))
+    assert losses("pt", "loss") == losses(whole, "loss")
+    assert losses("pt", "eval_loss") == losses(whole, "eval_loss")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,32 +27,33 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
+def short_run(text: Path, *options: object, name: object = "pt") -> list[str]:
+    """The options of a run of 12 steps, a pass and a half."""
+    words = {
+        "--model_name_or_path": TINY,
+        "--dataset": text,
+        "--output_dir": name,
+        "--base_vocab_size": 800,
+        "--block_size": 32,
+        "--per_device_train_batch_size": 2,
+        "--gradient_accumulation_steps": 2,
+        "--max_steps": 12,
+        "--save_steps": 5,
+        "--eval_steps": 4,
+        "--logging_steps": 1,
+        "--learning_rate": 0.01,
+        "--sample_tokens": 4,
+    }
+    return [str(w) for pair in words.items() for w in pair] + [str(o) for o in options]
+
+
 @pytest.fixture
 def command(text, tmp_path, monkeypatch):
-    """The options of a run of 12 steps, a pass and a half, into a folder of this test. The chart,
-    half the time of so short a run, is drawn only where a test puts DRAW back."""
+    """The options of a short run into a folder of this test. The chart, half the time of so short
+    a run, is drawn only where a test puts DRAW back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_pt.Report, "draw", lambda *args: None)
-
-    def build(*options: object, name: str = "pt") -> list[str]:
-        words = {
-            "--model_name_or_path": TINY,
-            "--dataset": text,
-            "--output_dir": name,
-            "--base_vocab_size": 800,
-            "--block_size": 32,
-            "--per_device_train_batch_size": 2,
-            "--gradient_accumulation_steps": 2,
-            "--max_steps": 12,
-            "--save_steps": 5,
-            "--eval_steps": 4,
-            "--logging_steps": 1,
-            "--learning_rate": 0.01,
-            "--sample_tokens": 4,
-        }
-        return [str(w) for pair in words.items() for w in pair] + [str(o) for o in options]
-
-    return build
+    return partial(short_run, text)
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
