@@ -130,13 +130,54 @@ def test_a_base_that_cannot_be_trained_is_refused(change, reason, command, tmp_p
     assert reason in capsys.readouterr().err
 
 
-def test_a_folder_of_something_else_is_not_written_to(command, capsys):
+def test_a_missing_shard_is_told_before_any_work(command, tmp_path, capsys):
+    base = copy_of_tiny(tmp_path / "base")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SystemExit) as stopped:
+        train_pt.main(command("--model_name_or_path", base))
+    assert stopped.value.code == 2
+    assert f"{base}/model-00002.safetensors: is not whole" in capsys.readouterr().err
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "run.json"])
+@pytest.mark.parametrize("content", ["mine", "[]", '{"script": "train_pt.py"}'])
+def test_a_folder_of_something_else_is_not_written_to(name, content, command, capsys):
     Path("pt").mkdir()
-    Path("pt/thesis.txt").write_text("mine")
+    Path("pt", name).write_text(content)
     with pytest.raises(SystemExit) as stopped:
         train_pt.main(command())
     assert stopped.value.code == 2
     assert "holds something else" in capsys.readouterr().err
+
+
+def test_a_changed_text_is_told_in_words(command, text, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other.jsonl"
+    shutil.copy(text, other)
+    at_step(monkeypatch, 6, kill)
+    with pytest.raises(Killed):
+        train_pt.main(command())
+    with pytest.raises(SystemExit):
+        train_pt.main(command("--dataset", other))
+    assert "(the text or the tokenizer changed); give" in capsys.readouterr().err
+
+
+def test_no_limit_keeps_all_checkpoints_and_others_may_read_the_adapter(command, monkeypatch):
+    monkeypatch.setattr(train_pt.Report, "draw", DRAW)
+    options = ["--max_steps", "3", "--save_steps", "1", "--save_total_limit", "0"]
+    train_pt.main(command(*options, "--picture", "loss.svg"))
+    assert {path.name[-1] for path in Path("pt").glob("checkpoint-*")} == {"1", "2", "3"}
+    modes = {path.stat().st_mode for path in Path("pt").glob("adapter_*")}
+    assert len(modes) == 1, "the adapter is not as readable as its configuration"
+    assert Path("loss.svg").read_text().startswith("<?xml")
+    assert Path("pt/trainloss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_one_document_is_trained_on_and_not_held_out(command, tmp_path):
+    (tmp_path / "one.txt").write_text("春天的花開在山上")
+    train_pt.main(command("--dataset", "one.txt", "--eval_fraction", "0.9", "--max_steps", "1"))
+    assert json.loads(Path("pt/run.json").read_text())["results"]["eval_sequences"] == 0
 
 
 def test_new_rows_come_from_the_record_of_extend_vocab(command, tmp_path, capsys):
@@ -263,6 +304,19 @@ def test_wandb_takes_the_run_offline(command, monkeypatch):
     while b"bits_per_character" not in runs[0].read_bytes():
         assert time.time() < deadline, "nothing was logged"
         time.sleep(0.1)
+
+
+def test_wandb_without_a_key_is_one_line_below_the_bar(command, tmp_path, run_script):
+    pytest.importorskip("wandb")
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    own |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    words = command("--report_to", "wandb", "--max_steps", "2")
+    done = run_script(
+        "train_pt.py", *words, cwd=tmp_path, check=False, env=own, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: --report_to wandb: ")
+    assert "wandb login" in line
 
 
 def test_two_processes_lose_as_one_with_the_same_global_batch(command):
