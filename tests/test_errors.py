@@ -262,8 +262,7 @@ ACCEPTED = {
 NOT_YET = {
     F: {"workers": ["huge"], "minhash_buckets": ["huge"], "minhash_rows": ["huge"],
         "max_mainland": ["not a number"], "max_spam": ["negative", "not a number"]},
-    E: {"corpus_weight": ["huge", "not a number"], "vocab_size": ["huge"],
-        "seed": ["negative", "huge"]},
+    E: {},
     T: {},
     M: {},
 }
@@ -337,7 +336,7 @@ LOCKED = [  # what is locked: unreadable, or, where it ends in a slash, not to b
     row(F, "ro/", ["--input", "pages", "--output_dir", "ro/o"], ["ro/o", "denied"], 1),
     row(E, "prose.txt", EXTEND, ["prose.txt", "denied"], 1),
     row(E, "own/model.safetensors", ["--base_model", "own", *EXTEND[2:]],
-        ["--base_model own", "model.safetensors"], wrong="safetensors' traceback: no such file"),
+        ["--base_model own", "model.safetensors"]),
     row(E, "ro/", [*EXTEND, "--output_dir", "ro/n"], ["--output_dir ro/n", "denied"], 1),
     row(T, "prose.txt", TRAIN, ["prose.txt", "denied"], 1),
     row(T, "own/config.json", ["--model_name_or_path", "own", *TRAIN[2:]],
@@ -474,7 +473,7 @@ def test_no_space_left_is_one_line_and_exit_code_1(script, wrong_hands, run_scri
 
 @pytest.mark.parametrize(
     "script",
-    [F, *(pytest.param(s, marks=found("nothing holds the folder")) for s in (E, T, M))],
+    [F, E, pytest.param(T, marks=found("nothing holds the folder")), M],
 )
 def test_a_second_run_into_the_same_folder_is_refused(script, wrong_hands):
     """The first is stopped in the middle, as by Ctrl-Z, so that the second finds it at work."""
@@ -497,7 +496,6 @@ def test_a_second_run_into_the_same_folder_is_refused(script, wrong_hands):
 
 
 @pytest.mark.parametrize("script", [E, M])
-@found("a folder named <output>.old is taken for the script's own and deleted")
 def test_a_folder_that_the_user_has_put_aside_is_left_alone(script, wrong_hands, run_script):
     options = [*FULL[script][1], "--output_dir", "out"]
     (wrong_hands / "out.old").mkdir()

@@ -577,6 +577,24 @@ def test_tokenizers_that_do_not_fit(pair, capsys, tmp_path):
     assert "no tokenizer.model or tokenizer.json" in refusal(capsys, adapter)
 
 
+def test_a_record_without_a_base_is_no_obstacle(pair):
+    """The record of a run that has not finished names none yet."""
+    (pair[1] / "run.json").write_text('{"base": null}')
+    assert merge(pair[1])
+
+
+def test_what_cannot_be_read_is_named(pair, capsys, monkeypatch):
+    """Root may read everything, so the refusal is made by hand."""
+
+    def denied(source, target):
+        raise PermissionError(errno.EACCES, "Permission denied", str(source))
+
+    monkeypatch.setattr(merge_lora.shutil, "copyfile", denied)
+    line = refusal(capsys, pair[1], code=1)
+    assert f"--output_dir merged: {pair[0]}/" in line
+    assert line.endswith(": Permission denied; it is as it was before")
+
+
 def test_output_folders_that_are_not_ours(pair, capsys):
     base, adapter = pair
     Path("merged").mkdir()
