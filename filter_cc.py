@@ -44,6 +44,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -98,9 +99,11 @@ FURNITURE = re.compile(
     "回到?最?[頂上首][頁端方層]?|[上下]一?[頁篇則]|更多|延伸閱讀|"
     "(?:相關|熱門|最新|推薦|精選)(?:文章|新聞|閱讀|商品|關鍵字|標籤|連結|主題)|分享到?|列印|字級|"
     "轉寄|訂閱|電子報|粉絲(?:團|專頁)|按讚|留言|回[覆應]|搜尋|[您目]的?現?前?位置|人氣|"
-    "瀏覽(?:人次|數)?|點閱[數率]?|標籤|分類|跳到主要內容(?:區塊)?|選單|客服(?:中心)?|忘記密碼|"
-    "人才招募|[發更].?(?:日期|時間)|作者|編輯|排序|複製連結|繁體中文|"
-    "(?i:english|facebook|line|instagram|\\bIG\\b|youtube|twitter|threads|telegram|rss|app|e?-?mail|top|menu|home|login|tags?)"
+    "瀏覽(?:人次|數)?|點閱[數率]?|標籤|分類|跳到主(?:文|要內容(?:區塊)?)|部落格|相簿|檢舉|"
+    "選單|客服(?:中心)?|忘記密碼|人才招募|\\d+ 人(?:喜歡|說讚)|[發更].?(?:日期|時間)|作者|編輯|"
+    "排序|複製連結|繁體中文|[»›＞]|"
+    "(?i:english|facebook|line|instagram|\\bIG\\b|youtube|twitter|threads|telegram|rss|app|e?-?mail|"
+    "top|menu|home|login|tags?|comments?)"
 )
 # Lines that are furniture although they read like a sentence; of the prompts only short ones.
 NOTICE = re.compile(
@@ -109,14 +112,33 @@ NOTICE = re.compile(
     r"all\srights\sreserved|請勿(?:任意)?轉載|"
     r"未經.{0,4}(?:授權|許可|同意).{0,8}(?:轉載|重製|使用)|歡迎轉載|註明出處|創用\s?CC|"
     r"網站.{0,6}使用.{0,4}cookie|cookies?.{0,40}(?:同意|政策|隱私|瀏覽)|同意.{0,12}cookie|"
-    r"最佳瀏覽|瀏覽器.{0,12}(?:最佳|建議)|建議使用.{0,24}瀏覽|對[您你]有.{0,2}幫助嗎")
+    r"不代表.{0,8}立場|保[有留].{0,6}(?:修改|變更|更改|終止|解釋).{0,20}權|®.{0,30}商標|"
+    r"最後(?:修訂|更新|編輯)|javascript|akismet|佈景主題|powered\sby|processed\sin|"
+    r"(?:必須|尚未|沒有)登入|目前時間是\s?\d|所有時間均為|網站.{0,12}僅供參考|電子郵件地址不會|"
+    r"必填欄位|內容將保密|在瀏覽器中儲存|自由的百科全書|最佳瀏覽|"
+    r"瀏覽器.{0,12}(?:最佳|建議)|建議使用.{0,24}瀏覽|對[您你]有.{0,2}幫助嗎|"
+    r"[（(](?:圖片?|照片|攝影|翻攝)[^）)]{0,8}[:：／/][^）)]{1,20}[）)]$")
 PROMPT = re.compile(
     r"(?:喜歡|覺得).{0,14}(?:分享|按讚|訂閱)|歡迎.{0,4}(?:分享|訂閱|追蹤|按讚)|"
-    r"按讚.{0,8}(?:粉絲|專頁)|訂閱.{0,8}(?:電子報|頻道)|(?:追蹤|加入)我們|點(?:我|此|這裡)|"
-    r"(?:看|閱讀)更多|延伸閱讀|^[上下]一?[篇則頁][:：]")
-CONTACT = re.compile(
-    r"(?i)(地址|電話|傳真|信箱|e-?mail|tel|fax|服務時間|營業時間|統一?編號?|專線|郵遞區號|聯絡人)\s*[:：]"
-)
+    r"按讚.{0,8}(?:粉絲|專頁)|加入(?:會員|.{0,4}粉絲)|[滿全].{1,8}免運|訂閱.{0,8}(?:電子報|頻道)|"
+    r"(?:追蹤|加入)我們|[與和跟]我們聯[絡繫]|點(?:我|此|這裡)|(?:看|閱讀)更多|延伸閱讀|"
+    r"^[上下]一?[篇則頁][:：]|顆星.{0,3}好評|文章對[您你].{0,4}幫助|"
+    r"發[表佈].{0,6}留言|(?:贊助|支持){1,2}(?:創?作者|我們)|^\S{2,8}\s?\*$")
+# Headings of links to other pages, whose titles may read like a sentence, and of comments.
+RELATED = re.compile(
+    r"(?:延伸|推薦|相關|熱門|最新|更多|近期|其他|猜你|可能).{0,6}"
+    r"(?:閱讀|文章|新聞|報導|興趣|喜歡|想看|話題)")
+COMMENTS = re.compile(
+    r"(?i)(?:發[佈表]|\d+\s?[則篇個]?\s?)?(?:留言|回應|迴響|評論|comments?)\s?[(（]?\d*[)）]?[:：]?")
+# Headings and formulas, however few of their characters are words; data and code.
+NUMBERED = re.compile(
+    "[壹貳參肆伍陸柒捌玖拾一二三四五六七八九十]+、|第[一二三四五六七八九十百0-9]+[章節條步]")
+FORMULA = re.compile(r"\S [=≈≤≥] \S")
+DATA = re.compile(r"[\d=(){};]")
+CONTACTS = (
+    "地址|電話|傳真|信箱|e-?mail|tel|fax|(?:服務|營業|看診|門診|開放|客服|上班)時間|統一?編號?|專線|"
+    "郵遞區號|聯絡人")
+CONTACT = re.compile(rf"(?i)(?:{CONTACTS})\s*[:：]|^\S{{0,2}}(?:{CONTACTS})\s.{{0,12}}\d")
 SENTENCE = re.compile("[。！？；，]|[\u3400-\u9fff」）][,.!?;](\\s|$|[\u3400-\u9fff「])")
 CLOSING = tuple("。！？…」』）；：.!?\"')~～")
 SEPARATORS = re.compile(r"[\s|｜│>»›＞/／·•．‧★◆■]+")
@@ -150,6 +172,9 @@ TAIWAN = (
     "計程車 優格 馬鈴薯 雷射 晶片 筆電 手機殼 行動電源 外送 按讚 泡麵 鳳梨 奇異果 鮭魚 公車 捷運 "
     "程式 作業系統 防毒 部落格 網咖 快取 主機板 雲端 人工智慧 專案 檔案 資料夾 數位 解析度 國小 "
     "國中 機車 便當 超商 健保 統一發票 阿嬤 阿公 腳踏車 透過 志工 帳號 帳戶")
+# Forms of OpenCC's own standard, in use neither in Taiwan nor in Hong Kong: a conversion left them.
+VARIANTS = "爲僞衆喫竈脣覈纔"
+CURLY = re.compile("“[\u4e00-\u9fff]")  # Taiwan quotes with 「」; conversion leaves quotes alone
 # Words of OpenCC's table that Taiwan has too, and compounds that only seem to hold one.
 SHARED = (
     "支持 程序 社區 菜單 公元 地址 參數 函數 循環 智能 用戶 界面 算法 聯繫 訪問 連接 項目 消息 "
@@ -643,7 +668,8 @@ class Judge:
     def verdict(self, text: str) -> tuple[str, dict, str | None]:
         """Return a page's prose, its scores, and the rule that refuses it (None: it is good)."""
         limits = self.limits
-        if text.count("\ufffd") > limits.max_broken * len(text):
+        lost = text.count("?") > 0.04 * len(text)  # characters that another encoding did not have
+        if lost or text.count("\ufffd") > limits.max_broken * len(text):
             return text, {}, "mojibake"
         text = clean_lines(text)
         codes = code_points(text)
@@ -657,7 +683,8 @@ class Judge:
         found = self.words.count(text, codes)
         kinds = Counter(map(self.words.kinds.get, found))  # different words, so no topic decides
         spam = sum(number for word, number in found.items() if self.words.kinds[word] == 3)
-        abroad = kinds[1] - kinds[2]
+        curly = 0 if "「" in text else min(2, len(CURLY.findall(text)))
+        abroad = kinds[1] + curly + sum(map(text.count, VARIANTS)) - kinds[2]
         telling = counts.traditional + counts.simplified
         scores = {
             "han": han / (han + counts.kana + counts.hangul + counts.letter),
@@ -686,29 +713,71 @@ def clean_lines(text: str) -> str:
     """Return the lines that are prose, headings or verse; menus, footers and notices go."""
     lines = [line for line in map(" ".join, map(str.split, text.splitlines())) if line]
     kinds = [line_kind(line) for line in lines]
+    if {"furniture", "table", "short"}.intersection(kinds):
+        drop_links(lines, kinds)
+        drop_islands(lines, kinds)
     kept, start = [], 0
     for at, kind in enumerate([*kinds, "end"]):
         if kind in ("prose", "end"):
             if start < at:
-                kept += block_lines(lines[start:at], kinds[start:at], kind == "prose")
+                kept += block_lines(lines[start:at], kinds[start:at], kind == "prose", start > 0)
             kept += lines[at : at + 1]
             start = at + 1
     return "\n".join(kept)
 
 
+def drop_links(lines: list[str], kinds: list[str]) -> None:
+    """Turn what stands below a heading like 延伸閱讀 or 留言 into furniture, up to a paragraph."""
+    links = comments = False
+    read = 0
+    for at, line in enumerate(lines):
+        prose = kinds[at] == "prose"
+        closed = not comments and line.endswith((*CLOSING, "，"))
+        paragraph = prose and (closed or len(line) > (100 if comments else 45))
+        read += prose * len(line)
+        if paragraph:
+            links = comments = False
+        elif not prose and read >= 100 and COMMENTS.fullmatch(line):
+            comments = True
+        elif not prose and len(line) < 20 and RELATED.search(line):
+            links, kinds[at] = True, "furniture"
+        elif comments or (links and (prose or kinds[at + 1 : at + 2] != ["prose"])):
+            kinds[at] = "furniture"
+
+
+def drop_islands(lines: list[str], kinds: list[str]) -> None:
+    """Turn what little stands alone among the menus below the article into furniture too."""
+    runs, at = [], 0
+    for furniture, run in groupby(kinds, lambda kind: kind in ("furniture", "table")):
+        place = range(at, at := at + len(list(run)))
+        prose = [len(lines[line]) for line in place if kinds[line] == "prose"]
+        runs.append((place, furniture, prose))
+    ends = [number for number, (_, _, prose) in enumerate(runs) if sum(prose) >= 100]
+    apart = 0
+    for place, furniture, prose in runs[ends[-1] + 1 :] if ends else ():
+        apart += len(place) if furniture else 0
+        if apart > 3 and prose and max(prose) < 60:
+            for line in place:
+                kinds[line] = "furniture"
+
+
 def line_kind(line: str) -> str:
-    """Return "prose" for a line that holds a sentence, "furniture", or "short" for what may be a
-    heading, a verse or a menu: its neighbours tell."""
+    """Return "prose" for a line that holds a sentence, "furniture", "table" for what looks like
+    furniture but may be data or code, or "short" for what may be a heading, a verse or a menu: its
+    neighbours tell."""
     sentence = SENTENCE.search(line) or (len(line) > 60 and line.endswith(CLOSING))
     if sentence and len(line) > 300:
         return "prose"
-    menu = 0 if sentence else sum(len(match[0]) for match in FURNITURE.finditer(line))
-    if not sentence and (
-        not any(map(str.isalpha, line)) or (menu and menu >= 0.4 * sum(map(str.isalpha, line)))):
-        return "furniture"
-    contacts = CONTACT.findall(line) if ":" in line or "：" in line else ()
+    contacts = CONTACT.findall(line) if ":" in line or "：" in line or " " in line[:8] else ()
+    if not sentence and len(line) > 11 and line[-1] in ":：" and not contacts:
+        return "prose"  # it leads to a list, a formula or a listing
+    if not sentence and not any(map(str.isalpha, line)):
+        return "table"
+    heading = not sentence and NUMBERED.match(line)
+    menu = 0 if sentence or heading else sum(len(match[0]) for match in FURNITURE.finditer(line))
     if (
-        len(contacts) > 1 or (contacts and len(line) < 60)
+        (menu and menu >= 0.4 * sum(map(str.isalpha, line)))
+        or len(contacts) > 1 or (contacts and len(line) < 60)
         or (len(line) < 160 and NOTICE.search(line))
         or (len(line) < 45 and not line.endswith("。") and PROMPT.search(line))):
         return "furniture"
@@ -717,16 +786,29 @@ def line_kind(line: str) -> str:
     items = SEPARATORS.split(line)
     if hide_private(line) != line or (menu and len(items) > 1):
         return "furniture"
-    return "furniture" if len(items) > 2 and len(line) < 7 * len(items) else "short"
+    table = len(items) > 2 and len(line) < 7 * len(items)
+    return "table" if table and not heading and not FORMULA.search(line) else "short"
 
 
-def block_lines(lines: list[str], kinds: list[str], before_prose: bool) -> list[str]:
-    """Return what to keep of lines between prose: a heading and a byline, or verse."""
+def block_lines(
+    lines: list[str], kinds: list[str], before_prose: bool, after_prose: bool
+) -> list[str]:
+    """Return what to keep of lines between prose: a heading and a byline, verse, or data and code
+    that stand within the article without any word of menus."""
+    data = sum(bool(DATA.search(line)) for line in lines)
+    if before_prose and after_prose and "furniture" not in kinds and 2 * data >= len(lines):
+        return lines
+    kinds = ["furniture" if kind == "table" else kind for kind in kinds]
     short = [line for line, kind in zip(lines, kinds, strict=True) if kind == "short"]
-    letters = "".join(short)
-    grammar = sum(char in FUNCTION_WORDS for char in letters) >= 0.06 * len(letters)
-    if len(short) > 3 and len(short) == len(set(short)) and grammar:
-        return short  # verse and talk have grammar, menus only names
+    verse = []
+    for is_short, run in groupby(zip(lines, kinds, strict=True), lambda pair: pair[1] == "short"):
+        run = [line for line, _ in run]
+        letters = "".join(run)
+        grammar = sum(char in FUNCTION_WORDS for char in letters) >= 0.06 * len(letters)
+        if is_short and 3 < len(run) == len(set(run)) and len(letters) >= 5 * len(run) and grammar:
+            verse += run  # verse and talk have grammar, menus only names
+    if verse:
+        return verse
     if not before_prose:
         return []
     if "furniture" in kinds or len(short) > 3:

@@ -231,6 +231,8 @@ def test_no_sentence_of_a_good_page_is_lost(judge, name):
         ("repetition", "\n".join([LETTER[:60] + "。"] * 20)),
         ("spam", SPAM),
         ("mojibake", LETTER.replace("，", "\ufffd")),
+        ("mojibake", LETTER.replace("的", "?").replace("，", "?")),
+        ("mainland", RECIPE.replace("的", "爲")),
         ("mojibake", "".join(c + "龘" * (i % 6 == 0) for i, c in enumerate(LETTER))),
         ("punctuation", "\n".join(LETTER.replace("。", "，").split("，"))),
         ("han", LETTER + " english words that say nothing at all" * 30 + "。")])
@@ -302,6 +304,29 @@ def test_a_poem_without_punctuation_is_no_menu():
 def test_a_list_of_goods_is_a_menu():
     goods = "冰箱\n洗衣機\n除濕機\n電風扇\n氣炸鍋\n電鍋\n咖啡機\n吹風機"
     assert clean_lines(f"{goods}\n{LETTER}\n{goods}") == LETTER
+
+
+@pytest.mark.parametrize(
+    "below",
+    [
+        "你可能也會想看\n巷口那棵樹，三十年後還在嗎？這家人說出答案了\n老屋翻修記",
+        "3 則留言\n小魚\n好想去看看那棵榕樹，謝謝分享！\n路人甲\n2021年5月3日\n我也住附近。",
+        "版權所有\n回首頁\n登入\n訂閱\n站長是個愛散步的人，養了一隻龜。\n碎念集",
+        "開放時間 週二至週五 10:00-18:00，週末休息\n洽詢電話 02-2345-6789",
+        "本店保留活動變更及終止之權利。", "手藝教室 » 木工", "0 comments", "電子信箱 *",
+        "榕樹與書店（圖片來源：作者提供）"])
+def test_what_stands_below_an_article_goes(below):
+    assert clean_lines(f"{LETTER}\n{below}") == LETTER
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        "第二章 留言", "三、更多的樹", "面積 = 長 × 寬", "for i in range(3):\n    print(i)",
+        "長 3.5 12 40\n寬 2.5 11 38", "所需的材料與工具如下："])
+def test_headings_formulas_and_data_within_an_article_stay(within):
+    page = f"{LETTER}\n{within}\n{RECIPE.splitlines()[2]}"
+    assert clean_lines(page) == "\n".join(map(str.strip, page.splitlines()))
 
 
 @pytest.mark.parametrize(
