@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import importlib.util
 import io
 import json
 import math
@@ -924,7 +925,9 @@ def blocks() -> SimpleNamespace:
         def read_rows(self, path: str, damage: Callable) -> Iterator[dict]:
             folder, _, name = path.rpartition("/")
             reader = ParquetReader if path.endswith(".parquet") else JsonlReader
+            found = False
             for row in reader(folder).read_file(name):
+                found = True
                 known = {name: row.metadata.get(name) for name in ("url", "date")}
                 page = row.text.encode("utf-8", errors="replace")
                 refused = self.judge.refuse_bytes(page)
@@ -932,6 +935,8 @@ def blocks() -> SimpleNamespace:
                     self.tally.count(refused, len(page))
                 else:
                     yield known | {"text": row.text, "id": row.id, "refused": refused}
+            if not found:
+                damage("no row with a column text")
 
     class Verdicts(BaseFilter):
         """Cleans a page, scores it and refuses it by the first rule that it breaks."""
@@ -1260,6 +1265,14 @@ def check(args: Arguments) -> None:
             raise UserError(f"--{name} {value}: out of range; expected {expected}; change it")
     if Path(args.output_dir).is_file():
         raise UserError(f"--output_dir {args.output_dir}: a file; expected a folder; give another")
+    if Path(args.picture).suffix not in (".png", ".pdf", ".svg"):
+        expected = "expected a file that ends in .png, .pdf or .svg; change it"
+        raise UserError(f"--picture {args.picture}: no picture's name; {expected}")
+    if args.executor == "slurm" and not shutil.which("sbatch"):
+        expected = "expected a Slurm cluster; use --executor local"
+        raise UserError(f"--executor slurm: no sbatch on this machine; {expected}")
+    if args.executor == "ray" and not importlib.util.find_spec("ray"):
+        raise UserError("--executor ray: not installed; expected Ray; pip install ray")
 
 
 def parse_size(text: str | None) -> int | None:
@@ -1274,10 +1287,15 @@ def parse_size(text: str | None) -> int | None:
 
 def list_inputs(args: Arguments) -> list[str]:
     """Return the files to read, in a fixed order."""
-    if args.crawl:
+    if args.crawl is not None:
         files = crawl_files(args.crawl)
     else:
         files = list(dict.fromkeys(name for given in args.input for name in expand_input(given)))
+    for name in files:
+        if "://" not in name and Path(name).parent.resolve() == Path(args.output_dir).resolve():
+            raise UserError(
+                f"--output_dir {args.output_dir}: holds {name}, which is read;"
+                " expected a folder of its own; choose another")
     return files[: args.limit_files]
 
 
@@ -1338,7 +1356,8 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
         except BlockingIOError as error:
             what = "another run is writing here; expected none; wait for it or choose another"
             raise UserError(f"{where} {what}") from error
-        settings = {k: v for k, v in asdict(args).items() if k not in HERE_ONLY} | {"files": files}
+        names = [name if "://" in name else os.path.relpath(name, output) for name in files]
+        settings = {k: v for k, v in asdict(args).items() if k not in HERE_ONLY} | {"files": names}
         if not known.exists():
             write_whole(known, json.dumps(settings, ensure_ascii=False))
         before = json.loads(known.read_text())

@@ -84,8 +84,8 @@ TABLE = [
     # Broken contents.
     row(F, "a file that only ends in .wet", ["--input", "note.wet"],
         ["--input note.wet", "no page could be read", "foreign bytes"]),
-    row(F, "JSON Lines without text", ["--input", "untold.jsonl"], ["--input untold.jsonl", "text"],
-        wrong="it says that nothing is there and expects JSONL, which it was"),
+    row(F, "JSON Lines without text", ["--input", "untold.jsonl"],
+        ["--input untold.jsonl", "column text"]),
     row(F, "a broken Parquet file", ["--input", "bad.parquet"],
         ["--input bad.parquet", "unreadable"]),
     row(E, "a broken Parquet file", [*EXTEND[:3], "bad.parquet"], ["--corpus bad.parquet"]),
@@ -107,8 +107,7 @@ TABLE = [
     row(F, "output into another program's Parquet",
         ["--input", "note.wet", "--output_dir", "theirs"],
         ["--output_dir theirs", "another program's"]),
-    row(F, "output = input", ["--input", "pages", "--output_dir", "pages"], ["--output_dir pages"],
-        wrong="the corpus is mixed with the pages; the second run advises to delete the folder"),
+    row(F, "output = input", ["--input", "pages", "--output_dir", "pages"], ["--output_dir pages"]),
     row(E, "output to a file", [*EXTEND, "--output_dir", "note.md"], ["--output_dir note.md"]),
     row(E, "output = input", [*EXTEND, "--output_dir", TINY], [f"--output_dir {TINY}"]),
     row(T, "output to a file", [*TRAIN, "--output_dir", "note.md"], ["--output_dir note.md"]),
@@ -134,7 +133,7 @@ TABLE = [
         ["--base_model a/b", "hf auth"]),
     # What the machine lacks.
     row(F, "Slurm where there is none", ["--input", "pages", "--executor", "slurm"],
-        ["--executor slurm", "sbatch"], wrong="subprocess's traceback"),
+        ["--executor slurm", "sbatch"]),
     row(T, "TF32 without a GPU", [*TRAIN, "--tf32", "true"], ["--tf32", "GPU"]),
     row(T, "both bf16 and fp16", [*TRAIN, "--fp16", "true"], ["fp16 and bf16"]),
     row(T, "DeepSpeed", [*TRAIN, "--deepspeed", "ds.json"], ["deepspeed"]),
@@ -145,8 +144,7 @@ TABLE = [
     row(F, "a size without number", ["--target_size", "lots"], ["--target_size lots", "6GB"]),
     row(F, "a size of nothing", ["--target_size", "0GB"], ["--target_size 0GB", "6GB"]),
     row(F, "an executor that nobody knows", ["--executor", "k8s"], ["--executor", "slurm"]),
-    row(F, "a picture of no known format", ["--input", "pages", "--picture", "a.xyz"], ["a.xyz"],
-        wrong="matplotlib's traceback when all the work is done"),
+    row(F, "a picture of no known format", ["--input", "pages", "--picture", "a.xyz"], ["a.xyz"]),
     row(E, "too small a vocabulary", [*EXTEND[:5], "5"], ["--vocab_size 5", "1000"]),
     row(E, "more pieces than the corpus has", [*EXTEND[:5], "61388"],
         ["--vocab_size 61388", "lower"]),
@@ -415,8 +413,7 @@ OPTIONAL = [  # a package that is not there, and what the line must advise
     row(E, "pyarrow.parquet", EXTEND, ["pyarrow", "pip install -r requirements.txt"]),
     row(T, "peft", TRAIN, ["peft", "pip install -r requirements.txt"]),
     row(M, "sentencepiece", MERGE, ["sentencepiece", "pip install -r requirements.txt"]),
-    row(F, "ray", ["--input", "pages", "--executor", "ray"], ["pip install ray"],
-        wrong="requirements.txt does not hold it"),
+    row(F, "ray", ["--input", "pages", "--executor", "ray"], ["pip install ray"]),
     row(T, "liger_kernel", [*TRAIN, "--use_liger_kernel", "true"], ["pip install liger-kernel"]),
 ]  # fmt: skip
 
@@ -471,10 +468,7 @@ def test_no_space_left_is_one_line_and_exit_code_1(script, wrong_hands, run_scri
         assert not record.exists() or json.loads(record.read_text())["results"] is None
 
 
-@pytest.mark.parametrize(
-    "script",
-    [F, E, pytest.param(T, marks=found("nothing holds the folder")), M],
-)
+@pytest.mark.parametrize("script", [F, E, T, M])
 def test_a_second_run_into_the_same_folder_is_refused(script, wrong_hands):
     """The first is stopped in the middle, as by Ctrl-Z, so that the second finds it at work."""
     options = FULL[script][1]
