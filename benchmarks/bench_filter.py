@@ -9,6 +9,7 @@ speed    The first pass on one core against `igzip -dc` and against datatrove's 
 workers  Two workers against one, on six such files.
 memory   Peak memory of a worker, input tenfold.
 dedup    Time and peak memory for 100,000 and 400,000 generated pages; recall by Jaccard similarity.
+disk     Bytes of the corpus, and of its folder at its largest, over those of the kept text.
 
 All figures of a table come from one run, side by side; ratios are what to read. The WET is mixed
 from ../shared/data/labelled.wet.gz. Results: benchmarks/results/filter.json and
@@ -25,6 +26,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from datetime import date
 from importlib.metadata import version
@@ -256,6 +258,52 @@ def dedup_recall() -> dict:
     return rows | {"0.8 and over": {"pairs": len(hits), "found": round(sum(hits) / len(hits), 4)}}
 
 
+def disk(rounds: int) -> dict:
+    """Result and largest size of the output folder of a whole run, over the kept text. The pages
+    are the good ones of the labelled file, their sentences drawn anew from all of them."""
+    from isal import igzip
+
+    whole = igzip.decompress(DATA.read_bytes())
+    records = [record.partition(b"\r\n\r\n") for record in whole.split(b"WARC/1.0\r\n")]
+    good = [page.decode().strip() for header, _, page in records if b"/tc/" in header]
+    sentences = sorted({s for page in good for s in re.findall("[^。！？\n]{8,}[。！？]", page)})
+    draw, folder = random.Random(SEED), WORK / "disk"
+    with open(WORK / "disk.jsonl", "w", encoding="utf-8") as lines:
+        for number in range(12_000):
+            page = {"text": "".join(draw.choices(sentences, k=15)), "id": str(number)}
+            lines.write(json.dumps(page, ensure_ascii=False) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    ended, largest = threading.Event(), 0
+
+    def poll() -> None:
+        nonlocal largest
+        while not ended.wait(0.02):
+            largest = max(largest, folder_bytes(folder))
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    script.main([
+        "--input", str(WORK / "disk.jsonl"), "--output_dir", str(folder),
+        "--picture", str(WORK / "disk.png")])
+    ended.set()
+    thread.join()
+    kept = json.loads((folder / "stats.json").read_text())["bytes"]
+    result = sum(path.stat().st_size for path in folder.glob("*.parquet"))
+    return {"result to text": round(result / kept, 2), "peak to text": round(largest / kept, 2)}
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder, while others write and delete there."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(place, name)).st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
 # --- Picture -------------------------------------------------------------------------------------
 
 
@@ -288,7 +336,7 @@ def draw(table: dict) -> None:
 
 # --- Main ----------------------------------------------------------------------------------------
 
-TABLES = {"speed": speed, "workers": workers, "memory": memory, "dedup": dedup}
+TABLES = {"speed": speed, "workers": workers, "memory": memory, "dedup": dedup, "disk": disk}
 
 
 def stamp() -> dict:
