@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -1191,8 +1192,14 @@ class Report:
         self.output, self.drawn = Path(args.output_dir), 0.0
 
     def begin(self, blocks: PackedBlocks, bytes_on_cpu: int) -> None:
-        """Open the folder and say what comes."""
+        """Open the folder, for this process alone, and say what comes."""
         self.output.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.output / ".lock", "w")  # noqa: SIM115 (held on to)
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--output_dir {self.output}: another run is writing it; wait for it, "
+                            "or pass another folder") from error
         write_json(self.output / "run.json", self.record)
         print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in self.facts.items()))
         if bytes_on_cpu > LARGE_FOR_A_CPU:

@@ -468,15 +468,18 @@ def test_no_space_left_is_one_line_and_exit_code_1(script, wrong_hands, run_scri
         assert not record.exists() or json.loads(record.read_text())["results"] is None
 
 
-@pytest.mark.parametrize("script", [F, E, T, M])
-def test_a_second_run_into_the_same_folder_is_refused(script, wrong_hands):
+@pytest.mark.parametrize(
+    ("script", "held"),  # what is there once the first run holds the folder
+    [(F, "out/.work/settings.json"), (E, ".out.partial"), (T, "out/run.json"), (M, ".out.partial")],
+)
+def test_a_second_run_into_the_same_folder_is_refused(script, held, wrong_hands):
     """The first is stopped in the middle, as by Ctrl-Z, so that the second finds it at work."""
     options = FULL[script][1]
     command = [sys.executable, str(ROOT / script), *options, "--output_dir", "out"]
     errors = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while first.poll() is None and not list(wrong_hands.glob("*out*")):
+        while first.poll() is None and not (wrong_hands / held).exists():
             time.sleep(0.001)
         first.send_signal(signal.SIGSTOP)
         second = subprocess.run(command, timeout=120, check=False, **errors)
