@@ -71,6 +71,9 @@ SAMPLE = 640  # further bytes that show its script
 FIRST_LEAD, LEADS = np.uint8(0xE4), np.uint8(6)  # E4 to E9 begin nearly every Han character
 SCORES = ("han", "traditional", "mainland", "repeated", "distinct", "closing", "spam")
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
+RANGES = {  # of the numbers that are neither a share nor a count without a limit
+    "max_mainland": (-1000, math.inf), "max_spam": (0, math.inf), "workers": (1, 4096),
+    "minhash_buckets": (1, 1000), "minhash_rows": (1, 1000)}
 
 # Rules in the order in which they are applied; stats.json and the picture follow it.
 RULES = {
@@ -1257,12 +1260,12 @@ def check(args: Arguments) -> None:
     """Find mistakes before any work."""
     parse_size(args.target_size)
     for name, value in asdict(args).items():
-        if isinstance(value, float) and name not in ("max_mainland", "max_spam"):
-            expected = None if 0 <= value <= 1 else "a share from 0 to 1"
-        else:
-            expected = "at least 1" if isinstance(value, int) and value < 1 else None
-        if expected and not isinstance(value, bool):
-            raise UserError(f"--{name} {value}: out of range; expected {expected}; change it")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            usual = (0, 1) if isinstance(value, float) else (1, math.inf)
+            least, most = RANGES.get(name, usual)
+            expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            if not least <= value <= most:  # a NaN lies in no range
+                raise UserError(f"--{name} {value}: out of range; expected {expected}; change it")
     if Path(args.output_dir).is_file():
         raise UserError(f"--output_dir {args.output_dir}: a file; expected a folder; give another")
     if Path(args.picture).suffix not in (".png", ".pdf", ".svg"):
