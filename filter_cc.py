@@ -177,7 +177,7 @@ TAIWAN = (
     "程式 作業系統 防毒 部落格 網咖 快取 主機板 雲端 人工智慧 專案 檔案 資料夾 數位 解析度 國小 "
     "國中 機車 便當 超商 健保 統一發票 阿嬤 阿公 腳踏車 透過 志工 帳號 帳戶")
 # Forms of OpenCC's own standard, in use neither in Taiwan nor in Hong Kong: a conversion left them.
-VARIANTS = "爲僞衆喫竈脣覈纔"
+VARIANTS = "爲僞衆竈覈纔"
 CURLY = re.compile("“[\u4e00-\u9fff]")  # Taiwan quotes with 「」; conversion leaves quotes alone
 # Words of OpenCC's table that Taiwan has too, and compounds that only seem to hold one.
 SHARED = (

@@ -815,7 +815,7 @@ def test_a_remote_file_is_read_where_it_lies(judge):
         (["--crawl", "CC-MAIN-1999-01"], ["--crawl CC-MAIN-1999-01", "--input"]),
         (["--target_size", "much"], ["--target_size much", "6GB"]),
         (["--min_han", "7"], ["--min_han 7", "0 to 1"]),
-        (["--workers", "0"], ["--workers 0", "at least 1"]),
+        (["--workers", "0"], ["--workers 0", "1 to 4096"]),
         (["--output_dir", "README.md"], ["--output_dir README.md", "folder"])])
 def test_mistakes_end_in_one_line(run_script, tmp_path, options, words):
     if "--output_dir" not in options:
