@@ -98,9 +98,10 @@ FIGURES: list[tuple] = [
      per_token("novel + modern, weight 1 8", "unseen_83")),
     ("以 {:.2f} 計", "at {:.2f} characters a token",
      per_token("novel + modern, weight 1 8", "unseen_83")),
-    ("的權重 {:.0f} 秒（`cp -r` 的 {:.1f} 倍）", "{:.0f} s to read and write 13.5 GB of weights "
-     "({:.1f} times `cp -r`)", f"{RESIZE} > rounds > 0 > extend_seconds",
-     f"{RESIZE} > rounds > 0 > ratio"),
+    ("的權重 {:.0f} 到 {:.0f} 秒（`cp -r` 的 {:.1f} 到 {:.1f} 倍）",
+     "{:.0f} to {:.0f} s to read and write 13.5 GB of weights ({:.1f} to {:.1f} times `cp -r`)",
+     f"{RESIZE} > rounds > 1 > extend_seconds", f"{RESIZE} > rounds > 0 > extend_seconds",
+     f"{RESIZE} > rounds > 0 > ratio", f"{RESIZE} > rounds > 1 > ratio"),
     ("{:.0f} GB 的模型 {:.0f} 秒，是 `cp -r` 的 {:.1f} 倍", None, f"{WHOLE} > gigabytes",
      f"{WHOLE} > ways > original > seconds", f"{WHOLE} > ways > original > times_cp"),
     (None, "{:.0f} s for a model of {:.0f} GB, {:.1f} times `cp -r`",
