@@ -1,6 +1,7 @@
 """merge_lora.py beside PEFT's merge_and_unload and beside cp -r: time, memory, bits.
 
-    python benchmarks/bench_merge.py                 # a 3.7 GB model, minutes; 17 GB of disk
+    python benchmarks/bench_merge.py                 # both models that follow, if the disk allows
+    python benchmarks/bench_merge.py --only 1.9B     # a 3.7 GB model, minutes; 17 GB of disk
     python benchmarks/bench_merge.py --only 7B       # a 14 GB one, cp and ours; 32 GB of disk
     python benchmarks/bench_merge.py --draw          # the picture again, from the results
 
@@ -271,7 +272,7 @@ def main() -> None:
     """Measure the chosen models; each keeps its own stamp when another is measured again."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SIZES, default=["1.9B"], help="these models")
+    parser.add_argument("--only", nargs="+", choices=SIZES, default=SIZES, help="these models")
     parser.add_argument("--rounds", type=int, default=3, help="of cp and ours, on the small model")
     parser.add_argument("--draw", action="store_true", help="only the picture, from the results")
     args = parser.parse_args()
