@@ -64,11 +64,11 @@ ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 ENDINGS = (".wet", ".wet.gz", ".warc", ".warc.gz", *ROW_ENDINGS)
 MAX_TASKS = 256  # deduplication opens one file of every task at once
 FIRST_TURN = 32  # files read before the yield of a crawl is known (--target_size)
-BLOCK = 1 << 20  # bytes that a stream gives at a time
+BLOCK = 1 << 18  # bytes that a stream gives at a time
 MAX_RECORD = 16 << 20  # bytes; no page of prose is larger
 HEAD = 384  # compressed bytes that hold a record's header
 SAMPLE = 640  # further bytes that show its script
-FIRST_LEAD, LEADS = np.uint8(0xE4), np.uint8(6)  # E4 to E9 begin nearly every Han character
+HAN_LEADS = bytes(range(0xE4, 0xEA))  # they begin nearly every Han character in UTF-8
 SCORES = ("han", "traditional", "mainland", "repeated", "distinct", "closing", "spam")
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
 RANGES = {  # of the numbers that are neither a share nor a count without a limit
@@ -84,9 +84,9 @@ RULES = {
     "mojibake": "broken bytes, or characters that nobody uses",
     "lines": "menus, footers, share buttons and cookie notices (lines; pages stay)",
     "length": "too little prose is left",
-    "mainland": "mainland wording in Traditional glyphs",
     "repetition": "it repeats itself",
     "punctuation": "hardly a line ends like a sentence",
+    "mainland": "mainland wording in Traditional glyphs",
     "spam": "gambling, loan, adult and drug vocabulary",
     "url": "the address is on a block list",
     "exact_duplicate": "same text as an earlier page",
@@ -96,55 +96,74 @@ RULES = {
 # A record's header (in lower case) names the page's languages, and Chinese is not among them.
 FOREIGN = re.compile(rb"\nwarc-identified-content-language:(?!.*zho)")
 
+# Lines are searched in lower case. Where every alternative of a pattern begins with a plain letter,
+# re looks for these letters by a table, many times as fast: hence 上一?頁|下一?頁, not [上下]一?頁.
+
 # Words of menus, for lines that hold no sentence.
+THINGS = "(?:文章|新聞|閱讀|商品|關鍵字|標籤|連結|主題|問答|留言)"
 FURNITURE = re.compile(
-    "首頁|主頁|最新消息|關於(?:我們|本站)|(?:聯絡|聯繫)我們|會員|登[入出]|註冊|購物車|加入好友|"
-    "追蹤|收藏|網站(?:地圖|導覽)|隱私權?(?:政策|聲明)?|(?:服務|使用)條款|免責聲明|常見問[題答]|"
-    "回到?最?[頂上首][頁端方層]?|[上下]一?[頁篇則]|更多|延伸閱讀|"
-    "(?:相關|熱門|最新|推薦|精選)(?:文章|新聞|閱讀|商品|關鍵字|標籤|連結|主題)|分享到?|列印|字級|"
-    "轉寄|訂閱|電子報|粉絲(?:團|專頁)|按讚|留言|回[覆應]|搜尋|[您目]的?現?前?位置|人氣|"
-    "瀏覽(?:人次|數)?|點閱[數率]?|標籤|分類|跳到主(?:文|要內容(?:區塊)?)|部落格|相簿|檢舉|"
-    "選單|客服(?:中心)?|忘記密碼|人才招募|\\d+ 人(?:喜歡|說讚)|[發更].?(?:日期|時間)|作者|編輯|"
-    "排序|複製連結|繁體中文|[»›＞]|"
-    "(?i:english|facebook|line|instagram|\\bIG\\b|youtube|twitter|threads|telegram|rss|app|e?-?mail|"
-    "top|menu|home|login|tags?|comments?)"
-)
+    "首頁|主頁|最新消息|關於(?:我們|本站|我自己|這個網誌)|聯[絡繫]我們|會員|登[入出]|註冊|購物車|"
+    "加入(?:好友|最愛|書籤)|追蹤|收藏|網站(?:地圖|導覽)|隱私權?(?:政策|聲明)?|服務條款|使用條款|免責聲明|"
+    "常見問[題答]|回到?最?[頂上首][頁端方層]?|回主文|上一?[頁篇則首]|下一?[頁篇則首]|更多|延伸閱讀|"
+    f"相關{THINGS}|熱門{THINGS}|最新{THINGS}|近期{THINGS}|推薦{THINGS}|精選{THINGS}|分享[到至]?|列印|"
+    "字級|轉寄|訂閱|電子報|粉絲(?:團|專頁)|按讚|留言|回[覆應]|搜尋|您的?現?前?位置|目的?現?前?位置|"
+    "人氣|最近瀏覽|瀏覽(?:人次|數|量)?|點閱[數率]?|點擊|標籤|分類|彙整|跳[到至](?:主|導覽|搜尋)|部落格|"
+    "網誌|痞客邦|相簿|檢舉|舉報|選單|導覽|客服(?:中心)?|忘記(?:密碼|帳號)|人才招募|"
+    " 人(?:喜歡|說讚)|發.?(?:日期|時間)|更.?(?:日期|時間)|張貼|作者|樓主|編輯|排序|複製連結|"
+    "繁體中文|無障礙|附件|友站連結|完整簡介|追蹤者|廣告|贊助|退換貨|下載|付款方式|運送方式|立即購買|»|›|＞|"
+    r"english|facebook|line|instagram|ig(?<!\wig)\b|youtube|twitter|threads|telegram|rss|app|pdf|"
+    "e-?mail|mail|top|menu|home|login|search|share|like|posted by|blogthis|tags?|comments?")
 # Lines that are furniture although they read like a sentence; of the prompts only short ones.
+CREDIT = r"(?:圖片?|照片|攝影|翻攝)[^）)]{0,8}[:：／/][^）)]{1,20}[）)]$"
 NOTICE = re.compile(
-    r"(?i)"
     r"版權(?:所有|為)|著作權(?:所有|聲明|歸)|©|\(c\)\s?(?:19|20)\d\d|copyright|"
     r"all\srights\sreserved|請勿(?:任意)?轉載|"
-    r"未經.{0,4}(?:授權|許可|同意).{0,8}(?:轉載|重製|使用)|歡迎轉載|註明出處|創用\s?CC|"
+    r"未經.{0,4}(?:授權|許可|同意).{0,8}(?:轉載|重製|使用)|歡迎轉載|註明出處|創用\s?cc|"
     r"網站.{0,6}使用.{0,4}cookie|cookies?.{0,40}(?:同意|政策|隱私|瀏覽)|同意.{0,12}cookie|"
     r"不代表.{0,8}立場|保[有留].{0,6}(?:修改|變更|更改|終止|解釋).{0,20}權|®.{0,30}商標|"
     r"最後(?:修訂|更新|編輯)|javascript|akismet|佈景主題|powered\sby|processed\sin|"
-    r"(?:必須|尚未|沒有)登入|目前時間是\s?\d|所有時間均為|網站.{0,12}僅供參考|電子郵件地址不會|"
+    r"必須登入|尚未登入|沒有登入|目前時間是\s?\d|所有時間均為|網站.{0,12}僅供參考|電子郵件地址不會|"
     r"必填欄位|內容將保密|在瀏覽器中儲存|自由的百科全書|最佳瀏覽|"
-    r"瀏覽器.{0,12}(?:最佳|建議)|建議使用.{0,24}瀏覽|對[您你]有.{0,2}幫助嗎|"
-    r"[（(](?:圖片?|照片|攝影|翻攝)[^）)]{0,8}[:：／/][^）)]{1,20}[）)]$")
+    r"瀏覽器.{0,12}(?:最佳|建議)|建議使用.{0,24}瀏覽|對[您你]有.{0,2}幫助嗎|頁面有.{0,2}幫助嗎|"
+    r"內容.{0,6}僅供參考|資[料訊].{0,6}僅供參考|繼續往下閱讀|您收到[這此本]封?[信郵]件?是?因|"
+    r"以電子郵件傳送這篇|減少垃圾留言|按一下即可分享|本[帖文]最後由|發信站[:：]|文章網址[:：]|"
+    r"請.{0,10}與客服聯[絡繫]|請聯[絡繫]客服|此條目.{0,6}來源|來源以改善|"
+    rf"（{CREDIT}|\({CREDIT}")
 PROMPT = re.compile(
-    r"(?:喜歡|覺得).{0,14}(?:分享|按讚|訂閱)|歡迎.{0,4}(?:分享|訂閱|追蹤|按讚)|"
-    r"按讚.{0,8}(?:粉絲|專頁)|加入(?:會員|.{0,4}粉絲)|[滿全].{1,8}免運|訂閱.{0,8}(?:電子報|頻道)|"
-    r"(?:追蹤|加入)我們|[與和跟]我們聯[絡繫]|點(?:我|此|這裡)|(?:看|閱讀)更多|延伸閱讀|"
-    r"^[上下]一?[篇則頁][:：]|顆星.{0,3}好評|文章對[您你].{0,4}幫助|"
-    r"發[表佈].{0,6}留言|(?:贊助|支持){1,2}(?:創?作者|我們)|^\S{2,8}\s?\*$")
+    r"喜歡.{0,14}(?:分享|按讚|訂閱)|覺得.{0,14}(?:分享|按讚|訂閱)|歡迎.{0,4}(?:分享|訂閱|追蹤|按讚)|"
+    r"按讚.{0,8}(?:粉絲|專頁)|加入(?:會員|.{0,4}粉絲)|滿.{1,8}免運|全.{1,8}免運|"
+    r"訂閱.{0,8}(?:電子報|頻道)|追蹤我們|加入我們|與我們聯[絡繫]|和我們聯[絡繫]|跟我們聯[絡繫]|"
+    r"忘記(?:密碼|帳號)|官方帳號|下載.{0,6}app|請先?登入|訪客身[份分]|歡迎加入|立即(?:報名|購買|下載)|"
+    r"點(?:我|此|這裡)|看更多|閱讀更多|延伸閱讀|上一?[篇則頁][:：]|下一?[篇則頁][:：]|"
+    r"顆星.{0,3}好評|文章對[您你].{0,4}幫助|發[表佈].{0,6}留言|贊助(?:支持)?(?:創?作者|我們)|"
+    r"支持(?:贊助)?(?:創?作者|我們)")
 # Headings of links to other pages, whose titles may read like a sentence, and of comments.
 RELATED = re.compile(
-    r"(?:延伸|推薦|相關|熱門|最新|更多|近期|其他|猜你|可能).{0,6}"
-    r"(?:閱讀|文章|新聞|報導|興趣|喜歡|想看|話題)")
+    r"(?:延伸|推薦|相關|熱門|人氣|最新|更多|近期|其他|猜你|可能|[也還]).{0,6}"
+    r"(?:閱讀|文章|新聞|報導|興趣|喜歡|想看|話題|問答|作品|詩作|買了)|(?i:related\s(?:posts|articles))")
 COMMENTS = re.compile(
     r"(?i)(?:發[佈表]|\d+\s?[則篇個]?\s?)?(?:留言|回應|迴響|評論|comments?)\s?[(（]?\d*[)）]?[:：]?")
+# Lines about the page: when, by whom, where in the site.
+DAY = r"(?:\d\d){1,2}\s?[年./-]\s?\d\d?\s?[月./-]\s?\d\d?"
+ABOUT = re.compile(
+    rf"{DAY}[\s\d:日上下午星期週一二三四五六（）()]*$|{DAY}日?\s.{{0,8}}$|\d?\d:\d\d$|"
+    r"\S{0,4}(?:編號|次數|來源|領域|評價|評分|難度|單位|類別|字數|日期|時間|[者首])\s?[:：].{0,20}$|"
+    r".{1,20}\s(?:[>/»›＞|]|>>)\s.{1,20}$|.{0,12}發[表佈布]於")
 # Headings and formulas, however few of their characters are words; data and code.
 NUMBERED = re.compile(
     "[壹貳參肆伍陸柒捌玖拾一二三四五六七八九十]+、|第[一二三四五六七八九十百0-9]+[章節條步]")
 FORMULA = re.compile(r"\S [=≈≤≥] \S")
 DATA = re.compile(r"[\d=(){};]")
-CONTACTS = (
-    "地址|電話|傳真|信箱|e-?mail|tel|fax|(?:服務|營業|看診|門診|開放|客服|上班)時間|統一?編號?|專線|"
-    "郵遞區號|聯絡人")
-CONTACT = re.compile(rf"(?i)(?:{CONTACTS})\s*[:：]|^\S{{0,2}}(?:{CONTACTS})\s.{{0,12}}\d")
-SENTENCE = re.compile("[。！？；，]|[\u3400-\u9fff」）][,.!?;](\\s|$|[\u3400-\u9fff「])")
+LABELS = (
+    "地址|電話|傳真|信箱|e-?mail|tel|fax|服務時間|營業時間|看診時間|門診時間|開放時間|開館時間|開店時間|"
+    "客服時間|上班時間|統一?編號?|專線|郵遞區號|聯絡人")
+CONTACT, CONTACT_LINE = re.compile(rf"(?:{LABELS})\s*[:：]"), re.compile(
+    rf"\S{{0,2}}(?:{LABELS})\s.{{0,12}}\d")
+HAN, LATIN = re.compile("[\u3400-\u9fff]"), re.compile("[a-z]")
+SENTENCE = re.compile(  # Chinese punctuation, or ASCII's behind Han
+    "[。！？；，,.!?;](?:(?<=[。！？；，])|(?<=[\u3400-\u9fff」）].)(?=\\s|$|[\u3400-\u9fff「]))")
 CLOSING = tuple("。！？…」』）；：.!?\"')~～")
+PARAGRAPH = tuple("。；：，」』）.\"')~～")  # the ends of these; a title may end in ？ or ！
 SEPARATORS = re.compile(r"[\s|｜│>»›＞/／·•．‧★◆■]+")
 FUNCTION_WORDS = frozenset(
     "的了是我你妳他她它在不有這那著也就都而又還說到過裡吧嗎呢啊讓把被與和卻才很")
@@ -156,7 +175,8 @@ SPAM = (
     "色情影片 做愛 口交 自慰 情趣用品 跳蛋 春藥 壯陽 威而鋼 犀利士 必利勁 持久液 催情 借錢 "
     "小額借款 急用錢 當日撥款 免留車 免保人 證件借款 票貼 房屋二胎 代書貸款 民間借貸 信用瑕疵 "
     "當舖 汽車借款 機車借款 加賴 加LINE 立即領取 高仿 A貨 代寫論文 代考 換現金 買粉絲 刷讚 增高鞋 "
-    "減肥藥 豐胸 穩賺 保證獲利 飆股 報明牌")
+    "減肥藥 豐胸 穩賺 保證獲利 飆股 報明牌 半套店 全套服務 手排服務 油壓店 舒壓會館 口爆 顏射 肉棒 "
+    "淫水 淫蕩 騷穴 約砲 打砲 鴛鴦浴 酥胸 樓鳳 傳播妹 援妹 乳交 幹砲 卡債整合 貸款顧問 過件率")
 # Mainland words in Traditional glyphs besides those of OpenCC's table, and Taiwan's own.
 MAINLAND = (
     "軟件 硬件 視頻 屏幕 鼠標 網絡 信息 內存 U盤 光盤 打印 服務器 互聯網 出租車 酸奶 土豆 激光 "
@@ -170,7 +190,9 @@ MAINLAND = (
     "供暖 樓盤 首付 五險一金 年終獎 農家樂 釐米 厘米 學習成績 考研 央企 民企 私企 下崗 留守兒童 "
     "空巢老人 廣場舞 小賣部 順風車 拼車 社保 二手房 房產證 身份證號 充電樁 電瓶車 大夥兒 一塊兒 "
     "這會兒 媳婦兒 孩子他爸 鍛煉 貧困戶 扶貧 網課 慕課 師生們 同學們都 領導們 發票抬頭 渠道商 "
-    "質檢 質監 打假 假冒偽劣 消費者們 人社部")
+    "質檢 質監 打假 假冒偽劣 消費者們 人社部 單元樓 一個勁兒 細思極恐 牛逼 屌絲 坑爹 爆款 對標 "
+    "國企 農民工 微商 物業費 護膚品 插混 綠皮火車 打工仔 倍兒 甭管 雲計算 大巴車 銀行卡 轉賬 "
+    "進博會 電飯煲 小夥伴們")
 TAIWAN = (
     "軟體 硬體 影片 螢幕 滑鼠 網路 資訊 記憶體 硬碟 隨身碟 光碟 簡訊 列印 伺服器 資料庫 網際網路 "
     "計程車 優格 馬鈴薯 雷射 晶片 筆電 手機殼 行動電源 外送 按讚 泡麵 鳳梨 奇異果 鮭魚 公車 捷運 "
@@ -201,15 +223,18 @@ SHARED = (
 # Personal data. Digits and letters around them must have ended; that is asked after the first
 # character, because a pattern that begins with a set of characters is found much faster.
 EMAIL = re.compile(r"(?a)[\w.+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+")
+NUMBER = re.compile(r"(?a)\d[\d.()\s-]{5}")  # all that follow have one
 IP_ADDRESS = re.compile(r"(?a)\d(?<![\d.]\d)\d{0,2}(\.\d{1,3}){3}(?!\d|\.\d)")
 NATIONAL_ID = re.compile(r"(?a)[A-Z](?<![A-Za-z\d][A-Z])[1289A-D]\d{8}(?!\d)")
 PHONE = re.compile(
-    r"(?a)[+(0](?<![\d-][+(0])"
-    r"((?<=\+)886[-\s]?(\(0\)|0)?|(?<=0)0886[-\s]?0?|(?<=\()0|(?<=0))"  # country or trunk prefix
-    r"(9\d{2}([-\s.]?\d{3}){2}|[2-8]\d{0,2}\)?[-\s.]?\d{3,4}[-\s.]?\d{4}|800([-\s]?\d{3}){2}"
-    r"|8(2|26|36)\)?[-\s]?\d{5,6})"
+    r"(?a)[+(（0](?<![\d-][+(（0])"
+    r"((?<=\+)886[-\s]?(\(0\)|0)?|(?<=0)0886[-\s]?0?|(?<=[(（])0|(?<=0))"  # country or trunk prefix
+    r"(9\d{2}[)）]?([-\s.]?\d{3}){2}|[2-8]\d{0,2}[)）]?[-\s.]?\d{3,4}[-\s.]?\d{4}|800([-\s]?\d{3}){2}"
+    r"|(37|89|82|826|836)[)）]?[-\s.]?\d{2,3}[-\s.]?\d{3})"
     r"(?!\d)(\s*(#|轉|分機)\s*\d{1,5})?"
 )
+
+PLACEHOLDER = re.compile(r"\[(?:EMAIL|IP|ID|PHONE)\]")
 
 # --- Arguments -----------------------------------------------------------------------------------
 
@@ -358,10 +383,10 @@ def only_record(data: bytes, at: int, end: int, wanted: Callable) -> tuple | Non
             return ()
         if not inflate.eof:
             head += inflate.decompress(data[fed : fed + SAMPLE])
-            if not inflate.eof:
-                if not wanted(header, length, head[body:]):
-                    return ()
-                head += inflate.decompress(data[fed + SAMPLE : end], size)
+        if not wanted(header, length, head[body:]):
+            return ()
+        if not inflate.eof:
+            head += inflate.decompress(data[fed + SAMPLE : end], size)
         return (head, body, length) if inflate.eof and len(head) == size else None
     except igzip_lib.IsalError:
         return None
@@ -561,7 +586,7 @@ def script_table() -> np.ndarray:
     """
     from opencc import OpenCC
 
-    table = np.zeros(sys.maxunicode + 1, np.uint8)
+    table = np.zeros(1 << 16, np.uint8)  # what lies beyond is rare: the last place stands for it
     table[0x3040:0x3100] = Scripts._fields.index("kana")
     table[0xAC00:0xD7A4] = table[0x1100:0x1200] = Scripts._fields.index("hangul")
     table[0xE000:0xF900] = table[0xFFFD] = Scripts._fields.index("broken")
@@ -608,15 +633,15 @@ class Words:
 
     def __init__(self, kinds: dict[str, int]):
         self.kinds, self.lengths = kinds, {}
-        self.starts = np.zeros(1 << 20, bool)
+        self.starts = np.zeros(1 << 18, bool)
         for word in sorted(kinds, key=len, reverse=True):
             self.lengths.setdefault(word[:2], []).append(len(word))
-            self.starts[(ord(word[0]) * 31 + ord(word[1])) & 0xFFFFF] = True
+            self.starts[(ord(word[0]) * 31 + ord(word[1])) & 0x3FFFF] = True
 
     def count(self, text: str, codes: np.ndarray) -> Counter:
         """Return the listed words in the text and how often each is there."""
         found, end = Counter(), 0
-        hashes = (codes[:-1] * 31 + codes[1:]) & 0xFFFFF
+        hashes = (codes[:-1] * 31 + codes[1:]) & 0x3FFFF
         for at in self.starts.take(hashes).nonzero()[0].tolist():
             if at < end:
                 continue
@@ -636,7 +661,7 @@ class Judge:
 
     def count(self, codes: np.ndarray) -> Scripts:
         """Count characters by script."""
-        scripts = self.scripts.take(codes)
+        scripts = self.scripts.take(codes, mode="clip")
         return Scripts._make(np.bincount(scripts, minlength=len(Scripts._fields)).tolist())
 
     def refuse_bytes(self, page: bytes) -> str | None:
@@ -684,33 +709,36 @@ class Judge:
             return text, {}, "mojibake"
         if han < limits.min_length:
             return text, {}, "length"
-        found = self.words.count(text, codes)
-        kinds = Counter(map(self.words.kinds.get, found))  # different words, so no topic decides
-        spam = sum(number for word, number in found.items() if self.words.kinds[word] == 3)
-        curly = 0 if "「" in text else min(2, len(CURLY.findall(text)))
-        abroad = kinds[1] + curly + sum(map(text.count, VARIANTS)) - kinds[2]
-        telling = counts.traditional + counts.simplified
         scores = {
             "han": han / (han + counts.kana + counts.hangul + counts.letter),
-            "traditional": counts.traditional / max(1, telling),
-            "mainland": 1000 * abroad / min(han, 1000),
-            "repeated": 1 - distinct_share(shingles(dense, 10)),
-            "distinct": distinct_share(shingles(dense[:1000], 2)), "closing": closing_share(text),
-            "spam": 1000 * spam / han}
-        breaks = {
-            "han": scores["han"] < limits.min_han,
-            "mainland": abroad > 1 and scores["mainland"] > limits.max_mainland,
-            "repetition": scores["repeated"] > limits.max_repeated
-            or scores["distinct"] < limits.min_distinct,
-            "punctuation": scores["closing"] < limits.min_closing,
-            "spam": scores["spam"] > limits.max_spam}
-        refused = self.refuse_scripts(counts) or next(filter(breaks.get, breaks), None)
-        return text if refused else hide_private(text), scores, refused
+            "traditional": counts.traditional / max(1, counts.traditional + counts.simplified)}
+        if refused := self.refuse_scripts(counts):
+            return text, scores, refused
+        if scores["han"] < limits.min_han:
+            return text, scores, "han"
+        scores["distinct"] = distinct_share(shingles(dense[:1000], 2))
+        scores["repeated"] = 1 - distinct_share(shingles(dense, 10))
+        if scores["repeated"] > limits.max_repeated or scores["distinct"] < limits.min_distinct:
+            return text, scores, "repetition"
+        scores["closing"] = closing_share(text)
+        if scores["closing"] < limits.min_closing:
+            return text, scores, "punctuation"
+        found = self.words.count(text, codes)
+        kinds = Counter(map(self.words.kinds.get, found))  # different words, so no topic decides
+        curly = 0 if "「" in text else min(2, len(CURLY.findall(text)))
+        abroad = kinds[1] + curly + sum(map(text.count, VARIANTS)) - kinds[2]
+        spam = sum(number for word, number in found.items() if self.words.kinds[word] == 3)
+        scores |= {"mainland": 1000 * abroad / min(han, 1000), "spam": 1000 * spam / han}
+        if abroad > 1 and scores["mainland"] > limits.max_mainland:
+            return text, scores, "mainland"
+        if scores["spam"] > limits.max_spam:
+            return text, scores, "spam"
+        return hide_private(text), scores, None
 
 
 def lead_bytes(text: bytes) -> int:
     """Count the bytes that begin Han characters in UTF-8, nearly all of them."""
-    return np.count_nonzero(np.frombuffer(text, np.uint8) - FIRST_LEAD < LEADS)
+    return len(text) - len(text.translate(None, HAN_LEADS))
 
 
 def clean_lines(text: str) -> str:
@@ -736,7 +764,7 @@ def drop_links(lines: list[str], kinds: list[str]) -> None:
     read = 0
     for at, line in enumerate(lines):
         prose = kinds[at] == "prose"
-        closed = not comments and line.endswith((*CLOSING, "，"))
+        closed = not comments and line.endswith(PARAGRAPH)
         paragraph = prose and (closed or len(line) > (100 if comments else 45))
         read += prose * len(line)
         if paragraph:
@@ -759,7 +787,8 @@ def drop_islands(lines: list[str], kinds: list[str]) -> None:
     ends = [number for number, (_, _, prose) in enumerate(runs) if sum(prose) >= 100]
     apart = 0
     for place, furniture, prose in runs[ends[-1] + 1 :] if ends else ():
-        apart += len(place) if furniture else 0
+        data = sum(kinds[line] == "table" and bool(DATA.search(lines[line])) for line in place)
+        apart += len(place) - data if furniture else 0
         if apart > 3 and prose and max(prose) < 60:
             for line in place:
                 kinds[line] = "furniture"
@@ -772,26 +801,34 @@ def line_kind(line: str) -> str:
     sentence = SENTENCE.search(line) or (len(line) > 60 and line.endswith(CLOSING))
     if sentence and len(line) > 300:
         return "prose"
-    contacts = CONTACT.findall(line) if ":" in line or "：" in line or " " in line[:8] else ()
-    if not sentence and len(line) > 11 and line[-1] in ":：" and not contacts:
+    low = line.lower()
+    contacts = len(CONTACT.findall(low)) if ":" in line or "：" in line else 0
+    if not contacts and " " in line[:8] and CONTACT_LINE.match(low):
+        contacts = 1
+    if not sentence and len(line) > 11 and line[-1] in ":：" and not contacts and HAN.search(line):
         return "prose"  # it leads to a list, a formula or a listing
     if not sentence and not any(map(str.isalpha, line)):
         return "table"
     heading = not sentence and NUMBERED.match(line)
-    menu = 0 if sentence or heading else sum(len(match[0]) for match in FURNITURE.finditer(line))
+    menu = 0 if sentence or heading else sum(map(len, FURNITURE.findall(low)))
     if (
         (menu and menu >= 0.4 * sum(map(str.isalpha, line)))
-        or len(contacts) > 1 or (contacts and len(line) < 60)
-        or (len(line) < 160 and NOTICE.search(line))
-        or (len(line) < 45 and not line.endswith("。") and PROMPT.search(line))):
+        or contacts > 1 or (contacts and len(line) < 60)
+        or (len(line) < 160 and NOTICE.search(low))
+        or (len(line) < 45 and not line.endswith("。") and PROMPT.search(low))
+        or (len(line) < 11 and line[-1] == "*") or line.startswith("^ ")):
         return "furniture"
-    if sentence:
-        return "prose"
+    foreign = len(line) < 30 and LATIN.search(low) and not HAN.search(line)
+    if sentence and not foreign:
+        card = len(line) < 120 and "。" not in line and len(PLACEHOLDER.findall(hide_private(line)))
+        return "furniture" if card > 1 else "prose"
     items = SEPARATORS.split(line)
     if hide_private(line) != line or (menu and len(items) > 1):
         return "furniture"
+    if heading or FORMULA.search(line):
+        return "short"
     table = len(items) > 2 and len(line) < 7 * len(items)
-    return "table" if table and not heading and not FORMULA.search(line) else "short"
+    return "table" if table or foreign or ABOUT.match(line) else "short"
 
 
 def block_lines(
@@ -799,9 +836,12 @@ def block_lines(
 ) -> list[str]:
     """Return what to keep of lines between prose: a heading and a byline, verse, or data and code
     that stand within the article without any word of menus."""
-    data = sum(bool(DATA.search(line)) for line in lines)
-    if before_prose and after_prose and "furniture" not in kinds and 2 * data >= len(lines):
+    data = [line for line in lines if DATA.search(line) and not ABOUT.match(line)]
+    inside = before_prose and after_prose and "furniture" not in kinds
+    if inside and 2 * len(data) >= len(lines):
         return lines
+    if "short" not in kinds:
+        return []
     kinds = ["furniture" if kind == "table" else kind for kind in kinds]
     short = [line for line, kind in zip(lines, kinds, strict=True) if kind == "short"]
     verse = []
@@ -824,8 +864,10 @@ def hide_private(text: str) -> str:
     """Put placeholders in the place of e-mail and IP addresses, national ids and phone numbers."""
     if "@" in text:
         text = EMAIL.sub("[EMAIL]", text)
-    text = NATIONAL_ID.sub("[ID]", IP_ADDRESS.sub("[IP]", text))
-    return PHONE.sub("[PHONE]", text)
+    if NUMBER.search(text):
+        text = NATIONAL_ID.sub("[ID]", IP_ADDRESS.sub("[IP]", text))
+        text = PHONE.sub("[PHONE]", text)
+    return text
 
 
 def code_points(text: str) -> np.ndarray:
@@ -840,9 +882,11 @@ def distinct_share(hashes: np.ndarray) -> float:
 
 
 def closing_share(text: str) -> float:
-    """Return the share of characters that stand in lines which end like a sentence."""
+    """Return the share of characters that stand in lines which end like a sentence, or hold the
+    end of one, as in mail and boards, where each line has the same width."""
     lines = text.split("\n")
-    return sum(len(line) for line in lines if line.endswith(CLOSING)) / max(1, sum(map(len, lines)))
+    closed = sum(len(line) for line in lines if line.endswith(CLOSING) or "。" in line)
+    return closed / max(1, sum(map(len, lines)))
 
 
 def shingles(codes: np.ndarray, size: int) -> np.ndarray:
@@ -896,7 +940,6 @@ def blocks() -> SimpleNamespace:
                 for document in self.read_file(path):
                     yield document
                     self.tally.save(every=1.0)
-            self.stat_update("pages", value=self.tally.pages.total(), unit="task")
             self.tally.save()
 
         def read_file(self, filepath: str):
@@ -947,11 +990,18 @@ def blocks() -> SimpleNamespace:
         name = "Luojiu verdicts"
 
         def __init__(self, judge: Judge, url_filter, exclusion_writer):
-            super().__init__(exclusion_writer)
+            super().__init__(exclusion_writer, batch_size=100)  # its tables stay in the cache
             self.judge, self.url_filter = judge, url_filter
+
+        def run(self, data, rank: int = 0, world_size: int = 1):
+            self.tally = None
+            yield from super().run(data, rank, world_size)
+            if self.tally:
+                self.tally.save()  # with the last batch
 
         def filter(self, doc):
             tally, refused = doc.metadata.pop("tally"), doc.metadata.pop("refused")
+            self.tally = tally
             before = len(doc.text.encode("utf-8", errors="replace"))
             if not refused:
                 text, scores, refused = self.judge.verdict(doc.text)

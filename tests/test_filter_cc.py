@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections import Counter
@@ -240,6 +241,11 @@ def test_each_rule_refuses_its_page(judge, expected, text):
     assert rule(judge, text) == expected
 
 
+def test_lines_of_one_width_as_in_mail_are_no_list(judge):
+    wrapped = "\n".join(textwrap.wrap(LETTER.replace("\n", ""), 35))
+    assert rule(judge, wrapped) is None
+
+
 def test_a_page_on_computers_in_taiwan_words_is_no_mainland_page(judge):
     text = MAINLAND
     pairs = "軟件 軟體 視頻 影片 內存 記憶體 屏幕 螢幕 網絡 網路 短信 簡訊 雲盤 雲端 卸載 移除"
@@ -314,9 +320,33 @@ def test_a_list_of_goods_is_a_menu():
         "版權所有\n回首頁\n登入\n訂閱\n站長是個愛散步的人，養了一隻龜。\n碎念集",
         "開放時間 週二至週五 10:00-18:00，週末休息\n洽詢電話 02-2345-6789",
         "本店保留活動變更及終止之權利。", "手藝教室 » 木工", "0 comments", "電子信箱 *",
-        "榕樹與書店（圖片來源：作者提供）"])
+        "榕樹與書店（圖片來源：作者提供）", "Search\nRelated Posts\n雨天在家，做這三件事最好？",
+        "張貼者：小魚 於 下午 3:00\n以電子郵件傳送這篇文章\nBlogThis！\n較舊的文章",
+        "您收到這封信是因為您訂閱了本討論群組。", "以上內容僅供參考，個案情形不同，請洽專業律師",
+        "^ 某某. 老屋誌. 地方出版社. 1998: 45-52.",
+        "洽詢信箱 someone@example.com，專線 （02）2345-6789 （週一至週五，例假日休息，9-18 時）"])
 def test_what_stands_below_an_article_goes(below):
     assert clean_lines(f"{LETTER}\n{below}") == LETTER
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        "2015 年 10 月 28 日", "2023/05/12 社區新聞", "文章編號：65502", "生活 / 隨筆",
+        "好書 >> 散文", "由 老鄭 發表於 2017.7.20", "00:00", "Like", "點閱 3,021"])
+def test_what_is_said_about_a_page_goes(about):
+    assert clean_lines(f"{LETTER}\n{about}\n{LETTER}") == f"{LETTER}\n{LETTER}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "「歡迎光臨！」她說。", "我收到這封信的時候，天剛亮。", "這樣做真的有幫助嗎？",
+        "打電話聯絡客服，等了半個小時。", "你必須按一下即可開啟的那個選單，再選第二項。", "。",
+        "有事請打 0912-345-678，或寫到 someone@example.com.tw 給我。",
+        "He used to say that a house without books is a body without a soul."])
+def test_prose_that_only_sounds_like_furniture_stays(line):
+    assert clean_lines(f"{LETTER}\n{line}\n{LETTER}") == f"{LETTER}\n{line}\n{LETTER}"
 
 
 @pytest.mark.parametrize(
@@ -338,6 +368,9 @@ def test_headings_formulas_and_data_within_an_article_stay(within):
         ("市話 (02) 2345-6789、049-2345678", "市話 [PHONE]、[PHONE]"),
         ("分機 02-23456789#123，免付費 0800-123-456", "分機 [PHONE]，免付費 [PHONE]"),
         ("國外請撥 +886-2-2345-6789", "國外請撥 [PHONE]"),
+        ("電話（02）23456789、（0912）345678", "電話[PHONE]、[PHONE]"),
+        ("苗栗 037-320111、臺東 (089)322-111", "苗栗 [PHONE]、臺東 [PHONE]"),
+        ("馬祖 0836-22345", "馬祖 [PHONE]"),
         ("字號 A123456789 與 F223456789", "字號 [ID] 與 [ID]"),
         ("居留證 AC12345678 與新式 A800000014", "居留證 [ID] 與新式 [ID]")])
 def test_personal_data_become_placeholders(text, expected):
