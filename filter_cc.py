@@ -93,7 +93,8 @@ RULES = {
     "near_duplicate": "nearly the same text as another page",
     "target": "beyond the target size"}
 
-# A record's header (in lower case) names the page's languages, and Chinese is not among them.
+# The header of a text, in lower case, begins so; it names languages, and Chinese is not among them.
+CONVERSION = b"warc/1.0\r\nwarc-type: conversion"
 FOREIGN = re.compile(rb"\nwarc-identified-content-language:(?!.*zho)")
 
 # Lines are searched in lower case. Where every alternative of a pattern begins with a plain letter,
@@ -139,8 +140,8 @@ PROMPT = re.compile(
     r"支持(?:贊助)?(?:創?作者|我們)")
 # Headings of links to other pages, whose titles may read like a sentence, and of comments.
 RELATED = re.compile(
-    r"(?:延伸|推薦|相關|熱門|人氣|最新|更多|近期|其他|猜你|可能|[也還]).{0,6}"
-    r"(?:閱讀|文章|新聞|報導|興趣|喜歡|想看|話題|問答|作品|詩作|買了)|(?i:related\s(?:posts|articles))")
+    r"(?:延伸|推薦|相關|熱門|人氣|最新|更多|近期|其他|猜你|可能|也|還|related\s).{0,6}"
+    r"(?:閱讀|文章|新聞|報導|興趣|喜歡|想看|話題|問答|作品|詩作|買了|posts|articles)")
 COMMENTS = re.compile(
     r"(?i)(?:發[佈表]|\d+\s?[則篇個]?\s?)?(?:留言|回應|迴響|評論|comments?)\s?[(（]?\d*[)）]?[:：]?")
 # Lines about the page: when, by whom, where in the site.
@@ -513,7 +514,7 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
     save = judge.limits.save_rejected
 
     def wanted(header: bytes, length: int, start: bytes = b"") -> bool:
-        if b"\nwarc-type: conversion" not in header:
+        if not header.startswith(CONVERSION) and b"\nwarc-type: conversion" not in header:
             return b"\nwarc-type: response" in header
         refused = judge.glance(start) if start else "language" if FOREIGN.search(header) else None
         if save or not refused:
@@ -717,8 +718,10 @@ class Judge:
         if scores["han"] < limits.min_han:
             return text, scores, "han"
         scores["distinct"] = distinct_share(shingles(dense[:1000], 2))
+        if scores["distinct"] < limits.min_distinct:
+            return text, scores, "repetition"
         scores["repeated"] = 1 - distinct_share(shingles(dense, 10))
-        if scores["repeated"] > limits.max_repeated or scores["distinct"] < limits.min_distinct:
+        if scores["repeated"] > limits.max_repeated:
             return text, scores, "repetition"
         scores["closing"] = closing_share(text)
         if scores["closing"] < limits.min_closing:
@@ -763,15 +766,14 @@ def drop_links(lines: list[str], kinds: list[str]) -> None:
     links = comments = False
     read = 0
     for at, line in enumerate(lines):
-        prose = kinds[at] == "prose"
-        closed = not comments and line.endswith(PARAGRAPH)
-        paragraph = prose and (closed or len(line) > (100 if comments else 45))
-        read += prose * len(line)
-        if paragraph:
+        if prose := kinds[at] == "prose":
+            read += len(line)
+            closed = not comments and line.endswith(PARAGRAPH)
+        if prose and (closed or len(line) > (100 if comments else 45)):
             links = comments = False
         elif not prose and read >= 100 and COMMENTS.fullmatch(line):
             comments = True
-        elif not prose and len(line) < 20 and RELATED.search(line):
+        elif not prose and len(line) < 20 and RELATED.search(line.lower()):
             links, kinds[at] = True, "furniture"
         elif comments or (links and (prose or kinds[at + 1 : at + 2] != ["prose"])):
             kinds[at] = "furniture"
@@ -807,12 +809,13 @@ def line_kind(line: str) -> str:
         contacts = 1
     if not sentence and len(line) > 11 and line[-1] in ":：" and not contacts and HAN.search(line):
         return "prose"  # it leads to a list, a formula or a listing
-    if not sentence and not any(map(str.isalpha, line)):
+    letters = len(line) if sentence or line.isalpha() else sum(map(str.isalpha, line))
+    if not letters:
         return "table"
     heading = not sentence and NUMBERED.match(line)
     menu = 0 if sentence or heading else sum(map(len, FURNITURE.findall(low)))
     if (
-        (menu and menu >= 0.4 * sum(map(str.isalpha, line)))
+        (menu and menu >= 0.4 * letters)
         or contacts > 1 or (contacts and len(line) < 60)
         or (len(line) < 160 and NOTICE.search(low))
         or (len(line) < 45 and not line.endswith("。") and PROMPT.search(low))
