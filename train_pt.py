@@ -654,7 +654,8 @@ class ChunkedLoss:
 
     @staticmethod
     def backward(ctx, factor):
-        d_hidden, d_trained = (g if g is None else g.mul_(factor) for g in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None  # ctx lives on until the backward pass ends
+        d_hidden, d_trained = (g if g is None else g.mul_(factor) for g in gradients)
         return d_hidden, None, d_trained, None, None
 
 
