@@ -744,7 +744,19 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
         options = json.loads(args.activation_checkpointing_kwargs or "{}")
         offload = options.pop("offload", False) and torch.cuda.is_available()
         llama.activation_checkpointing_enable({"use_reentrant": False} | options, offload=offload)
+        for name, module in llama.named_modules():
+            if name.endswith(tuple(NORMS)):
+                keep_the_input_alone(module)
     return model, llama.lm_head
+
+
+def keep_the_input_alone(norm: Any) -> None:
+    """Recompute a norm in the backward pass of its layer: it would keep 6 bytes a number, most of
+    them in fp32, and what it reads is kept anyway."""
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint
+    norm.forward = partial(checkpoint, norm.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
