@@ -646,9 +646,11 @@ class ChunkedLoss:
             total += ((mass.log() - right) * kept).sum()
             if train:
                 slope = logits.mul_(kept / mass).scatter_add_(1, y, -kept).to(dtype)
+                logits = None  # its room is needed
                 d_hidden[part] = slope[:, :first] @ frozen + slope[:, first:] @ new
                 if d_trained is not None:
                     d_trained += slope[:, first:].T @ x
+                slope = None
         ctx.gradients = d_hidden, d_trained
         return total
 
