@@ -8,8 +8,9 @@ pictures/trainloss.png, redrawn as it runs.
 The weights are NF4 (QLoRA, Dettmers et al. 2023). In training half of the heads attend within
 groups of --group_size tokens and half within groups shifted by half a group (LongLoRA, Chen et al.
 2023, section 3.2), never across documents; evaluation is full causal attention. The same command
-goes on where an interrupted run stopped, to the bit. SIGTERM and Ctrl-C finish the step, save and
-exit with 143 and 130; a mistake or a loss gone wrong exits with 2, a full disk with 1.
+goes on where an interrupted run stopped, to the bit (on a GPU with --full_determinism: flash
+attention adds up gradients in any order). SIGTERM and Ctrl-C finish the step, save and exit with
+143 and 130; a mistake or a loss gone wrong exits with 2, a full disk with 1.
 
 Minutes on any CPU, after the first two steps of `make demo`:
     python train_pt.py --block_size 256 --gradient_accumulation_steps 1 --learning_rate 3e-3 \\
@@ -1114,7 +1115,8 @@ def total_steps(sequences: int, training: Any) -> int:
 
 
 def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block: int) -> dict:
-    """Bytes on the GPU at the peak, the backward pass of one layer: derived from the shapes."""
+    """Bytes on the GPU at the peak: derived from the shapes, and held against a trace of every
+    allocation (benchmarks/bench_plan.py)."""
     D, M, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     V, tokens = config.vocab_size, batch * block
     kv = config.num_key_value_heads * D // config.num_attention_heads
@@ -1122,18 +1124,29 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
     weights = L * sum(a * b for a, b in shapes)
     lora = L * sum(a + b for a, b in shapes) * args.lora_rank
     rows = {"new": V - first_new, "all": V, "none": 0}[args.train_embeddings]
-    state = 4 + 4 + (2 if "8bit" in args.optim else 8)  # fp32 weight and gradient, Adam's moments
+    # fp32 weight and gradient; Adam's moments, in 8 bits with two fp32 scales for 256 of them.
+    state = 4 + 4 + (2 + 8 / 256 if "8bit" in args.optim else 8)
     offload = json.loads(args.activation_checkpointing_kwargs or "{}").get("offload")
-    # Recomputed, one layer keeps about 42 bytes per hidden and 8 per inner unit for each token.
-    layer = tokens * (42 * D + 8 * M)
-    inputs = (1 if offload else L) * tokens * D * 2
+    # Of each token a layer holds 9 rows of D numbers in 16 bits: what attention reads and writes,
+    # the inputs of projections and of the second norm, the gradient. In the MLP six rows of M
+    # numbers meet: gate, up, silu(gate), the gradient of their product, the two it splits into.
+    layer, inputs = tokens * (18 * D + 12 * M), (1 if offload else L) * tokens * D * 2
+    kept = 0 if args.activation_checkpointing else tokens * (26 * D + 8 * M)
+    if kept:  # then the norms are not recomputed either: fp32 and 16 bits each
+        layer, inputs = tokens * (28 * D + 12 * M), (L - 1) * kept
+    if args.quantization == "none":  # PEFT's plain layers cast each input to fp32 and back
+        layer += tokens * (6 * D + 4 * M)
+    # Hidden states and gradients, LoRA's 16-bit copies, the trained rows' gradient and copy, and a
+    # chunk of logits with its slope, or the slope with its share of that gradient.
+    chunk = LOSS_CHUNK * V * 2 + max(LOSS_CHUNK * V * 4, rows * D * 2)
+    loss = kept + tokens * D * 8 + lora * 2 + rows * D * 6 + chunk
     return {
         "frozen linear layers": weights * (4.127 / 8 if args.quantization == "nf4" else 2),
         "frozen rows of embedding and head": 2 * (V - rows) * D * 2,
         "trained rows, gradient, optimizer": 2 * rows * D * state,
         "LoRA, gradient, optimizer": lora * state,
-        "kept for the backward pass": inputs if args.activation_checkpointing else (L - 1) * layer,
-        "backward pass of a layer, or loss": max(layer, LOSS_CHUNK * V * 10 + tokens * D * 4)}
+        "kept for the backward pass": inputs,
+        "backward pass of a layer, or loss": max(layer, loss)}
 
 
 def print_plan(args: Arguments, training: Any, config: Any, first_new: int, facts: dict) -> None:
