@@ -48,7 +48,7 @@ lint: $(VENV)/installed-dev
 # others. An estimated hour and a half on two cores; 45 GB of disk, with less some tables are left out.
 MATERIAL := $(wildcard ../shared/data)
 GPU := $(shell command -v nvidia-smi)
-BENCHES := bench_train bench_merge $(if $(MATERIAL),bench_filter bench_vocab) $(if $(GPU),bench_gpu)
+BENCHES := bench_plan bench_train bench_merge $(if $(MATERIAL),bench_filter bench_vocab) $(if $(GPU),bench_gpu)
 
 bench:
 	@test -n "$(MATERIAL)" || echo "skipped: bench_filter.py and bench_vocab.py; ../shared/data is missing"

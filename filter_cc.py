@@ -111,7 +111,7 @@ FURNITURE = re.compile(
     "人氣|最近瀏覽|瀏覽(?:人次|數|量)?|點閱[數率]?|點擊|標籤|分類|彙整|跳[到至](?:主|導覽|搜尋)|部落格|"
     "網誌|痞客邦|相簿|檢舉|舉報|選單|導覽|客服(?:中心)?|忘記(?:密碼|帳號)|人才招募|"
     " 人(?:喜歡|說讚)|發.?(?:日期|時間)|更.?(?:日期|時間)|張貼|作者|樓主|編輯|排序|複製連結|"
-    "繁體中文|無障礙|附件|友站連結|完整簡介|追蹤者|廣告|贊助|退換貨|下載|付款方式|運送方式|立即購買|»|›|＞|"
+    "繁體中文|無障礙|目錄|關鍵字|迴響|其他應用程式|複製鏈接|附件|友站連結|完整簡介|追蹤者|廣告|贊助|退換貨|下載|付款方式|運送方式|立即購買|»|›|＞|"
     r"english|facebook|line|instagram|ig(?<!\wig)\b|youtube|twitter|threads|telegram|rss|app|pdf|"
     "e-?mail|mail|top|menu|home|login|search|share|like|posted by|blogthis|tags?|comments?")
 # Lines that are furniture although they read like a sentence; of the prompts only short ones.
@@ -122,19 +122,22 @@ NOTICE = re.compile(
     r"未經.{0,4}(?:授權|許可|同意).{0,8}(?:轉載|重製|使用)|歡迎轉載|註明出處|創用\s?cc|"
     r"網站.{0,6}使用.{0,4}cookie|cookies?.{0,40}(?:同意|政策|隱私|瀏覽)|同意.{0,12}cookie|"
     r"不代表.{0,8}立場|保[有留].{0,6}(?:修改|變更|更改|終止|解釋).{0,20}權|®.{0,30}商標|"
-    r"最後(?:修訂|更新|編輯)|javascript|akismet|佈景主題|powered\sby|processed\sin|"
+    r"最後(?:修訂|更新|編輯)(?:日期|時間|[於在:：])|akismet|佈景主題|powered\sby|processed\sin|"
+    r"啟用.{0,8}javascript|開啟.{0,8}javascript|javascript.{0,12}(?:停用|關閉|啟用|開啟|支援)|"
     r"必須登入|尚未登入|沒有登入|目前時間是\s?\d|所有時間均為|網站.{0,12}僅供參考|電子郵件地址不會|"
     r"必填欄位|內容將保密|在瀏覽器中儲存|自由的百科全書|最佳瀏覽|"
     r"瀏覽器.{0,12}(?:最佳|建議)|建議使用.{0,24}瀏覽|對[您你]有.{0,2}幫助嗎|頁面有.{0,2}幫助嗎|"
     r"內容.{0,6}僅供參考|資[料訊].{0,6}僅供參考|繼續往下閱讀|您收到[這此本]封?[信郵]件?是?因|"
     r"以電子郵件傳送這篇|減少垃圾留言|按一下即可分享|本[帖文]最後由|發信站[:：]|文章網址[:：]|"
+    r"本[文會站].{0,6}僅供參考|不構成.{0,8}(?:建議|意見)|不得(?:任意)?(?:轉載|翻印)|版權屬|"
+    r"尊重.{0,4}智慧財產權|須滿.?18.?歲|需滿.?18.?歲|網站分級|繼續閱讀本文|取自「|更換瀏覽器|"
     r"請.{0,10}與客服聯[絡繫]|請聯[絡繫]客服|此條目.{0,6}來源|來源以改善|"
     rf"（{CREDIT}|\({CREDIT}")
 PROMPT = re.compile(
     r"喜歡.{0,14}(?:分享|按讚|訂閱)|覺得.{0,14}(?:分享|按讚|訂閱)|歡迎.{0,4}(?:分享|訂閱|追蹤|按讚)|"
     r"按讚.{0,8}(?:粉絲|專頁)|加入(?:會員|.{0,4}粉絲)|滿.{1,8}免運|全.{1,8}免運|"
     r"訂閱.{0,8}(?:電子報|頻道)|追蹤我們|加入我們|與我們聯[絡繫]|和我們聯[絡繫]|跟我們聯[絡繫]|"
-    r"忘記(?:密碼|帳號)|官方帳號|下載.{0,6}app|請先?登入|訪客身[份分]|歡迎加入|立即(?:報名|購買|下載)|"
+    r"看大圖|留個言|加入討論|忘記(?:密碼|帳號)|官方帳號|下載.{0,6}app|請先?登入|訪客身[份分]|歡迎加入|立即(?:報名|購買|下載)|"
     r"點(?:我|此|這裡)|看更多|閱讀更多|延伸閱讀|上一?[篇則頁][:：]|下一?[篇則頁][:：]|"
     r"顆星.{0,3}好評|文章對[您你].{0,4}幫助|發[表佈].{0,6}留言|贊助(?:支持)?(?:創?作者|我們)|"
     r"支持(?:贊助)?(?:創?作者|我們)")
@@ -148,8 +151,9 @@ COMMENTS = re.compile(
 DAY = r"(?:\d\d){1,2}\s?[年./-]\s?\d\d?\s?[月./-]\s?\d\d?"
 ABOUT = re.compile(
     rf"{DAY}[\s\d:日上下午星期週一二三四五六（）()]*$|{DAY}日?\s.{{0,8}}$|\d?\d:\d\d$|"
-    r"\S{0,4}(?:編號|次數|來源|領域|評價|評分|難度|單位|類別|字數|日期|時間|[者首])\s?[:：].{0,20}$|"
-    r".{1,20}\s(?:[>/»›＞|]|>>)\s.{1,20}$|.{0,12}發[表佈布]於")
+    r"\d\d?[月/]\d\d?日?\s\d?\d:\d\d$|.{0,12}發[表佈布]於|(?:記者|編譯|特派員|文|圖).{1,14}[／/].{1,12}$|"
+    r"\S{0,4}(?:編號|次數|人數|來源|領域|評價|評分|難度|單位|類別|類型|語文|字數|日期|時間|標籤|分類|關鍵字|[者首])"
+    r"\s?[:：].{0,24}$|.{1,20}\s(?:[>/»›＞|]|>>)\s.{1,20}$|.*[»›].*[»›]")
 # Headings and formulas, however few of their characters are words; data and code.
 NUMBERED = re.compile(
     "[壹貳參肆伍陸柒捌玖拾一二三四五六七八九十]+、|第[一二三四五六七八九十百0-9]+[章節條步]")
@@ -163,6 +167,7 @@ CONTACT, CONTACT_LINE = re.compile(rf"(?:{LABELS})\s*[:：]"), re.compile(
 HAN, LATIN = re.compile("[\u3400-\u9fff]"), re.compile("[a-z]")
 SENTENCE = re.compile(  # Chinese punctuation, or ASCII's behind Han
     "[。！？；，,.!?;](?:(?<=[。！？；，])|(?<=[\u3400-\u9fff」）].)(?=\\s|$|[\u3400-\u9fff「]))")
+ENDED = re.compile("[。？！]")
 CLOSING = tuple("。！？…」』）；：.!?\"')~～")
 PARAGRAPH = tuple("。；：，」』）.\"')~～")  # the ends of these; a title may end in ？ or ！
 SEPARATORS = re.compile(r"[\s|｜│>»›＞/／·•．‧★◆■]+")
@@ -821,6 +826,9 @@ def line_kind(line: str) -> str:
         or (len(line) < 45 and not line.endswith("。") and PROMPT.search(low))
         or (len(line) < 11 and line[-1] == "*") or line.startswith("^ ")):
         return "furniture"
+    about = len(line) < 60 and ABOUT.match(line) and not ENDED.search(line)
+    if about and not heading and not FORMULA.search(line):
+        return "table"
     foreign = len(line) < 30 and LATIN.search(low) and not HAN.search(line)
     if sentence and not foreign:
         card = len(line) < 120 and "。" not in line and len(PLACEHOLDER.findall(hide_private(line)))
@@ -831,7 +839,7 @@ def line_kind(line: str) -> str:
     if heading or FORMULA.search(line):
         return "short"
     table = len(items) > 2 and len(line) < 7 * len(items)
-    return "table" if table or foreign or ABOUT.match(line) else "short"
+    return "table" if table or foreign else "short"
 
 
 def block_lines(

@@ -359,10 +359,12 @@ def cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> di
     return {"order": inverse.argsort(), "inverse": inverse, "runs": runs}
 
 
-def flash_is_here() -> bool:
-    """Whether PyTorch's variable-length flash attention runs on the device at hand."""
+def flash_is_here(head_size: int) -> bool:
+    """Whether PyTorch's variable-length flash attention runs on the device at hand; its kernels
+    read heads in eights, and varlen_attn does not pad."""
     import torch
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return ampere and head_size % 8 == 0
 
 
 def segment_attention(q, k, v, cuts: dict) -> torch.Tensor:
@@ -403,7 +405,7 @@ def s2_attention(
     group = module.config.group_size if module.training else None
     if cuts is None:
         half = query.dtype in (torch.float16, torch.bfloat16)
-        flash = query.is_cuda and half and flash_is_here()
+        flash = query.is_cuda and half and flash_is_here(D)
         cuts = cut_points(kwargs["position_ids"].expand(B, T), group, flash)
         cuts = {n: x.to(query.device) if torch.is_tensor(x) else x for n, x in cuts.items()}
     else:
@@ -979,7 +981,8 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
     keep, training.save_total_limit = max(0, training.save_total_limit) or sys.maxsize, None
     if held_out is None:
         training.eval_strategy = "no"
-    flash = flash_is_here() and not training.use_cpu and (training.bf16 or training.fp16)
+    head_size = model.config.hidden_size // model.config.num_attention_heads
+    flash = not training.use_cpu and (training.bf16 or training.fp16) and flash_is_here(head_size)
     trainer = based_on(PackedTraining, Trainer)(
         model=model, args=training, train_dataset=blocks, eval_dataset=held_out,
         data_collator=Collate(report.args.group_size, flash))

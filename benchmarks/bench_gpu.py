@@ -84,6 +84,10 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+def head_size(sizes: dict) -> int:
+    return sizes["hidden_size"] // sizes["num_attention_heads"]
+
+
 def arguments(folder: Path, length: int, offload: bool, optim: str):
     words = ["--model_name_or_path", str(folder), "--block_size", str(length), "--optim", optim]
     words += ["--base_vocab_size", str(LLAMA_2_PIECES), "--activation_checkpointing", "true"]
@@ -160,7 +164,7 @@ def measure(folder: Path, sizes: dict, length: int, name: str, optim: str, steps
         trained = [p for p in model.parameters() if p.requires_grad]
         kind, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
         optimizer, seconds = kind(trained, **options), []
-        source = batches(args, sizes, script.flash_is_here())
+        source = batches(args, sizes, script.flash_is_here(head_size(sizes)))
         for _ in range(steps + 1):
             batch = to_device(next(source), training.device)
             if name == USUAL:
@@ -201,7 +205,7 @@ def measure(folder: Path, sizes: dict, length: int, name: str, optim: str, steps
 
 def attention_speed(sizes: dict, length: int) -> list[dict]:
     """One layer's S² attention, forward and backward."""
-    heads, size = sizes["num_attention_heads"], sizes["hidden_size"] // sizes["num_attention_heads"]
+    heads, size = sizes["num_attention_heads"], head_size(sizes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args = SimpleNamespace(block_size=length, group_size=length // 4)
     batch = next(batches(args, sizes, False))
@@ -210,7 +214,7 @@ def attention_speed(sizes: dict, length: int) -> list[dict]:
     module = SimpleNamespace(training=True, config=SimpleNamespace(group_size=args.group_size))
     position = batch["position_ids"]
     ways = {"SDPA over segments": False}
-    if script.flash_is_here():
+    if script.flash_is_here(size):
         ways["torch.nn.attention.varlen"] = True
     calls = {}
     for name, flash in ways.items():

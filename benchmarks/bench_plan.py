@@ -1,9 +1,9 @@
 """The peak memory of train_pt.py on a GPU, traced without one, beside what --plan foretells.
 
-    python benchmarks/bench_plan.py                              # 8 x 2048 tokens, a minute
-    python benchmarks/bench_plan.py --shapes 8x1024 8x4096 1x8192 --embeddings new all none
-    python benchmarks/bench_plan.py --offload --detail 10        # the largest tensors at the peak
-    python benchmarks/bench_plan.py --options --lora_rank 64     # any option of train_pt.py
+    python benchmarks/bench_plan.py                              # the README's table, minutes
+    python benchmarks/bench_plan.py --shapes 8x1024 1x8192 --embeddings new all none
+    python benchmarks/bench_plan.py --shapes 8x2048 --offload --detail 10  # the largest tensors
+    python benchmarks/bench_plan.py --shapes 8x2048 --options --lora_rank 64  # any of train_pt.py's
 
 The real code trains Llama 2 7B's shapes with 61,388 pieces, two steps of two batches, under
 FakeTensorMode: tensors have shapes and types and no memory. So build_model's modules, PEFT, the
@@ -13,16 +13,21 @@ PyTorch's allocator does. What kernels take besides their outputs is added from 
 (WORKSPACE). The tensors say that they are on the CPU, for PyTorch built without CUDA differentiates
 no others; what would then go another way than on a GPU is set right in like_a_gpu.
 
-Not counted: CUDA's context, fragmentation, cuBLAS's workspace (8.5 MB; 32 MiB on Hopper).
+Not counted: CUDA's context, fragmentation, cuBLAS's workspace (8.5 MB; 32 MiB on Hopper). This is
+no measurement on a GPU: bench_gpu.py makes that. Results: benchmarks/results/plan.json.
 """
 
 import argparse
 import json
+import platform
+import subprocess
 import sys
 import weakref
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -46,6 +51,8 @@ SIZES = {
     "vocab_size": 61_388, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 8192,
 }  # fmt: skip
+RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
+LENGTHS = {False: (1024, 2048, 4096), True: (2048, 4096)}  # offload: tokens of 8 sequences
 LLAMA_2_PIECES, SEED, STEPS, ACCUMULATED = 32_000, 0, 2, 2
 KEPT = "kept for the backward pass"
 
@@ -265,7 +272,8 @@ def trace(words: list[str], stop: int | None = None) -> Memory:
         with mock.patch(load, lambda *a, **k: base_model(dtype, nf4)):
             model, _ = script.build_model(args, training, Path(), LLAMA_2_PIECES)
         llama = model.base_model.model
-        if "offload" in (args.activation_checkpointing_kwargs or ""):  # build_model wants a GPU
+        options = json.loads(args.activation_checkpointing_kwargs or "{}")
+        if options.get("offload"):  # build_model wants a GPU
             llama.activation_checkpointing_enable({"use_reentrant": False}, offload=True)
         report = SimpleNamespace(args=args)
         trainer = script.build_trainer(training, model, [0], None, report)
@@ -302,50 +310,65 @@ def trace(words: list[str], stop: int | None = None) -> Memory:
     return memory
 
 
-def show(title: str, first: Memory, second: Memory, batch: int, detail: int) -> None:
+def measured(shape: str, rows: str, offload: bool, detail: int, options: list[str]) -> dict:
+    """Trace one shape twice, the second time to see what lives at the peak; print it."""
+    batch, block = map(int, shape.split("x"))
+    words = {
+        "block_size": block, "per_device_train_batch_size": batch, "optim": "adamw_8bit",
+        "gradient_accumulation_steps": ACCUMULATED, "train_embeddings": rows,
+        "activation_checkpointing": "true",
+        "activation_checkpointing_kwargs": json.dumps({"offload": offload})}
+    words = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+    first = trace(words + options)
+    second = trace(words + options, first.peak_at)
     assert second.peak_at == first.peak_at, "two traces of the same differ"
     config = SimpleNamespace(**SIZES)
-    planned = script.memory_items(config, first.args, LLAMA_2_PIECES, batch, first.args.block_size)
+    planned = script.memory_items(config, first.args, LLAMA_2_PIECES, batch, block)
     total = sum(planned.values())
+    title = f"{shape}, --train_embeddings {rows}{', offload' if offload else ''}"
     print(f"\n{title}: {first.peak / 1e9:.2f} GB, traced; the peak is in {first.moment}")
     kinds, groups = Counter({"workspace of that kernel": second.workspace}), Counter()
-    for block, kind in second.at_stop:
-        kind = kind or (KEPT if block.phase == KEPT else f"made in {block.phase}")
-        kinds[kind] += block.size
-        groups[f"{kind}: {block.made_by} {block.shape}"] += block.size
-    rows = [*kinds.most_common(), ("--plan", total), *planned.items()]
-    for name, size in rows:
+    for held, kind in second.at_stop:
+        kind = kind or (KEPT if held.phase == KEPT else f"made in {held.phase}")
+        kinds[kind] += held.size
+        groups[f"{kind}: {held.made_by} {held.shape}"] += held.size
+    for name, size in [*kinds.most_common(), ("--plan", total), *planned.items()]:
         note = f"  {total / first.peak - 1:+.1%}" if name == "--plan" else ""
         print(f"{name:>40}: {size / 1e9:7.2f} GB{note}")
     print("peaks: " + ", ".join(f"{phase} {n / 1e9:.2f}" for phase, n in first.phases.items()))
     for name, size in groups.most_common(detail):
         print(f"{size / 1e9:11.2f} GB  {name}")
+    return {
+        "shape": shape, "offload": offload, "train_embeddings": rows,
+        "traced_gb": first.peak / 1e9, "plan_gb": total / 1e9, "moment": first.moment,
+        "at_the_peak_gb": {name: size / 1e9 for name, size in kinds.most_common()}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shapes", nargs="+", default=["8x2048"], help="batch x tokens")
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", help="batch x tokens; none: the table, recorded")
     parser.add_argument("--embeddings", nargs="+", default=["new"], choices=["new", "all", "none"])
-    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--offload", action="store_true", help="checkpoints in the host's memory")
     parser.add_argument("--detail", type=int, default=0, help="so many of the largest tensors")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="of train_pt.py")
     given = parser.parse_args()
-    for shape in given.shapes:
+    for shape in given.shapes or ():
         for rows in given.embeddings:
-            batch, block = shape.split("x")
-            words = [
-                "--block_size", block, "--per_device_train_batch_size", batch, "--optim",
-                "adamw_8bit", "--gradient_accumulation_steps", str(ACCUMULATED),
-                "--train_embeddings", rows, "--activation_checkpointing", "true",
-            ]  # fmt: skip
-            if given.offload:
-                words += ["--activation_checkpointing_kwargs", json.dumps({"offload": True})]
-            words += given.options
-            first = trace(words)
-            second = trace(words, first.peak_at)
-            show(f"{shape}, --train_embeddings {rows}", first, second, int(batch), given.detail)
+            measured(shape, rows, given.offload, given.detail, given.options)
+    if given.shapes:
+        return
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    record = {
+        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
+        "command": "python benchmarks/bench_plan.py", "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
+        "hardware": "none: tensors without memory, in the shapes of Llama 2 7B", "seed": SEED,
+        "results": [
+            measured(f"8x{length}", "new", offload, 0, [])
+            for offload, lengths in LENGTHS.items() for length in lengths]}
+    RESULTS.write_text(json.dumps({"results": {"memory": record}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

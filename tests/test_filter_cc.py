@@ -323,6 +323,7 @@ def test_a_list_of_goods_is_a_menu():
         "榕樹與書店（圖片來源：作者提供）", "Search\nRelated Posts\n雨天在家，做這三件事最好？",
         "張貼者：小魚 於 下午 3:00\n以電子郵件傳送這篇文章\nBlogThis！\n較舊的文章",
         "您收到這封信是因為您訂閱了本討論群組。", "以上內容僅供參考，個案情形不同，請洽專業律師",
+        "※本文不構成法律意見，個案請洽專業律師。", "廣告（請繼續閱讀本文）",
         "^ 某某. 老屋誌. 地方出版社. 1998: 45-52.",
         "洽詢信箱 someone@example.com，專線 （02）2345-6789 （週一至週五，例假日休息，9-18 時）"])
 def test_what_stands_below_an_article_goes(below):
@@ -333,7 +334,9 @@ def test_what_stands_below_an_article_goes(below):
     "about",
     [
         "2015 年 10 月 28 日", "2023/05/12 社區新聞", "文章編號：65502", "生活 / 隨筆",
-        "好書 >> 散文", "由 老鄭 發表於 2017.7.20", "00:00", "Like", "點閱 3,021"])
+        "好書 >> 散文", "生活»隨筆»搬家", "標籤: 榕樹, 書店", "記者王某某／臺北報導",
+        "5月17日 02:58",
+        "由 老鄭 發表於 2017.7.20", "00:00", "Like", "點閱 3,021"])
 def test_what_is_said_about_a_page_goes(about):
     assert clean_lines(f"{LETTER}\n{about}\n{LETTER}") == f"{LETTER}\n{LETTER}"
 
@@ -342,7 +345,8 @@ def test_what_is_said_about_a_page_goes(about):
     "line",
     [
         "「歡迎光臨！」她說。", "我收到這封信的時候，天剛亮。", "這樣做真的有幫助嗎？",
-        "打電話聯絡客服，等了半個小時。", "你必須按一下即可開啟的那個選單，再選第二項。", "。",
+        "打電話聯絡客服，等了半個小時。", "網站可以透過 JavaScript 知道螢幕有多大。",
+        "你必須按一下即可開啟的那個選單，再選第二項。", "。",
         "有事請打 0912-345-678，或寫到 someone@example.com.tw 給我。",
         "He used to say that a house without books is a body without a soul."])
 def test_prose_that_only_sounds_like_furniture_stays(line):
@@ -352,7 +356,8 @@ def test_prose_that_only_sounds_like_furniture_stays(line):
 @pytest.mark.parametrize(
     "within",
     [
-        "第二章 留言", "三、更多的樹", "面積 = 長 × 寬", "for i in range(3):\n    print(i)",
+        "第二章 留言", "三、更多的樹", "面積 = 長 × 寬", "速度 = 距離 / 時間",
+        "for i in range(3):\n    print(i)",
         "長 3.5 12 40\n寬 2.5 11 38", "所需的材料與工具如下："])
 def test_headings_formulas_and_data_within_an_article_stay(within):
     page = f"{LETTER}\n{within}\n{RECIPE.splitlines()[2]}"

@@ -61,6 +61,11 @@ def memory(variant: str) -> list[Callable[[dict], float]]:
     return [training("memory", "peak_gb", variant=variant, block=512 << n) for n in range(5)]
 
 
+def account(measure: str) -> list[str]:
+    """A measure of bench_plan.py's shapes, in their order."""
+    return [f"plan > memory > results > {row} > {measure}" for row in range(5)]
+
+
 OURS = "S², chunked loss"
 SAVED = [training("memory", "memory_ratio", variant=OURS, block=block) for block in (2048, 8192)]
 LONG = {"tokens": 16_384, "documents": "packed"}
@@ -113,6 +118,10 @@ FIGURES: list[tuple] = [
      + " | ".join(["{:.2f}"] * 5), *memory("usual recipe")),
     ("| `train_pt.py` | " + " | ".join(["{:.2f}"] * 5), "| `train_pt.py` | "
      + " | ".join(["{:.2f}"] * 5), *memory(OURS)),
+    ("| 逐塊記帳的最大值 | " + " | ".join(["{:.2f}"] * 5), "| largest sum of the account | "
+     + " | ".join(["{:.2f}"] * 5), *account("traced_gb")),
+    ("| `--plan` 推算 | " + " | ".join(["{:.2f}"] * 5), "| `--plan` | "
+     + " | ".join(["{:.2f}"] * 5), *account("plan_gb")),
     ("時間 {:.2f} 倍、記憶體 {:.2f} 倍；1 × 8,192 個 token，時間 {:.2f} 倍、記憶體 {:.2f} 倍",
      "{:.2f} times the time and {:.2f} times the memory, at 1 × 8,192 tokens {:.2f} times the time "
      "and {:.2f} times the memory", *STEP),
