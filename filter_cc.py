@@ -182,7 +182,8 @@ SPAM = (
     "小額借款 急用錢 當日撥款 免留車 免保人 證件借款 票貼 房屋二胎 代書貸款 民間借貸 信用瑕疵 "
     "當舖 汽車借款 機車借款 加賴 加LINE 立即領取 高仿 A貨 代寫論文 代考 換現金 買粉絲 刷讚 增高鞋 "
     "減肥藥 豐胸 穩賺 保證獲利 飆股 報明牌 半套店 全套服務 手排服務 油壓店 舒壓會館 口爆 顏射 肉棒 "
-    "淫水 淫蕩 騷穴 約砲 打砲 鴛鴦浴 酥胸 樓鳳 傳播妹 援妹 乳交 幹砲 卡債整合 貸款顧問 過件率")
+    "淫蕩 騷穴 約砲 打砲 鴛鴦浴 酥胸 樓鳳 傳播妹 援妹 乳交 幹砲 卡債整合 貸款顧問 過件率 版路 拖牌 "
+    "獨支 連碰 彩友 狼友 茶莊 喝茶吃魚 兼職妹 高清無碼 成人影音 理財顧問公司 不過件 過件才收費")
 # Mainland words in Traditional glyphs besides those of OpenCC's table, and Taiwan's own.
 MAINLAND = (
     "軟件 硬件 視頻 屏幕 鼠標 網絡 信息 內存 U盤 光盤 打印 服務器 互聯網 出租車 酸奶 土豆 激光 "
@@ -198,7 +199,10 @@ MAINLAND = (
     "這會兒 媳婦兒 孩子他爸 鍛煉 貧困戶 扶貧 網課 慕課 師生們 同學們都 領導們 發票抬頭 渠道商 "
     "質檢 質監 打假 假冒偽劣 消費者們 人社部 單元樓 一個勁兒 細思極恐 牛逼 屌絲 坑爹 爆款 對標 "
     "國企 農民工 微商 物業費 護膚品 插混 綠皮火車 打工仔 倍兒 甭管 雲計算 大巴車 銀行卡 轉賬 "
-    "進博會 電飯煲 小夥伴們")
+    "進博會 電飯煲 小夥伴們 黨組 黨委書記 臺賬 供銷社 家屬院 老中醫 份兒上 評優 銷號 督導檢查 "
+    # characters that a conversion took for others
+    "餅幹 幹淨 幹燥 幹脆 幹擾 若幹 國傢 專傢 傢庭 方麵 麵積 曆史 經曆 復雜 恢複 宿捨 影嚮 特彆 "
+    "彆人 區彆 註意 註重 專註 颱灣 颱北")
 TAIWAN = (
     "軟體 硬體 影片 螢幕 滑鼠 網路 資訊 記憶體 硬碟 隨身碟 光碟 簡訊 列印 伺服器 資料庫 網際網路 "
     "計程車 優格 馬鈴薯 雷射 晶片 筆電 手機殼 行動電源 外送 按讚 泡麵 鳳梨 奇異果 鮭魚 公車 捷運 "
@@ -220,9 +224,9 @@ SHARED = (
     "網關 網卡 諾蘭 奶酪 冰棍 貝多 凱奇 薩提 福雷 拉莫 布爾 創建 格拉斯 視圖 圖標 觸摸 調製 的士 "
     "標識符 屏蔽 寬帶 移動通信 移動電話 南卡羅來納 北卡羅來納 南卡羅來納州 北卡羅來納州 "
     "馬薩諸塞州 新澤西 哈薩克斯坦 帕金森病 大眾汽車 集群 空間 卸載 免提 串行 通用 白細胞 紅細胞 "
-    "胰腺 前列腺 知識產權 市場營銷 默認 截屏 高清 數字人文 觸摸屏 激活 審核 覈心 目標代碼 "
-    "移動網絡 納米 納米比亞 支持者 程序正義 程序不正義 正當程序 訴訟程序 司法程序 處理程序 方程式 "
-    "軟體動物 演算法 大數據 公元紀年 海內存知己 電視頻道 衛視頻道 影視頻道 感激光 相信息 本土豆 "
+    "羅得島州 瓦格納 胰腺 前列腺 知識產權 市場營銷 默認 截屏 高清 數字人文 觸摸屏 激活 審核 覈心 "
+    "目標代碼 移動網絡 納米 納米比亞 支持者 程序正義 程序不正義 正當程序 訴訟程序 司法程序 處理程序 "
+    "方程式 軟體動物 演算法 大數據 公元紀年 海內存知己 電視頻道 衛視頻道 影視頻道 感激光 相信息 本土豆 "
     "打印度 強硬件 高考慮 高考驗 高考量 微信心 微信仰 給力量 給力氣 土豆腐 靠譜系 外賣力 打車輪 "
     "下單位 下單純 下單元")
 
@@ -275,11 +279,11 @@ class Arguments:
     max_broken: float = option(0.002, "Largest share of broken characters (U+FFFD, private use).")
     max_rare: float = option(0.1, "Largest share of Han outside Big5 level 1, the 5,401 in use.")
     min_length: int = option(200, "Least number of Han left when the lines are cleaned.")
-    max_mainland: float = option(5.0, "Most mainland words, less Taiwan's, per 1,000 Han.")
+    max_mainland: float = option(4.0, "Most mainland words, less Taiwan's, per 1,000 Han.")
     max_repeated: float = option(0.2, "Largest share of 10-grams of characters repeated (Gopher).")
-    min_distinct: float = option(0.4, "Least share of distinct 2-grams in the first 1,000.")
+    min_distinct: float = option(0.5, "Least share of distinct 2-grams in the first 1,000.")
     min_closing: float = option(0.3, "Least share of text in lines that end like a sentence (C4).")
-    max_spam: float = option(8.0, "Most spam words per 1,000 Han.")
+    max_spam: float = option(4.0, "Most spam words per 1,000 Han.")
     url_lists: bool = option(False, "Refuse datatrove's listed addresses too (0.8 GB a worker).")
     minhash_buckets: int = option(20, "MinHash bands: more find more near duplicates.")
     minhash_rows: int = option(8, "MinHash values in a band: more are stricter.")
@@ -739,7 +743,7 @@ class Judge:
         scores |= {"mainland": 1000 * abroad / min(han, 1000), "spam": 1000 * spam / han}
         if abroad > 1 and scores["mainland"] > limits.max_mainland:
             return text, scores, "mainland"
-        if scores["spam"] > limits.max_spam:
+        if kinds[3] > 1 and scores["spam"] > limits.max_spam:
             return text, scores, "spam"
         return hide_private(text), scores, None
 

@@ -255,6 +255,11 @@ def test_a_page_on_computers_in_taiwan_words_is_no_mainland_page(judge):
     assert rule(judge, text) is None
 
 
+def test_one_word_of_spam_is_a_topic(judge):
+    assert rule(judge, LETTER + "聊到六合彩，" * 3 + "舅舅說，六合彩害人不淺。") is None
+    assert rule(judge, LETTER + "聊到六合彩和百家樂，" * 3 + "還有老虎機，都害人不淺。") == "spam"
+
+
 def test_one_mainland_word_is_not_enough(judge):
     assert rule(judge, LETTER[:250] + "這些信息我都記下來了。") is None
 
