@@ -111,7 +111,8 @@ FURNITURE = re.compile(
     "人氣|最近瀏覽|瀏覽(?:人次|數|量)?|點閱[數率]?|點擊|標籤|分類|彙整|跳[到至](?:主|導覽|搜尋)|部落格|"
     "網誌|痞客邦|相簿|檢舉|舉報|選單|導覽|客服(?:中心)?|忘記(?:密碼|帳號)|人才招募|"
     " 人(?:喜歡|說讚)|發.?(?:日期|時間)|更.?(?:日期|時間)|張貼|作者|樓主|編輯|排序|複製連結|"
-    "繁體中文|無障礙|目錄|關鍵字|迴響|其他應用程式|複製鏈接|附件|友站連結|完整簡介|追蹤者|廣告|贊助|退換貨|下載|付款方式|運送方式|立即購買|»|›|＞|"
+    "繁體中文|無障礙|目錄|關鍵字|迴響|其他應用程式|複製鏈接|附件|友站連結|完整簡介|追蹤者|廣告|"
+    "贊助|退換貨|下載|付款方式|運送方式|立即購買|»|›|＞|"
     r"english|facebook|line|instagram|ig(?<!\wig)\b|youtube|twitter|threads|telegram|rss|app|pdf|"
     "e-?mail|mail|top|menu|home|login|search|share|like|posted by|blogthis|tags?|comments?")
 # Lines that are furniture although they read like a sentence; of the prompts only short ones.
@@ -137,23 +138,25 @@ PROMPT = re.compile(
     r"喜歡.{0,14}(?:分享|按讚|訂閱)|覺得.{0,14}(?:分享|按讚|訂閱)|歡迎.{0,4}(?:分享|訂閱|追蹤|按讚)|"
     r"按讚.{0,8}(?:粉絲|專頁)|加入(?:會員|.{0,4}粉絲)|滿.{1,8}免運|全.{1,8}免運|"
     r"訂閱.{0,8}(?:電子報|頻道)|追蹤我們|加入我們|與我們聯[絡繫]|和我們聯[絡繫]|跟我們聯[絡繫]|"
-    r"看大圖|留個言|加入討論|忘記(?:密碼|帳號)|官方帳號|下載.{0,6}app|請先?登入|訪客身[份分]|歡迎加入|立即(?:報名|購買|下載)|"
+    r"看大圖|留個言|加入討論|忘記(?:密碼|帳號)|官方帳號|下載.{0,6}app|請先?登入|訪客身[份分]|歡迎加入|"
+    r"立即(?:報名|購買|下載)|"
     r"點(?:我|此|這裡)|看更多|閱讀更多|延伸閱讀|上一?[篇則頁][:：]|下一?[篇則頁][:：]|"
     r"顆星.{0,3}好評|文章對[您你].{0,4}幫助|發[表佈].{0,6}留言|贊助(?:支持)?(?:創?作者|我們)|"
     r"支持(?:贊助)?(?:創?作者|我們)")
 # Headings of links to other pages, whose titles may read like a sentence, and of comments.
 RELATED = re.compile(
-    r"(?:延伸|推薦|相關|熱門|人氣|最新|更多|近期|其他|猜你|可能|也|還|related\s).{0,6}"
-    r"(?:閱讀|文章|新聞|報導|興趣|喜歡|想看|話題|問答|作品|詩作|買了|posts|articles)")
+    r"(?:延伸|推薦|相關|熱門|人氣|最新|更多|近期|其他|猜你|可能|related\s).{0,6}"
+    r"(?:閱讀|文章|新聞|報導|興趣|喜歡|想看|話題|問答|作品|詩作|posts|articles)")
 COMMENTS = re.compile(
     r"(?i)(?:發[佈表]|\d+\s?[則篇個]?\s?)?(?:留言|回應|迴響|評論|comments?)\s?[(（]?\d*[)）]?[:：]?")
 # Lines about the page: when, by whom, where in the site.
 DAY = r"(?:\d\d){1,2}\s?[年./-]\s?\d\d?\s?[月./-]\s?\d\d?"
 ABOUT = re.compile(
     rf"{DAY}[\s\d:日上下午星期週一二三四五六（）()]*$|{DAY}日?\s.{{0,8}}$|\d?\d:\d\d$|"
-    r"\d\d?[月/]\d\d?日?\s\d?\d:\d\d$|.{0,12}發[表佈布]於|(?:記者|編譯|特派員|文|圖).{1,14}[／/].{1,12}$|"
-    r"\S{0,4}(?:編號|次數|人數|來源|領域|評價|評分|難度|單位|類別|類型|語文|字數|日期|時間|標籤|分類|關鍵字|[者首])"
-    r"\s?[:：].{0,24}$|.{1,20}\s(?:[>/»›＞|]|>>)\s.{1,20}$|.*[»›].*[»›]")
+    r"\d\d?[月/]\d\d?日?\s\d?\d:\d\d$|.{0,12}發[表佈布]於|"
+    r"(?:記者|編譯|特派員|文|圖).{1,14}[／/].{1,12}$|"
+    r"\S{0,4}(?:編號|次數|人數|來源|領域|評價|評分|難度|單位|類別|類型|語文|字數|日期|時間|標籤|分類|"
+    r"關鍵字|[者首])\s?[:：].{0,24}$|.{1,20}\s(?:[>/»›＞|]|>>)\s.{1,20}$|.*[»›].*[»›]")
 # Headings and formulas, however few of their characters are words; data and code.
 NUMBERED = re.compile(
     "[壹貳參肆伍陸柒捌玖拾一二三四五六七八九十]+、|第[一二三四五六七八九十百0-9]+[章節條步]")
@@ -225,11 +228,10 @@ SHARED = (
     "標識符 屏蔽 寬帶 移動通信 移動電話 南卡羅來納 北卡羅來納 南卡羅來納州 北卡羅來納州 "
     "馬薩諸塞州 新澤西 哈薩克斯坦 帕金森病 大眾汽車 集群 空間 卸載 免提 串行 通用 白細胞 紅細胞 "
     "羅得島州 瓦格納 胰腺 前列腺 知識產權 市場營銷 默認 截屏 高清 數字人文 觸摸屏 激活 審核 覈心 "
-    "目標代碼 移動網絡 納米 納米比亞 支持者 程序正義 程序不正義 正當程序 訴訟程序 "
-    "司法程序 處理程序 方程式 軟體動物 演算法 大數據 公元紀年 海內存知己 電視頻道 "
-    "衛視頻道 影視頻道 感激光 相信息 本土豆 "
-    "打印度 強硬件 高考慮 高考驗 高考量 微信心 微信仰 給力量 給力氣 土豆腐 靠譜系 外賣力 打車輪 "
-    "下單位 下單純 下單元")
+    "目標代碼 移動網絡 納米 納米比亞 支持者 程序正義 程序不正義 正當程序 訴訟程序 司法程序 "
+    "處理程序 方程式 軟體動物 演算法 大數據 公元紀年 海內存知己 電視頻道 衛視頻道 影視頻道 "
+    "感激光 相信息 本土豆 打印度 強硬件 高考慮 高考驗 高考量 微信心 微信仰 給力量 給力氣 土豆腐 "
+    "靠譜系 外賣力 打車輪 下單位 下單純 下單元")
 
 # Personal data. Digits and letters around them must have ended; that is asked after the first
 # character, because a pattern that begins with a set of characters is found much faster.
@@ -284,7 +286,7 @@ class Arguments:
     max_repeated: float = option(0.2, "Largest share of 10-grams of characters repeated (Gopher).")
     min_distinct: float = option(0.5, "Least share of distinct 2-grams in the first 1,000.")
     min_closing: float = option(0.3, "Least share of text in lines that end like a sentence (C4).")
-    max_spam: float = option(4.0, "Most spam words per 1,000 Han.")
+    max_spam: float = option(4.0, "Most spam words per 1,000 Han, of two different at least.")
     url_lists: bool = option(False, "Refuse datatrove's listed addresses too (0.8 GB a worker).")
     minhash_buckets: int = option(20, "MinHash bands: more find more near duplicates.")
     minhash_rows: int = option(8, "MinHash values in a band: more are stricter.")
