@@ -21,7 +21,7 @@ The real run, and first what it will take:
 Several GPUs, a copy of the model on each (DDP), or a part of it on each (FSDP; README.md):
     torchrun --nproc_per_node 4 train_pt.py --lora_rank 32
     accelerate launch --config_file fsdp.yaml train_pt.py --lora_rank 32
-Cost: not measured on a GPU yet; --plan estimates the memory from the shapes.
+Cost: not measured on a GPU yet; from the shapes, --plan says 14.8 GB for 8 x 2,048 tokens.
 
 Every option of transformers.TrainingArguments is accepted too; --help_trainer lists them.
 """
@@ -991,6 +991,8 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # not changed
         # Each parameter keeps its own type; autocast does the rest, as on one GPU.
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    if trainer.accelerator.ddp_handler:  # no second copy of the gradients in DDP's buckets
+        trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     trainer.head, trainer.report, trainer.keep = model.base_model.model.lm_head, report, keep
     return trainer
 

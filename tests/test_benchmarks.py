@@ -5,6 +5,7 @@ import os
 import re
 from datetime import date
 from importlib.util import module_from_spec, spec_from_file_location
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -36,6 +37,25 @@ def test_every_table_carries_its_own_stamp(path):
         assert re.match(r"[0-9a-f]{7}", table["commit"])
         script = re.search(r"python (benchmarks/\w+\.py)", table["command"])
         assert script and (ROOT / script[1]).is_file(), table["command"]
+
+
+def test_the_plan_agrees_with_the_account_of_every_tensor():
+    """What bench_plan.py traced, beside what --plan foretells now; a GPU may differ by a tenth."""
+    import train_pt
+
+    table = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text())["results"]
+    shape = {"vocab_size": 61_388, "hidden_size": 4096, "intermediate_size": 11_008}
+    llama = SimpleNamespace(
+        **shape, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
+    assert {row["shape"] for row in table["memory"]["results"]} >= {"8x2048", "8x4096"}
+    for row in table["memory"]["results"]:
+        batch, block = map(int, row["shape"].split("x"))
+        options = json.dumps({"offload": row["offload"]})
+        args = train_pt.Arguments(
+            optim="adamw_8bit", activation_checkpointing=True,
+            activation_checkpointing_kwargs=options)
+        foretold = sum(train_pt.memory_items(llama, args, 32_000, batch, block).values()) / 1e9
+        assert foretold == pytest.approx(row["traced_gb"], rel=0.01), row
 
 
 @pytest.mark.parametrize("length", [64, 256])
