@@ -112,9 +112,10 @@ FURNITURE = re.compile(
     "網誌|痞客邦|相簿|檢舉|舉報|選單|導覽|客服(?:中心)?|忘記(?:密碼|帳號)|人才招募|"
     " 人(?:喜歡|說讚)|發.?(?:日期|時間)|更.?(?:日期|時間)|張貼|作者|樓主|編輯|排序|複製連結|"
     "繁體中文|無障礙|目錄|關鍵字|迴響|其他應用程式|複製鏈接|附件|友站連結|完整簡介|追蹤者|廣告|"
-    "贊助|退換貨|下載|付款方式|運送方式|立即購買|»|›|＞|"
-    r"english|facebook|line|instagram|ig(?<!\wig)\b|youtube|twitter|threads|telegram|rss|app|pdf|"
-    "e-?mail|mail|top|menu|home|login|search|share|like|posted by|blogthis|tags?|comments?")
+    "贊助|退換貨|下載|付款方式|運送(?:方式|政策)|退款政策|立即購買|快速連結|電子資源|書評|"
+    r"查詢結果|正在載入|»|›|＞|english|facebook|line|instagram|ig(?<!\wig)\b|youtube|twitter|threads|"
+    "telegram|rss|app|pdf|e-?mail|mail|top|menu|home|login|search|share|like|posted by|blogthis|"
+    "tags?|comments?")
 # Lines that are furniture although they read like a sentence; of the prompts only short ones.
 CREDIT = r"(?:圖片?|照片|攝影|翻攝)[^）)]{0,8}[:：／/][^）)]{1,20}[）)]$"
 NOTICE = re.compile(
@@ -130,7 +131,8 @@ NOTICE = re.compile(
     r"瀏覽器.{0,12}(?:最佳|建議)|建議使用.{0,24}瀏覽|對[您你]有.{0,2}幫助嗎|頁面有.{0,2}幫助嗎|"
     r"內容.{0,6}僅供參考|資[料訊].{0,6}僅供參考|繼續往下閱讀|您收到[這此本]封?[信郵]件?是?因|"
     r"以電子郵件傳送這篇|減少垃圾留言|按一下即可分享|本[帖文]最後由|發信站[:：]|文章網址[:：]|"
-    r"本[文會站].{0,6}僅供參考|不構成.{0,8}(?:建議|意見)|不得(?:任意)?(?:轉載|翻印)|版權屬|"
+    r"本[文會站].{0,6}僅供參考|以上.{0,8}僅供參考|歡迎來電|除非另有註明|"
+    r"不構成.{0,8}(?:建議|意見)|不得(?:任意)?(?:轉載|翻印)|版權屬|"
     r"尊重.{0,4}智慧財產權|須滿.?18.?歲|需滿.?18.?歲|網站分級|繼續閱讀本文|取自「|更換瀏覽器|"
     r"請.{0,10}與客服聯[絡繫]|請聯[絡繫]客服|此條目.{0,6}來源|來源以改善|"
     rf"（{CREDIT}|\({CREDIT}")
@@ -152,11 +154,12 @@ COMMENTS = re.compile(
 # Lines about the page: when, by whom, where in the site.
 DAY = r"(?:\d\d){1,2}\s?[年./-]\s?\d\d?\s?[月./-]\s?\d\d?"
 ABOUT = re.compile(
-    rf"{DAY}[\s\d:日上下午星期週一二三四五六（）()]*$|{DAY}日?\s.{{0,8}}$|\d?\d:\d\d$|"
+    rf"{DAY}[\s\d:#日上下午星期週一二三四五六（）()]*$|{DAY}日?\s.{{0,8}}$|\d?\d:\d\d$|"
     r"\d\d?[月/]\d\d?日?\s\d?\d:\d\d$|.{0,12}發[表佈布]於|"
     r"(?:記者|編譯|特派員|文|圖).{1,14}[／/].{1,12}$|"
     r"\S{0,4}(?:編號|次數|人數|來源|領域|評價|評分|難度|單位|類別|類型|語文|字數|日期|時間|標籤|分類|"
-    r"關鍵字|[者首])\s?[:：].{0,24}$|.{1,20}\s(?:[>/»›＞|]|>>)\s.{1,20}$|.*[»›].*[»›]")
+    r"關鍵字|[者首])\s?[:：].{0,24}$|[A-Z][A-Za-z-]{1,20}:\s|"
+    r".{1,20}\s(?:[>/»›＞|]|>>)\s.{1,20}$|.*[»›].*[»›]")
 # Headings and formulas, however few of their characters are words; data and code.
 NUMBERED = re.compile(
     "[壹貳參肆伍陸柒捌玖拾一二三四五六七八九十]+、|第[一二三四五六七八九十百0-9]+[章節條步]")
@@ -286,7 +289,7 @@ class Arguments:
     max_repeated: float = option(0.2, "Largest share of 10-grams of characters repeated (Gopher).")
     min_distinct: float = option(0.5, "Least share of distinct 2-grams in the first 1,000.")
     min_closing: float = option(0.3, "Least share of text in lines that end like a sentence (C4).")
-    max_spam: float = option(4.0, "Most spam words per 1,000 Han, of two different at least.")
+    max_spam: float = option(6.0, "Most spam words per 1,000 Han, of two different at least.")
     url_lists: bool = option(False, "Refuse datatrove's listed addresses too (0.8 GB a worker).")
     minhash_buckets: int = option(20, "MinHash bands: more find more near duplicates.")
     minhash_rows: int = option(8, "MinHash values in a band: more are stricter.")

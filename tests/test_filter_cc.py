@@ -341,7 +341,8 @@ def test_what_stands_below_an_article_goes(below):
         "2015 年 10 月 28 日", "2023/05/12 社區新聞", "文章編號：65502", "生活 / 隨筆",
         "好書 >> 散文", "生活»隨筆»搬家", "標籤: 榕樹, 書店", "記者王某某／臺北報導",
         "5月17日 02:58",
-        "由 老鄭 發表於 2017.7.20", "00:00", "Like", "點閱 3,021"])
+        "由 老鄭 發表於 2017.7.20", "00:00", "Like", "點閱 3,021",
+        "Categories: 隨筆, 榕樹"])
 def test_what_is_said_about_a_page_goes(about):
     assert clean_lines(f"{LETTER}\n{about}\n{LETTER}") == f"{LETTER}\n{LETTER}"
 
