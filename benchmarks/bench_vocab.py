@@ -1,6 +1,6 @@
 """What the extended tokenizer and the new rows are worth, measured on real text.
 
-    python benchmarks/bench_vocab.py                          # tokenizers and rows, 20 minutes
+    python benchmarks/bench_vocab.py                          # every table, half an hour
     python benchmarks/bench_vocab.py --only tokenizers        # some of the tables: 2 minutes
     python benchmarks/bench_vocab.py --only resize            # minutes, and 45 GB of disk
     python benchmarks/bench_vocab.py --draw                   # the picture again, from the results
@@ -372,11 +372,11 @@ def main() -> None:
     """Measure the chosen tables; each keeps its own stamp when another is measured again."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"tokenizers": tokenizers, "rows": starting_losses, "resize": resize}
+    tables = {"tokenizers": tokenizers, "resize": resize, "rows": starting_losses}
     parser.add_argument("--only", nargs="+", choices=tables, help="these tables")
     parser.add_argument("--draw", action="store_true", help="only the picture, from the results")
     args = parser.parse_args()
-    for name in [] if args.draw else args.only or ["tokenizers", "rows"]:
+    for name in [] if args.draw else args.only or tables:
         if reason := lacking(name):
             print(f"{name} skipped: {reason}")
             continue
