@@ -1249,7 +1249,7 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
     from datatrove.executor import LocalPipelineExecutor
 
     # every stage has workers of its own; they start from a process that has these imported
-    heavy = "fastwarc.warc fsspec isal pyarrow.parquet tqdm transformers.hf_argparser"
+    heavy = "fastwarc.warc fsspec isal pandas pyarrow.parquet tqdm transformers.hf_argparser"
     heavy += " datatrove.executor datatrove.pipeline.dedup datatrove.pipeline.readers"
     heavy += " datatrove.pipeline.filters datatrove.pipeline.writers"
     multiprocess.set_forkserver_preload(heavy.split())
