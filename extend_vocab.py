@@ -20,8 +20,8 @@ The real run (the novel is fetched from Project Gutenberg when data/hongloumeng.
 Far better on modern text, with what filter_cc.py kept weighted against the novel:
     python extend_vocab.py --corpus data/hongloumeng.txt data/cc_filtered --corpus_weight 1 8
 
-Cost, measured on 2 cores: 23 to 27 s and 0.8 GB of memory for 13.5 GB of weights (1.8 to 3.1 times
-as long as cp -r); 20 s of CPU and 1 GB for each 10 million characters of corpus.
+Cost, measured on 2 cores: 29 s and 0.8 GB of memory for 13.5 GB of weights (1.3 to 3.8 times as
+long as cp -r); 20 s of CPU and 1 GB for each 10 million characters of corpus.
 """
 
 import argparse
