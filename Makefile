@@ -45,7 +45,7 @@ lint: $(VENV)/installed-dev
 	ruff check .
 
 # What the machine lacks is left out with a line that says so, and a failure does not stop the
-# others. An estimated hour and a half on two cores; 45 GB of disk, with less some tables are left out.
+# others. 70 minutes on two cores; 45 GB of disk, with less some tables are left out.
 MATERIAL := $(wildcard ../shared/data)
 GPU := $(shell command -v nvidia-smi)
 BENCHES := bench_plan bench_train bench_merge $(if $(MATERIAL),bench_filter bench_vocab) $(if $(GPU),bench_gpu)

@@ -705,11 +705,13 @@ def built_aside(output: Path) -> Iterator[Path]:
             partial.mkdir(parents=True, exist_ok=True)
             lock = os.open(partial, os.O_RDONLY)
             leaving.callback(os.close, lock)  # the last step, when all is tidy
-            try:
+            held = False
+            with suppress(BlockingIOError, FileNotFoundError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                held = os.path.samestat(os.fstat(lock), partial.stat())  # not renamed by now
+            if not held:
                 remedy = "wait for it, or pass another folder"
-                raise UserError(f"{shown}: another run is writing it; {remedy}") from error
+                raise UserError(f"{shown}: another run is writing it; {remedy}")
             leaving.push(lambda wrong, *_: wrong and shutil.rmtree(partial, ignore_errors=True))
             leaving.callback(tidy)
             tidy()

@@ -18,6 +18,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import extend_vocab as script
+import merge_lora
 
 BASE_SIZE, NEW_SIZE = 359, 6239  # odd on purpose; 5,401 characters and some 400 words are new
 HIDDEN = 36
@@ -710,3 +711,21 @@ def test_our_count_of_dead_pieces_is_the_published_one(shared_data):
     model = ModelProto()
     model.ParseFromString((shared_data / "chinese-llama-2-tokenizer.model").read_bytes())
     assert len(script.dead_pieces(model, 32_000)) == 657
+
+
+@pytest.mark.parametrize("module", [script, merge_lora], ids=["extend_vocab", "merge_lora"])
+def test_a_folder_that_another_run_has_just_put_in_place_is_not_written(
+    module, tmp_path, monkeypatch
+):
+    """Between making the folder and locking it, another run locked, filled and renamed it."""
+    flock = module.fcntl.flock
+
+    def late(lock, how):
+        (tmp_path / ".out.partial").rename(tmp_path / "out")
+        flock(lock, how)
+
+    monkeypatch.setattr(module.fcntl, "flock", late)
+    refused = pytest.raises(module.UserError, match="another run is writing it")
+    with refused, module.built_aside(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").is_dir()
