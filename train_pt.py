@@ -8,9 +8,9 @@ pictures/trainloss.png, redrawn as it runs.
 The weights are NF4 (QLoRA, Dettmers et al. 2023). In training half of the heads attend within
 groups of --group_size tokens and half within groups shifted by half a group (LongLoRA, Chen et al.
 2023, section 3.2), never across documents; evaluation is full causal attention. The same command
-goes on where an interrupted run stopped, to the bit (on a GPU with --full_determinism: flash
-attention adds up gradients in any order). SIGTERM and Ctrl-C finish the step, save and exit with
-143 and 130; a mistake or a loss gone wrong exits with 2, a full disk with 1.
+goes on where an interrupted run stopped, to the bit (on a GPU flash attention's backward pass
+itself differs a little each time). SIGTERM and Ctrl-C finish the step, save and exit with 143 and
+130; a mistake or a loss gone wrong exits with 2, a full disk with 1.
 
 Minutes on any CPU, after the first two steps of `make demo`:
     python train_pt.py --block_size 256 --gradient_accumulation_steps 1 --learning_rate 3e-3 \\
