@@ -804,8 +804,8 @@ def drop_islands(lines: list[str], kinds: list[str]) -> None:
     ends = [number for number, (_, _, prose) in enumerate(runs) if sum(prose) >= 100]
     apart = 0
     for place, furniture, prose in runs[ends[-1] + 1 :] if ends else ():
-        data = sum(kinds[line] == "table" and bool(DATA.search(lines[line])) for line in place)
-        apart += len(place) - data if furniture else 0
+        if furniture:
+            apart += sum(kinds[line] != "table" or not DATA.search(lines[line]) for line in place)
         if apart > 3 and prose and max(prose) < 60:
             for line in place:
                 kinds[line] = "furniture"
@@ -857,10 +857,10 @@ def block_lines(
 ) -> list[str]:
     """Return what to keep of lines between prose: a heading and a byline, verse, or data and code
     that stand within the article without any word of menus."""
-    data = [line for line in lines if DATA.search(line) and not ABOUT.match(line)]
-    inside = before_prose and after_prose and "furniture" not in kinds
-    if inside and 2 * len(data) >= len(lines):
-        return lines
+    if before_prose and after_prose and "furniture" not in kinds:
+        data = [line for line in lines if DATA.search(line) and not ABOUT.match(line)]
+        if 2 * len(data) >= len(lines):
+            return lines
     if "short" not in kinds:
         return []
     kinds = ["furniture" if kind == "table" else kind for kind in kinds]
@@ -1021,8 +1021,8 @@ def blocks() -> SimpleNamespace:
                 self.tally.save()  # with the last batch
 
         def filter(self, doc):
-            tally, refused = doc.metadata.pop("tally"), doc.metadata.pop("refused")
-            self.tally = tally
+            tally = self.tally = doc.metadata.pop("tally")
+            refused = doc.metadata.pop("refused")
             before = len(doc.text.encode("utf-8", errors="replace"))
             if not refused:
                 text, scores, refused = self.judge.verdict(doc.text)
