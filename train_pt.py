@@ -500,36 +500,39 @@ def dataset_key(files: list[Path], base: Path) -> str:
 
 
 def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
-    """Tokenise every document, once: the next run finds the result in the cache. The tokenizer
-    takes a thousand documents at a time, on all cores."""
+    """Tokenise every document, once: the next run finds the result in the cache, and one that
+    starts meanwhile waits for it. The tokenizer takes a thousand documents at a time, on all cores.
+    """
+    from tqdm import tqdm
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    if not cached.exists():
-        from tqdm import tqdm
-        building, sizes = cached.with_name(f"{cached.name}.{os.getpid()}.building"), []
-        made = [p for p in building.parents if not p.exists()]
-        building.mkdir(parents=True, exist_ok=True)
-        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        bos, eos = ([] if piece is None else [piece] for piece in ends)
-        texts = (text for file in files for text in read_texts(file) if text)
-        texts = iter(tqdm(texts, desc="tokenising", unit=" documents"))
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with (cached.parent / ".lock").open("w") as lock:
         try:
-            with (building / "tokens.bin").open("wb") as out:
-                while batch := list(islice(texts, 1000)):
-                    pieces = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-                    for text, ids in zip(batch, pieces, strict=True):
-                        ids = [*bos, *ids, *eos]
-                        out.write(np.array(ids, dtype).tobytes())
-                        sizes.append((len(ids), len(text)))
-            if not sizes:
-                raise UserError(f"--dataset {files[0]}: holds no text; expected some documents")
-            np.save(building / "documents.npy", np.array(sizes))
-            building.rename(cached)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            for folder in made:
-                with suppress(OSError):  # holds something else by now
-                    folder.rmdir()
-            raise
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run that tokenises into {cached.parent}", flush=True)
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not cached.exists():
+            building, sizes = cached.with_name("building"), []  # also what a killed run left
+            building.mkdir(exist_ok=True)
+            ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+            bos, eos = ([] if piece is None else [piece] for piece in ends)
+            texts = (text for file in files for text in read_texts(file) if text)
+            texts = iter(tqdm(texts, desc="tokenising", unit=" documents"))
+            try:
+                with (building / "tokens.bin").open("wb") as out:
+                    while batch := list(islice(texts, 1000)):
+                        pieces = tokenizer(batch, add_special_tokens=False, verbose=False)
+                        for text, ids in zip(batch, pieces["input_ids"], strict=True):
+                            ids = [*bos, *ids, *eos]
+                            out.write(np.array(ids, dtype).tobytes())
+                            sizes.append((len(ids), len(text)))
+                if not sizes:
+                    raise UserError(f"--dataset {files[0]}: holds no text; expected some documents")
+                np.save(building / "documents.npy", np.array(sizes))
+                building.rename(cached)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
     sizes = np.load(cached / "documents.npy")
     return Corpus(np.memmap(cached / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
 
@@ -820,6 +823,10 @@ def load_adapter(model: Any, folder: Path) -> None:
 # --- Training ------------------------------------------------------------------------------------
 
 
+class Stopped(Exception):
+    """A signal came during an evaluation."""
+
+
 class PackedTraining:
     """What transformers.Trainer lacks for us; build_trainer puts this class in front of it."""
 
@@ -832,7 +839,11 @@ class PackedTraining:
 
     def train(self, *args, **kwargs):
         try:
-            return super().train(*args, **kwargs)
+            super().train(*args, **kwargs)
+            measured = (row["step"] for row in self.state.log_history if "eval_loss" in row)
+            if self.eval_dataset is not None and self.state.global_step not in measured:
+                with suppress(Stopped):  # it has stopped on its last step, now or before
+                    self.evaluate()
         except Exception as error:  # a package that we do not require names its own remedy
             wandb = "--report_to wandb: " if type(error).__module__.startswith("wandb.") else ""
             if not (wandb or (isinstance(error, ImportError) and not error.name)):
@@ -846,6 +857,11 @@ class PackedTraining:
     def compute_loss(self, model, inputs, *args, **kwargs):
         with self.head.inside_the_loss(), self.accelerator.autocast():  # FSDP comes without
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True  # resumed after the last step: else one too many
 
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -882,6 +898,8 @@ class PackedTraining:
         self.model.eval()
         rank, ranks = self.args.process_index, self.args.world_size
         for start in range(0, len(blocks), ranks * size):
+            if self.stopping():
+                raise Stopped
             chosen = range(len(blocks))[start : start + ranks * size][rank::ranks]
             batch = self.data_collator([blocks[i] for i in chosen or [0]])
             if not chosen:  # with FSDP nobody can go forward alone
@@ -910,14 +928,20 @@ class PackedTraining:
         if self._globalstep_last_logged < step == self.state.max_steps:  # the end is measured
             self.control.should_log = True
             self.control.should_evaluate = self.eval_dataset is not None
-        stop = len(self.stop)
-        if self.args.world_size > 1:  # the signal may reach the processes at different steps
-            import torch
-            stop = self.accelerator.reduce(torch.tensor(stop, device=self.args.device), "sum")
-        if stop:
-            self.control.should_evaluate = False
-            self.control.should_save = self.control.should_training_stop = True
+        with suppress(Stopped):
+            if not self.stopping():
+                return super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.control.should_evaluate = False
+        self.control.should_save = self.control.should_training_stop = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def stopping(self) -> bool:
+        """Whether a signal has come, to whichever process: they stop together."""
+        if self.args.world_size == 1:
+            return bool(self.stop)
+        import torch
+        signals = torch.tensor(len(self.stop), device=self.args.device)
+        return bool(self.accelerator.reduce(signals, "sum"))
 
     def _get_output_dir(self, trial=None) -> str:
         return str(self.saving or self.args.output_dir)
@@ -1375,7 +1399,9 @@ def main(argv: list[str] | None = None) -> None:
         "eval_sequences": len(held_out) if held_out else 0,
         "steps": total_steps(len(blocks), training)}
     if args.plan:
-        return print_plan(args, training, config, first_new, facts)
+        if training.process_index == 0:
+            print_plan(args, training, config, first_new, facts)
+        return
     report = Report(args, record, tokenizer, facts, held_out or blocks)
     if training.process_index == 0:
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -1384,9 +1410,10 @@ def main(argv: list[str] | None = None) -> None:
     trainer = build_trainer(training, model, blocks, held_out, report)
     with stop_signals() as trainer.stop:
         trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.stop:
+        stopped = trainer.stopping()
+    if stopped:
         print(f"stopped at step {trainer.state.global_step} and saved; the same command goes on")
-        raise SystemExit(128 + trainer.stop[0])
+        raise SystemExit(128 + (trainer.stop or [signal.SIGTERM])[0])
     trainer.save_model()
     if training.process_index == 0:
         report.finish(trainer.state.log_history)

@@ -1,6 +1,10 @@
 """Documents to tokens to blocks: nothing lost, nothing twice, nothing across documents."""
 
+import fcntl
 import json
+import multiprocessing
+import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,7 +109,40 @@ def test_bad_text_is_refused_by_name(name, content, reason, tokenizer, tmp_path)
     with pytest.raises(train_pt.UserError, match=reason) as error:
         train_pt.tokenize(train_pt.text_files(str(tmp_path)), tokenizer, tmp_path / "out/cache/a")
     assert "--dataset" in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == [name], "a refused file leaves nothing"
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left <= {name, ".lock"}, "a refused file leaves nothing"
+
+
+def test_a_run_waits_for_another_that_tokenises_and_takes_its_result(tokenizer, tmp_path, capfd):
+    (tmp_path / "a.txt").write_text("春天的花")
+    first = train_pt.tokenize([tmp_path / "a.txt"], tokenizer, tmp_path / "one/key")
+    (tmp_path / "two").mkdir()
+
+    def other(ready):
+        with (tmp_path / "two/.lock").open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            ready.set()
+            time.sleep(0.5)
+            shutil.copytree(tmp_path / "one/key", tmp_path / "two/key")
+
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    process = fork.Process(target=other, args=[ready])
+    process.start()
+    ready.wait()
+    corpus = train_pt.tokenize([], tokenizer, tmp_path / "two/key")  # it could read nothing itself
+    process.join()
+    assert "waiting for another run" in capfd.readouterr().out
+    assert np.array_equal(corpus.tokens, first.tokens)
+
+
+def test_what_a_killed_tokenisation_left_is_written_over(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("春天的花")
+    (tmp_path / "cache/building").mkdir(parents=True)
+    (tmp_path / "cache/building/tokens.bin").write_bytes(b"half of something" * 100)
+    corpus = train_pt.tokenize([tmp_path / "a.txt"], tokenizer, tmp_path / "cache/key")
+    assert len(corpus.tokens) == corpus.lengths.sum()
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".lock", "key"}
 
 
 def test_a_missing_dataset_names_the_script_to_run_first():

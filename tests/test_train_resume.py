@@ -36,6 +36,7 @@ def whole(command):
     [
         (kill, 8, []),  # goes on from step 5
         (kill, 11, ["--lora_dropout", "0.3"]),  # from step 10, in the second pass
+        (terminate, 11, []),  # on the last step
         (kill, 7, ["--optim", "adamw_8bit", "--lora_dropout", "0.3"]),
         (kill, 7, ["--optim", "paged_adamw_8bit"]),
         (terminate, 7, ["--lora_dropout", "0.3"]),
@@ -111,3 +112,37 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(command, whole, monkeypatch,
     assert [p.name for p in Path("pt").glob("checkpoint*")] == ["checkpoint-5"]
     train_pt.main(command())
     assert same(weights("pt"), whole())
+
+
+@pytest.mark.parametrize("step", [8, 12], ids=["in the middle", "at the end"])
+def test_a_signal_during_an_evaluation_saves_at_once_and_the_end_is_measured_later(
+    step, command, whole, monkeypatch
+):
+    options = ["--per_device_eval_batch_size", "1", "--eval_fraction", "0.2"]
+    expected, batches = whole(*options), []
+    evaluate, collate = train_pt.PackedTraining.evaluate, train_pt.Collate.__call__
+
+    def interrupted(trainer, *args, **kwargs):
+        def watch(self, blocks):
+            batches.append(len(blocks))
+            if len(batches) == 2:
+                terminate()
+            return collate(self, blocks)
+
+        if trainer.state.global_step == step:
+            monkeypatch.setattr(train_pt.Collate, "__call__", watch)
+        return evaluate(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_pt.PackedTraining, "evaluate", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            train_pt.main(command(*options))
+    monkeypatch.setattr(train_pt.Collate, "__call__", collate)
+    assert stopped.value.code == 143
+    assert batches == [1, 1], "it went on evaluating"
+    assert Path(f"pt/checkpoint-{step}").is_dir()
+    assert not Path("pt/adapter_model.safetensors").exists(), "looks finished"
+    train_pt.main(command(*options))
+    assert same(weights("pt"), expected)
+    measured = [row["step"] for row in metrics("pt") if "eval_loss" in row]
+    assert measured == ([4, 12] if step == 8 else [4, 8, 12])
