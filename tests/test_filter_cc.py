@@ -353,6 +353,8 @@ def test_what_is_said_about_a_page_goes(about):
         "「歡迎光臨！」她說。", "我收到這封信的時候，天剛亮。", "這樣做真的有幫助嗎？",
         "打電話聯絡客服，等了半個小時。", "網站可以透過 JavaScript 知道螢幕有多大。",
         "你必須按一下即可開啟的那個選單，再選第二項。", "。",
+        "業者說 Cookie 要退場了，可是換一個瀏覽器，名字也換一個而已。",
+        "創用 CC 是什麼，很多機關到現在還分不清楚。",
         "有事請打 0912-345-678，或寫到 someone@example.com.tw 給我。",
         "He used to say that a house without books is a body without a soul."])
 def test_prose_that_only_sounds_like_furniture_stays(line):
