@@ -13,6 +13,8 @@ attention  forward and backward of S² at the same lengths: torch.nn.attention.v
 optimizer  the same step with adamw_8bit, paged_adamw_8bit and adamw_torch.
 
 What runs out of memory is recorded as such. Nothing is estimated, except the column that says so.
+Every row is written as soon as it is measured, so a run cut short keeps what it has. Each model is
+loaded once for all its rows; loading has a row of its own.
 Results: benchmarks/results/gpu.json and pictures/readme_gpu.png.
 """
 
@@ -23,8 +25,11 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from datetime import date
+from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +60,7 @@ VARIANTS = {
     "full attention, plain loss": ("full", "plain", False),
 }
 USUAL = "usual recipe"
+OPTIMIZERS = ["adamw_8bit", "paged_adamw_8bit", "adamw_torch"]
 
 
 def synchronize() -> None:
@@ -139,128 +145,178 @@ def to_device(thing, device):
     return {k: to_device(v, device) for k, v in thing.items()} if isinstance(thing, dict) else thing
 
 
-def measure(folder: Path, sizes: dict, length: int, name: str, optim: str, steps: int) -> dict:
-    """Train a few steps; peak memory from the first byte of the model on."""
-    from transformers import Trainer
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    attention, loss, offload = VARIANTS.get(name, ("sdpa", "plain", False))
-    args, training = arguments(folder, length, offload, optim)
-    row = {"length": length, "batch": BATCH, "variant": name, "optim": optim}
+def load(folder: Path, args, training, usual: bool):
+    """The model, its head (None in the usual recipe), and the peak of loading it."""
     free()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    model = head = None
+    if usual:
+        model, head = usual_model(folder, training), None
+    else:
+        model, head = script.build_model(args, training, folder, LLAMA_2_PIECES)
+    return model.train(), head, peaks()
+
+
+def peaks() -> dict:
+    if not torch.cuda.is_available():
+        return {}
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"peak_gb": allocated / 1e9, "reserved_gb": reserved / 1e9}
+
+
+def train(model, head, training, source, loss: str, steps: int) -> list[float]:
+    """Seconds of each step, the first one included."""
+    from transformers import Trainer
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
+    optimizer, seconds = kind(trained, **options), []
+    for _ in range(steps + 1):
+        batch = to_device(next(source), training.device)
+        if head is None:
+            del batch["cuts"]
+        synchronize()
+        start = time.perf_counter()
+        inside = head.inside_the_loss() if loss == "chunked" else nullcontext()
+        with torch.autocast(training.device.type, torch.bfloat16), inside:
+            value = model(**batch, use_cache=False).loss
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+        del value, batch
+    return seconds
+
+
+def measure(model, head, args, training, sizes: dict, name: str, steps: int) -> dict:
+    """One row: train a few steps with a fresh optimizer."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    attention, loss, _ = VARIANTS.get(name, ("sdpa", "plain", False))
+    row = {"length": args.block_size, "batch": BATCH, "variant": name, "optim": args.optim}
+    if head is not None:
+        llama = model.base_model.model
+        llama.config.group_size = args.group_size if attention == "s2" else None
+        llama.loss_function = head.loss if loss == "chunked" else ForCausalLMLoss
+    free()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    source = batches(args, sizes, script.flash_is_here(head_size(sizes)))
     try:
-        if name == USUAL:
-            model = usual_model(folder, training)
-        else:
-            model, head = script.build_model(args, training, folder, LLAMA_2_PIECES)
-            llama = model.base_model.model
-            llama.config.group_size = args.group_size if attention == "s2" else None
-            if loss == "plain":
-                llama.loss_function = ForCausalLMLoss
-        model.train()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(training, model)
-        optimizer, seconds = kind(trained, **options), []
-        source = batches(args, sizes, script.flash_is_here(head_size(sizes)))
-        for _ in range(steps + 1):
-            batch = to_device(next(source), training.device)
-            if name == USUAL:
-                del batch["cuts"]
-            synchronize()
-            start = time.perf_counter()
-            with torch.autocast(training.device.type, torch.bfloat16):
-                if loss == "chunked":
-                    with head.inside_the_loss():
-                        value = model(**batch, use_cache=False).loss
-                else:
-                    value = model(**batch, use_cache=False).loss
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            synchronize()
-            seconds.append(time.perf_counter() - start)
-            del value, batch
-        row["tokens_per_second"] = BATCH * length / min(seconds[1:])
-        row["trained_parameters"] = sum(p.numel() for p in trained)
-        if torch.cuda.is_available():
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        seconds = train(model, head, training, source, loss, steps)
+        row |= {"tokens_per_second": BATCH * args.block_size / min(seconds[1:])} | peaks()
     except torch.cuda.OutOfMemoryError:
         row["out_of_memory"] = True
+    model.zero_grad()
+    row["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if name.startswith("train_pt.py"):
         config = SimpleNamespace(**sizes, num_key_value_heads=sizes["num_attention_heads"])
-        items = script.memory_items(config, args, LLAMA_2_PIECES, BATCH, length)
+        items = script.memory_items(config, args, LLAMA_2_PIECES, BATCH, args.block_size)
         row["plan_gb"] = sum(items.values()) / 1e9
-    figures = {k: f"{v:,.2f}" for k, v in row.items() if isinstance(v, float)}
-    print(f"{length:6} {name:28}{optim:20}", figures or row.get("out_of_memory"), flush=True)
-    del model, head
-    trained = optimizer = None
-    free()
     return row
 
 
-def attention_speed(sizes: dict, length: int) -> list[dict]:
+def training_rows(folder: Path, sizes: dict, lengths: list[int], optims: list[str], steps: int):
+    """Rows as they are measured, the variants that share a model one after the other; with several
+    optimizers, train_pt.py's own variant with each."""
+    here, offloaded = ([n for n, v in VARIANTS.items() if v[2] == offload] for offload in (0, 1))
+    groups = [["train_pt.py"]] if len(optims) > 1 else [here, [USUAL], offloaded]
+    for names in groups:
+        options = folder, lengths[0], names is offloaded, optims[0]
+        try:
+            model, head, peak = load(folder, *arguments(*options), usual=names == [USUAL])
+        except torch.cuda.OutOfMemoryError:
+            yield {"loading": names[0], "out_of_memory": True}
+            continue
+        yield {"loading": names[0]} | peak
+        for length in lengths:
+            for optim in optims:
+                args, training = arguments(folder, length, names is offloaded, optim)
+                for name in names:
+                    yield measure(model, head, args, training, sizes, name, steps)
+        del model, head
+
+
+def attention_rows(sizes: dict, lengths: list[int]):
     """One layer's S² attention, forward and backward."""
     heads, size = sizes["num_attention_heads"], head_size(sizes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    args = SimpleNamespace(block_size=length, group_size=length // 4)
-    batch = next(batches(args, sizes, False))
-    shape = (BATCH, heads, length, size)
-    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
-    module = SimpleNamespace(training=True, config=SimpleNamespace(group_size=args.group_size))
-    position = batch["position_ids"]
-    ways = {"SDPA over segments": False}
-    if script.flash_is_here(size):
-        ways["torch.nn.attention.varlen"] = True
-    calls = {}
-    for name, flash in ways.items():
-        cuts = {"groups": script.cut_points(position, args.group_size, flash)}
-        cuts = to_device(cuts, device)
-        calls[name] = lambda q, k, v, cuts=cuts: script.s2_attention(
-            module, q, k, v, None, cuts=cuts
-        )[0]
-    if torch.cuda.is_available():
-        calls["FlexAttention"] = flex(position.to(device), heads, args.group_size)
-    rows = []
-    for name, call in calls.items():
-        seconds = []
-        for _ in range(8):
-            inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-            synchronize()
-            start = time.perf_counter()
-            call(*inputs).sum().backward()
-            synchronize()
-            seconds.append(time.perf_counter() - start)
-        rows.append({"length": length, "way": name, "milliseconds": 1e3 * min(seconds[2:])})
-        print(f"{length:6} {name:28}{rows[-1]['milliseconds']:10.2f} ms", flush=True)
-    return rows
+    for length in lengths:
+        group, shape = length // 4, (BATCH, heads, length, size)
+        args = SimpleNamespace(block_size=length, group_size=group)
+        position = next(batches(args, sizes, False))["position_ids"]
+        module = SimpleNamespace(training=True, config=SimpleNamespace(group_size=group))
+        q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
+        ways = {"SDPA over segments": False}
+        if script.flash_is_here(size):
+            ways["torch.nn.attention.varlen"] = True
+        calls = {}
+        for name, flash in ways.items():
+            cuts = to_device({"groups": script.cut_points(position, group, flash)}, device)
+            calls[name] = partial(
+                lambda cuts, q, k, v, module=module: script.s2_attention(
+                    module, q, k, v, None, cuts=cuts
+                )[0],
+                cuts,
+            )
+        if torch.cuda.is_available():
+            calls["FlexAttention"] = flex(position.to(device), group)
+        for name, call in calls.items():
+            row, seconds = {"length": length, "way": name}, []
+            try:
+                for _ in range(8):
+                    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+                    synchronize()
+                    start = time.perf_counter()
+                    call(*inputs).sum().backward()
+                    synchronize()
+                    seconds.append(time.perf_counter() - start)
+                row["milliseconds"] = 1e3 * min(seconds[2:])
+            except torch.cuda.OutOfMemoryError:
+                row["out_of_memory"] = True
+            yield row
+        free()
 
 
-def flex(position: torch.Tensor, heads: int, group: int):
-    """S² as FlexAttention's block mask, made once per batch."""
+def same_segment(position: torch.Tensor, group: int, shift: int):
+    """FlexAttention's rule for one half of the heads; position (B, T)."""
+    document = (position == 0).cumsum(1)
+    segment = (position + shift) // group
+
+    def rule(b, h, q, k):
+        same = (document[b, q] == document[b, k]) & (segment[b, q] == segment[b, k])
+        return (q >= k) & same
+
+    return rule
+
+
+def flex(position: torch.Tensor, group: int):
+    """S² as FlexAttention: a block mask for each half of the heads, made once per batch."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     B, T = position.shape
-    document = (position == 0).cumsum(1)
-
-    def same(b, h, q, k):
-        shift = torch.where(h < heads // 2, 0, group // 2)
-        group_of_q = (position[b, q] + shift) // group
-        group_of_k = (position[b, k] + shift) // group
-        return (q >= k) & (document[b, q] == document[b, k]) & (group_of_q == group_of_k)
-
-    mask = create_block_mask(same, B, heads, T, T, device=str(position.device))
+    masks = [
+        create_block_mask(
+            same_segment(position, group, shift), B, None, T, T, device=str(position.device)
+        )
+        for shift in (0, group // 2)
+    ]
     compiled = torch.compile(flex_attention)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask).transpose(1, 2)
+
+    def call(q, k, v):
+        halves = zip(*(x.chunk(2, dim=1) for x in (q, k, v)), masks, strict=True)
+        outputs = [compiled(*half, block_mask=mask) for *half, mask in halves]
+        return torch.cat(outputs, dim=1).transpose(1, 2)
+
+    return call
 
 
 def draw(rows: list[dict]) -> None:
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if "variant" in row]  # not those of loading
     figure = Figure(figsize=(8, 4), layout="constrained")
     memory, speed = figure.subplots(1, 2)
     for name in dict.fromkeys(r["variant"] for r in rows):
@@ -290,37 +346,43 @@ def main() -> None:
     sizes = TINY if args.tiny else FULL
     folder = base_model(sizes, ROOT / "outputs" / ("bench_gpu_tiny" if args.tiny else "bench_gpu"))
     fast = "adamw_torch" if args.tiny and not torch.cuda.is_available() else "adamw_8bit"
-    results: dict[str, list] = {}
-    if args.only in (None, "training"):
-        results["training"] = [
-            measure(folder, sizes, length, name, fast, args.steps)
-            for length in args.lengths
-            for name in [*VARIANTS, USUAL]
-        ]
-    if args.only in (None, "attention"):
-        results["attention"] = [r for n in args.lengths for r in attention_speed(sizes, n)]
-    if args.only in (None, "optimizer"):
-        results["optimizer"] = [
-            measure(folder, sizes, args.lengths[0], "train_pt.py", optim, args.steps)
-            for optim in ("adamw_8bit", "paged_adamw_8bit", "adamw_torch")
-        ]
-    if args.tiny:
-        return
-    old = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    record = {
-        "commit": subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "date": date.today().isoformat(),
-        "versions": {n: version(n) for n in ("torch", "transformers", "peft", "bitsandbytes")},
-        "hardware": f"{torch.cuda.get_device_name()}, {platform.machine()}",
-        "seed": SEED,
-        "command": " ".join(["python", "benchmarks/bench_gpu.py", *sys.argv[1:]]),
-        "results": old | results,
+    tables = {
+        "training": lambda: training_rows(folder, sizes, args.lengths, [fast], args.steps),
+        "attention": lambda: attention_rows(sizes, args.lengths),
+        "optimizer": lambda: training_rows(folder, sizes, args.lengths[:1], OPTIMIZERS, args.steps),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    if "training" in results:
-        draw(results["training"])
+    for table, rows in tables.items():
+        if args.only in (None, table):
+            print(table)
+            record(table, rows(), keep=not args.tiny)
+    if not args.tiny and args.only in (None, "training"):
+        draw(json.loads(RESULTS.read_text())["results"]["training"]["results"])
+
+
+def record(table: str, rows, keep: bool) -> None:
+    """Print and write every row as it comes."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "triton")
+    packages = [n for n in packages if find_spec(n)]
+    stamp = {
+        "commit": subprocess.getoutput(f"git -C {ROOT} rev-parse --short HEAD"),
+        "command": " ".join(["python", "benchmarks/bench_gpu.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
+        "hardware": f"{torch.cuda.get_device_name()}, {platform.machine()}" if keep else "",
+        "seed": SEED,
+        "results": [],
+    }
+    whole = {"results": {}}
+    if keep and RESULTS.exists():
+        whole = json.loads(RESULTS.read_text())
+    whole["results"][table] = stamp
+    for row in rows:
+        figures = (f"{k} {v:,.2f}" if isinstance(v, float) else f"{v}" for k, v in row.items())
+        print("  ".join(figures), flush=True)
+        stamp["results"].append(row)
+        if keep:
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

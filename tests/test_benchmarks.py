@@ -13,15 +13,20 @@ from conftest import ROOT
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
-@pytest.fixture(scope="module")
-def bench_train():
+def benchmark(name: str):
+    """A benchmark's module; it is no package."""
     before = dict(os.environ)
-    spec = spec_from_file_location("bench_train", ROOT / "benchmarks" / "bench_train.py")
+    spec = spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     os.environ.clear()  # it asks for one thread
     os.environ.update(before)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench_train():
+    return benchmark("bench_train")
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -72,6 +77,24 @@ def test_ways_of_full_attention_over_packed_documents_give_the_same(bench_train,
     ours = ways["full causal, by document"](q, k, v).transpose(1, 2)
     torch.testing.assert_close(ours, masked)
     assert not torch.allclose(ways["S²"](q, k, v).transpose(1, 2), masked)
+
+
+def test_flex_attention_is_asked_for_the_same_segments():
+    """What bench_gpu.py times as FlexAttention joins the pairs that train_pt.py's cut points do."""
+    import torch
+    from torch.nn.attention.flex_attention import create_mask
+
+    import train_pt
+
+    bench_gpu = benchmark("bench_gpu")
+    position = torch.cat([torch.arange(n) for n in (13, 40, 1, 26)]).view(2, 40)
+    halves = train_pt.cut_points(position, 16, flash=True)["bounds"].long().diff()
+    segments = torch.arange(len(halves)).repeat_interleave(halves).view(2, 2, 40)  # half, B, T
+    for shift, segment in zip((0, 8), segments, strict=True):
+        rule = bench_gpu.same_segment(position, 16, shift)
+        mask = create_mask(rule, 2, 1, 40, 40, device="cpu")[:, 0]
+        expected = (segment[:, :, None] == segment[:, None]) & torch.ones(40, 40).tril().bool()
+        assert torch.equal(mask, expected)
 
 
 def test_packed_documents_have_the_lengths_that_the_docstring_says(bench_train):
