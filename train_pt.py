@@ -9,8 +9,9 @@ The weights are NF4 (QLoRA, Dettmers et al. 2023). In training half of the heads
 groups of --group_size tokens and half within groups shifted by half a group (LongLoRA, Chen et al.
 2023, section 3.2), never across documents; evaluation is full causal attention. The same command
 goes on where an interrupted run stopped, to the bit (on a GPU flash attention's backward pass
-itself differs a little each time). SIGTERM and Ctrl-C finish the step, save and exit with 143 and
-130; a mistake or a loss gone wrong exits with 2, a full disk with 1.
+itself differs a little each time). SIGTERM, SIGHUP and Ctrl-C end the run after the batch at hand:
+it saves the last whole step and exits with 143, 129 or 130. A mistake or a loss gone wrong exits
+with 2, a full disk with 1.
 
 Minutes on any CPU, after the first two steps of `make demo`:
     python train_pt.py --block_size 256 --gradient_accumulation_steps 1 --learning_rate 3e-3 \\
@@ -52,6 +53,7 @@ from itertools import islice
 from pathlib import Path
 from types import new_class
 from typing import TYPE_CHECKING, Any, Literal
+from uuid import uuid4
 
 import numpy as np
 from transformers import HfArgumentParser
@@ -61,6 +63,7 @@ if TYPE_CHECKING:  # heavy imports wait inside the functions that use them, so t
 
 # --- Constants -----------------------------------------------------------------------------------
 
+STOPPING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 LLAMA_2_PIECES = 32_000
@@ -588,6 +591,9 @@ class Collate:
 
     def __call__(self, blocks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         import torch
+        if torch.utils.data.get_worker_info():  # a worker must not end before the run has saved
+            for signum in STOPPING:
+                signal.signal(signum, signal.SIG_IGN)
         batch = {name: torch.from_numpy(np.stack([b[name] for b in blocks])) for name in blocks[0]}
         cuts = {"groups": self.group_size, "documents": None}
         cuts = {n: cut_points(batch["position_ids"], g, self.flash) for n, g in cuts.items()}
@@ -692,6 +698,7 @@ class TailHead(TailEmbedding):
         import torch
         hidden, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        items = torch.as_tensor(items).clamp(min=1)  # a last block of one token has no target
         function, rows = based_on(ChunkedLoss, torch.autograd.Function), (self.frozen, self.trained)
         with torch.autocast(hidden.device.type, enabled=False):
             return function.apply(hidden, *rows, targets, torch.is_grad_enabled()) / items
@@ -824,7 +831,7 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 
 class Stopped(Exception):
-    """A signal came during an evaluation."""
+    """A signal came: leave what is under way, save the last whole step."""
 
 
 class PackedTraining:
@@ -834,16 +841,18 @@ class PackedTraining:
     report: Report
     stop: list[int]  # signals caught
     keep: int  # checkpoints; seal removes the others
+    dice: tuple = ()  # the states of random numbers at the end of the last step
+    rehearsed = False
     saving: Path | None = None
     lowest, worse = math.inf, 0
 
     def train(self, *args, **kwargs):
         try:
-            super().train(*args, **kwargs)
-            measured = (row["step"] for row in self.state.log_history if "eval_loss" in row)
-            if self.eval_dataset is not None and self.state.global_step not in measured:
-                with suppress(Stopped):  # it has stopped on its last step, now or before
-                    self.evaluate()
+            with suppress(Stopped):
+                super().train(*args, **kwargs)
+                measured = (row["step"] for row in self.state.log_history if "eval_loss" in row)
+                if self.eval_dataset is not None and self.state.global_step not in measured:
+                    self.evaluate()  # it stopped on its last step, now or before
         except Exception as error:  # a package that we do not require names its own remedy
             wandb = "--report_to wandb: " if type(error).__module__.startswith("wandb.") else ""
             if not (wandb or (isinstance(error, ImportError) and not error.name)):
@@ -859,11 +868,41 @@ class PackedTraining:
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step < self.state.max_steps:
-            return super()._run_epoch(*args, **kwargs)
-        self.control.should_training_stop = True  # resumed after the last step: else one too many
+        self.state.compute_steps(self.args, self.state.max_steps)  # a checkpoint brings its own
+        try:
+            if not self.rehearsed:
+                self.rehearse()
+            if self.state.global_step < self.state.max_steps:
+                return super()._run_epoch(*args, **kwargs)  # else it would train one step too many
+        except Stopped:
+            if self.dice:  # there is a step that is not saved
+                for generator, state in zip(self.generators(), self.dice, strict=True):
+                    generator.set_rng_state(state)
+                self._save_checkpoint(self.model_wrapped)
+        self.control.should_training_stop = True
+
+    def rehearse(self) -> None:
+        """Evaluate a batch, write a token and look at the disk before the first step: what is going
+        to fail fails now, not after hours."""
+        self.rehearsed = True
+        if self.eval_dataset is not None:
+            self.held_out_loss(batches=1)
+            self.report.sample(self, tokens=1)
+        moments = 2 if "8bit" in self.args.optim else 8
+        size = sum(p.numel() for p in adapter_tensors(self.model).values()) * (4 + moments)
+        free = shutil.disk_usage(self.args.output_dir).free
+        if self.is_world_process_zero() and free < (min(self.keep, 2) + 1) * size:
+            print(f"note: {self.args.output_dir} has {free / 1e9:.1f} GB free, and each checkpoint "
+                  f"takes {size / 1e9:.1f} GB")
+
+    def generators(self) -> list[Any]:
+        """Where random numbers come from on this device."""
+        import torch
+        return [torch.random, *[torch.cuda] * (self.args.device.type == "cuda")]
 
     def training_step(self, model, inputs, *args, **kwargs):
+        if self.stopping():
+            raise Stopped
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite():
             self.give_up(self.state.global_step + 1, f"the loss is {loss.item()}")
@@ -889,15 +928,15 @@ class PackedTraining:
                 explosion = f"the loss explodes ({logs['loss']:.2f} after {self.lowest:.2f})"
                 self.give_up(self.state.global_step, explosion)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Loss per token and bits per character of the documents held out, full attention."""
+    def held_out_loss(self, batches: int = sys.maxsize) -> tuple[float, int]:
+        """The summed loss of the documents held out, full attention; and how many tokens it is of.
+        """
         import torch
-        from tqdm import tqdm
         blocks, size = self.eval_dataset, self.args.per_device_eval_batch_size
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         rank, ranks = self.args.process_index, self.args.world_size
-        for start in range(0, len(blocks), ranks * size):
+        for start in islice(range(0, len(blocks), ranks * size), batches):
             if self.stopping():
                 raise Stopped
             chosen = range(len(blocks))[start : start + ranks * size][rank::ranks]
@@ -909,8 +948,15 @@ class PackedTraining:
                 sums[0] += self.model(**batch, num_items_in_batch=1).loss
             sums[1] += (batch["labels"] != IGNORED).sum()
         total, predicted = self.accelerator.reduce(sums, "sum").tolist()
+        return total, max(1, int(predicted))
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Loss per token and bits per character of the documents held out."""
+        from tqdm import tqdm
+        total, predicted = self.held_out_loss()
         # Where a block cuts a document, one token has no context: the mean stands for it.
-        bits = total / predicted / math.log(2) * blocks.tokens_per_character
+        tokens_per_character = self.eval_dataset.tokens_per_character
+        bits = total / predicted / math.log(2) * tokens_per_character
         metrics = {"eval_loss": total / predicted, "eval_bits_per_character": bits}
         metrics |= self.report.sample(self)  # every process, for FSDP needs all to write one
         if self.is_world_process_zero():
@@ -928,11 +974,7 @@ class PackedTraining:
         if self._globalstep_last_logged < step == self.state.max_steps:  # the end is measured
             self.control.should_log = True
             self.control.should_evaluate = self.eval_dataset is not None
-        with suppress(Stopped):
-            if not self.stopping():
-                return super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.control.should_evaluate = False
-        self.control.should_save = self.control.should_training_stop = True
+        self.dice = tuple(generator.get_rng_state() for generator in self.generators())
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def stopping(self) -> bool:
@@ -1023,16 +1065,19 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C, so that the step can end; the second one is not waited for."""
+    """Collect the signals of STOPPING, so that the run can save; the second is not waited for. What
+    nohup has it ignore stays ignored."""
     caught: list[int] = []
 
     def note(signum, frame):
         if caught:
             raise KeyboardInterrupt
         caught.append(signum)
-        print(f"{signal.Signals(signum).name}: finishing the step, then saving", flush=True)
+        with suppress(OSError):  # the terminal may be gone
+            print(f"{signal.Signals(signum).name}: saving after the batch at hand", flush=True)
 
-    previous = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    heard = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
+    previous = {s: signal.signal(s, note) for s in heard}
     try:
         yield caught
     finally:
@@ -1097,6 +1142,13 @@ def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, k
         "settings": json.loads(json.dumps(settings, default=str))}
 
 
+def move_aside(folder: Path, what: str) -> None:
+    """Make room for another of its name; nothing is deleted."""
+    aside = next(p for n in range(1, 10**6) if not (p := Path(f"{folder}.{n}")).exists())
+    folder.rename(aside)
+    print(f"{folder} held {what}: moved to {aside}")
+
+
 def open_run(args: Arguments, record: dict) -> str | None:
     """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to
     mix two runs; a finished one with other settings is moved aside."""
@@ -1114,16 +1166,22 @@ def open_run(args: Arguments, record: dict) -> str | None:
                 f"--output_dir {output}: an unfinished run with other settings ({'; '.join(told)})"
                 "; give the same to go on, name another --output_dir, or remove the folder")
         if changed:
-            aside = next(p for n in range(1, 10**6) if not (p := Path(f"{output}.{n}")).exists())
-            output.rename(aside)
-            print(f"the finished run in {output} had other settings: moved to {aside}")
+            move_aside(output, "a finished run with other settings")
         elif old["results"] is not None:
             return "done"
     wanted = args.resume_from_checkpoint
-    if wanted not in ("auto", "none") and not is_whole(Path(wanted)):
-        raise UserError(f"--resume_from_checkpoint {wanted}: not a whole checkpoint; use auto")
-    if wanted != "auto":
-        return None if wanted == "none" else wanted
+    if wanted not in ("auto", "none"):
+        if not is_whole(Path(wanted)):
+            raise UserError(f"--resume_from_checkpoint {wanted}: not a whole checkpoint; use auto")
+        step = json.loads((Path(wanted) / "trainer_state.json").read_text())["global_step"]
+        for later in checkpoints(output):
+            if int(later.name.split("-")[1]) > step:
+                move_aside(later, f"a later step than {step}")
+        return wanted
+    if wanted == "none":
+        if output.is_dir() and any(output.iterdir()):
+            move_aside(output, "the run so far")
+        return None
     for folder in checkpoints(output):
         if is_whole(folder):
             return str(folder)
@@ -1246,9 +1304,9 @@ class Report:
     def __init__(self, args: Arguments, record: dict, tokenizer: Any, facts: dict, source: Any):
         self.args, self.record, self.tokenizer, self.facts = args, record, tokenizer, facts
         self.prompt = source[0]["input_ids"][:32].tolist()
-        self.output, self.drawn = Path(args.output_dir), 0.0
+        self.output, self.drawn = Path(args.output_dir), -math.inf
 
-    def begin(self, blocks: PackedBlocks, bytes_on_cpu: int) -> None:
+    def begin(self, blocks: PackedBlocks, note: str | None) -> None:
         """Open the folder, for this process alone, and say what comes."""
         self.output.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.output / ".lock", "w")  # noqa: SIM115 (held on to)
@@ -1257,21 +1315,28 @@ class Report:
         except BlockingIOError as error:
             raise UserError(f"--output_dir {self.output}: another run is writing it; wait for it, "
                             "or pass another folder") from error
+        if "wandb" in self.args.report_to:  # a run that goes on goes on in the same curve
+            run = read_record(self.output).get("wandb_run_id") or uuid4().hex[:8]
+            self.record["wandb_run_id"] = os.environ.setdefault("WANDB_RUN_ID", run)
+            os.environ.setdefault("WANDB_RESUME", "allow")
         write_json(self.output / "run.json", self.record)
         print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in self.facts.items()))
-        if bytes_on_cpu > LARGE_FOR_A_CPU:
-            print(f"note: no GPU in use, so {bytes_on_cpu / 1e9:.1f} GB of weights train on the "
-                  "CPU, slowly; if there is one, see nvidia-smi and torch.version.cuda")
+        if note:
+            print(f"note: {note}")
         print("a sample:", self.tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
 
     def write(self, history: list[dict]) -> None:
-        """Write the whole history, which goes with the checkpoints: a resumed run takes it up."""
+        """Write the whole history, which goes with the checkpoints: a resumed run takes it up. A
+        failure now is no reason to end a run of days: the next time writes it all."""
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in history)
         building = self.output / "metrics.building"
-        building.write_text(lines, encoding="utf-8")
-        building.replace(self.output / "metrics.jsonl")
-        if time.time() - self.drawn > 20 or "eval_loss" in history[-1]:
-            self.draw(history)
+        try:
+            building.write_text(lines, encoding="utf-8")
+            building.replace(self.output / "metrics.jsonl")
+            if time.monotonic() - self.drawn > 20 or "eval_loss" in history[-1]:
+                self.draw(history)
+        except OSError as error:
+            print(f"warning: metrics or chart not written ({error})", flush=True)
 
     def draw(self, history: list[dict], *copies: Path) -> None:
         """Train and eval loss over steps and tokens, the learning rate below."""
@@ -1298,10 +1363,11 @@ class Report:
             building = picture.with_name("building." + picture.name)
             figure.savefig(building, dpi=120)
             building.replace(picture)
-        self.drawn = time.time()
+        self.drawn = time.monotonic()
 
-    def sample(self, trainer: Any) -> dict[str, Any]:
-        """What the model writes after a held-out beginning, without touching the run's dice."""
+    def sample(self, trainer: Any, tokens: int | None = None) -> dict[str, Any]:
+        """What the model writes after a held-out beginning, without touching the run's dice; tokens
+        None: --sample_tokens."""
         if not self.args.sample_tokens:
             return {}
         import torch
@@ -1312,7 +1378,7 @@ class Report:
             torch.manual_seed(self.args.seed)
             ids = model.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True,
-                do_sample=True, top_p=0.9, max_new_tokens=self.args.sample_tokens,
+                do_sample=True, top_p=0.9, max_new_tokens=tokens or self.args.sample_tokens,
                 pad_token_id=self.tokenizer.eos_token_id)
         text = self.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
         share = traditional_share(text)
@@ -1378,6 +1444,19 @@ def check(args: Arguments) -> None:
          """a JSON object such as '{"offload": true}'"""))
 
 
+def slow_device(training: Any, folder: Path) -> str | None:
+    """What to say of a device on which the run will take longer than it need."""
+    import torch
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if training.use_cpu and size > LARGE_FOR_A_CPU:
+        return (f"no GPU in use, so {size / 1e9:.1f} GB of weights train on the CPU, slowly; if "
+                "there is one, see nvidia-smi and torch.version.cuda")
+    if training.bf16 and not training.use_cpu and torch.cuda.get_device_capability() < (8, 0):
+        return (f"--bf16 true: {torch.cuda.get_device_name()} has no units for bfloat16; it has "
+                "some for float16: --bf16 false --fp16 true")
+    return None
+
+
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
     """Read, check, tokenise, pack, build, train, report."""
@@ -1404,15 +1483,17 @@ def main(argv: list[str] | None = None) -> None:
         return
     report = Report(args, record, tokenizer, facts, held_out or blocks)
     if training.process_index == 0:
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        report.begin(blocks, size if training.use_cpu else 0)
+        report.begin(blocks, slow_device(training, folder))
     model, _ = build_model(args, training, folder, first_new)
     trainer = build_trainer(training, model, blocks, held_out, report)
     with stop_signals() as trainer.stop:
         trainer.train(resume_from_checkpoint=checkpoint)
         stopped = trainer.stopping()
     if stopped:
-        print(f"stopped at step {trainer.state.global_step} and saved; the same command goes on")
+        with suppress(OSError):
+            step = trainer.state.global_step
+            print(f"stopped; step {step} is saved" if step else "stopped before the first step",
+                  "the same command goes on", sep="; ", flush=True)
         raise SystemExit(128 + (trainer.stop or [signal.SIGTERM])[0])
     trainer.save_model()
     if training.process_index == 0:

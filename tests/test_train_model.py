@@ -41,6 +41,19 @@ def batch_of(lengths: list[int], block_size: int, rows: int = 53) -> dict:
     return train_pt.Collate(8, flash=False)([blocks[i] for i in range(len(blocks))])
 
 
+def test_a_batch_without_any_target_has_no_loss():
+    """As of a last block that holds one token alone; divided by none it would be NaN for ever."""
+    llama = tiny_llama()
+    train_pt.train_tail(llama, 31)
+    batch = batch_of([8, 1], 8)
+    last = {name: batch[name][1:] for name in ("input_ids", "position_ids", "labels")}
+    with llama.lm_head.inside_the_loss():
+        loss = llama(**last, num_items_in_batch=torch.tensor(0)).loss
+    loss.backward()
+    assert loss == 0
+    assert not any(p.grad.any() for p in llama.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("first", [0, 31, 53])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 def test_the_chunked_loss_equals_the_plain_loss_with_its_gradients(chunk, first, dtype, tolerance):

@@ -1,5 +1,6 @@
 """Stopped runs go on to the same weights, bit for bit; what breaks falls back."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -53,30 +54,127 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
         train_pt.main(command(*options))
     if stop is terminate:
         assert stopped.value.code == 143
-        assert f"stopped at step {step + 1} and saved" in capsys.readouterr().out
-        assert Path(f"pt/checkpoint-{step + 1}").is_dir()
+        assert f"stopped; step {step} is saved" in capsys.readouterr().out
+        assert Path(f"pt/checkpoint-{step}").is_dir()
     assert not Path("pt/adapter_model.safetensors").exists(), "looks finished"
     train_pt.main(command(*options))
     assert same(weights("pt"), expected)
     assert [row["step"] for row in metrics("pt") if "loss" in row] == list(range(1, 13))
 
 
-def test_kill_9_and_ctrl_c_on_the_real_program(command, whole):
-    program = [sys.executable, str(ROOT / "train_pt.py"), *command("--save_steps", "1")]
-    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        saved = len(list(Path("pt").glob("checkpoint-*")))
-        running = subprocess.Popen(
-            program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        deadline = time.time() + 120
-        before = set(Path("pt").glob("checkpoint-*"))
-        while set(Path("pt").glob("checkpoint-*")) <= before and time.time() < deadline:
-            time.sleep(0.05)
-        running.send_signal(number)
+def start(options: list[str], saves: int) -> subprocess.Popen:
+    """The real program, in a process group of its own, once it has saved so many checkpoints more.
+    """
+    before = {*Path("pt").glob("checkpoint-*[0-9]")}
+    running = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_pt.py"), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    deadline = time.time() + 120
+    while len({*Path("pt").glob("checkpoint-*[0-9]")} - before) < saves and time.time() < deadline:
+        time.sleep(0.05)
+    return running
+
+
+def test_signals_and_kill_9_on_the_real_program(command, whole):
+    for signum, code in ((signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGKILL, -9)):
+        running = start(command("--save_steps", "1"), 1)
+        running.send_signal(signum)
         output = running.communicate()[0]
         assert running.returncode == code, output
-        assert "Traceback" not in output, (output, saved)
+        assert "Traceback" not in output, output
     train_pt.main(command("--save_steps", "1"))
+    assert same(weights("pt"), whole())
+
+
+def test_a_signal_to_the_whole_group_leaves_its_workers_alive_until_the_run_has_saved(command):
+    """As systemd and Slurm send it."""
+    options = ["--save_steps", "1", "--dataloader_num_workers", "2", "--max_steps", "200"]
+    running = start(command(*options), 1)
+    os.killpg(running.pid, signal.SIGTERM)
+    output = running.communicate()[0]
+    assert running.returncode == 143, output
+    assert "the same command goes on" in output
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train_pt.stop_signals() as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_between_the_batches_of_a_step_saves_the_step_before(command, whole, monkeypatch):
+    options = ["--lora_dropout", "0.3"]
+    expected, taken = whole(*options), []
+    step = train_pt.PackedTraining.training_step
+
+    def watch(self, *args, **kwargs):
+        taken.append(self.state.global_step)
+        loss = step(self, *args, **kwargs)
+        if taken.count(7) == 1 and taken[-1] == 7:
+            terminate()
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_pt.PackedTraining, "training_step", watch)
+        with pytest.raises(SystemExit) as stopped:
+            train_pt.main(command(*options))
+    assert stopped.value.code == 143
+    assert taken.count(7) == 2, "the second is not trained"
+    assert [p.name for p in train_pt.checkpoints(Path("pt"))] == ["checkpoint-7", "checkpoint-5"]
+    train_pt.main(command(*options))
+    assert same(weights("pt"), expected)
+
+
+def test_a_signal_before_the_first_step_ends_is_no_error(command, whole, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(train_pt.Report, "sample", lambda *args, **kwargs: terminate() or {})
+        with pytest.raises(SystemExit) as stopped:
+            train_pt.main(command())
+    assert stopped.value.code == 143
+    assert "stopped before the first step" in capsys.readouterr().out
+    assert train_pt.checkpoints(Path("pt")) == []
+    train_pt.main(command())
+    assert same(weights("pt"), whole())
+
+
+def test_how_often_to_save_can_be_changed_in_an_unfinished_run(command, whole, monkeypatch):
+    at_step(monkeypatch, 8, kill)
+    with pytest.raises(Killed):
+        train_pt.main(command())
+    changed = ["--save_steps", "2", "--eval_steps", "3", "--save_total_limit", "0"]
+    train_pt.main(command(*changed))
+    saved = [path.name for path in train_pt.checkpoints(Path("pt"))]
+    assert saved == [f"checkpoint-{n}" for n in (12, 10, 8, 6, 5)]
+    assert [row["step"] for row in metrics("pt") if "eval_loss" in row] == [4, 6, 9, 12]
+    assert same(weights("pt"), whole())
+
+
+def test_going_back_to_an_earlier_checkpoint_keeps_what_comes_from_there(
+    command, whole, monkeypatch, capsys
+):
+    at_step(monkeypatch, 11, kill)
+    with pytest.raises(Killed):
+        train_pt.main(command())
+    at_step(monkeypatch, 8, kill)
+    with pytest.raises(Killed):
+        train_pt.main(command("--resume_from_checkpoint", "pt/checkpoint-5", "--save_steps", "7"))
+    assert "pt/checkpoint-10 held a later step than 5: moved to" in capsys.readouterr().out
+    assert [p.name for p in train_pt.checkpoints(Path("pt"))] == ["checkpoint-7", "checkpoint-5"]
+    train_pt.main(command())
+    assert same(weights("pt"), whole())
+
+
+def test_starting_anew_moves_the_run_so_far_aside(command, whole, monkeypatch):
+    at_step(monkeypatch, 11, kill)
+    with pytest.raises(Killed):
+        train_pt.main(command())
+    train_pt.main(command("--resume_from_checkpoint", "none"))
+    assert Path("pt.1/checkpoint-10").is_dir()
     assert same(weights("pt"), whole())
 
 

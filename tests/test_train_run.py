@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +199,47 @@ def test_a_large_model_without_a_gpu_is_noted_and_trained(command, monkeypatch, 
         assert ("no GPU in use, so 0.0 GB of weights" in capsys.readouterr().out) == noted
 
 
+@pytest.mark.parametrize(("capability", "noted"), [((7, 5), True), ((8, 0), False)])
+def test_a_gpu_without_bfloat16_is_noted(capability, noted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    note = train_pt.slow_device(SimpleNamespace(use_cpu=False, bf16=True), TINY)
+    assert note == ("--bf16 true: Tesla T4 has no units for bfloat16; it has some for float16: "
+                    "--bf16 false --fp16 true" if noted else None)
+
+
+def test_what_would_fail_in_an_evaluation_fails_before_the_first_step(command, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("generate")
+
+    monkeypatch.setattr(train_pt.Report, "sample", fail)
+    with pytest.raises(RuntimeError, match="generate"):
+        train_pt.main(command())
+    assert not Path("pt/metrics.jsonl").exists()
+
+
+def test_too_little_room_for_the_checkpoints_is_noted_at_the_start(command, monkeypatch, capsys):
+    monkeypatch.setattr(train_pt.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
+    train_pt.main(command("--max_steps", "1"))
+    assert "note: pt has 0.0 GB free, and each checkpoint takes" in capsys.readouterr().out
+
+
+def test_a_chart_that_cannot_be_written_does_not_end_the_run(command, monkeypatch, capsys):
+    draw, tries = train_pt.Report.draw, []
+
+    def fail_once(self, history, *copies):
+        tries.append(len(history))
+        if len(tries) == 1:
+            raise OSError("Stale file handle")
+        draw(self, history, *copies)
+
+    monkeypatch.setattr(train_pt.Report, "draw", fail_once)
+    train_pt.main(command("--max_steps", "5"))
+    assert "warning: metrics or chart not written (Stale file handle)" in capsys.readouterr().out
+    assert len(tries) > 1
+    assert len(metrics("pt")) > 5
+
+
 def test_the_plan_counts_the_steps_of_the_card(monkeypatch):
     """落九's card: 92,928 sequences of 2,048 tokens, 8 x 4, three epochs: 8,712 steps."""
     args, training = train_pt.parse_args([])
@@ -292,16 +335,26 @@ def test_share_of_traditional_characters():
     assert train_pt.traditional_share("的") is None
 
 
-def test_wandb_takes_the_run_offline(command, monkeypatch):
+def test_wandb_takes_the_run_offline_and_goes_on_with_it(command, monkeypatch):
     wandb = pytest.importorskip("wandb")
+    for name in ("RUN_ID", "RESUME"):  # which the run sets, gone again after the test
+        monkeypatch.setenv(f"WANDB_{name}", "")
     for name, value in (("MODE", "offline"), ("SILENT", "true"), ("CONSOLE", "off")):
         monkeypatch.setenv(f"WANDB_{name}", value)
-    train_pt.main(command("--report_to", "wandb", "--max_steps", "2"))
-    wandb.finish()
+    options = command("--report_to", "wandb", "--max_steps", "3", "--save_steps", "1")
+    at_step(monkeypatch, 2, kill)
+    for _ in range(2):  # as in two processes
+        del os.environ["WANDB_RUN_ID"], os.environ["WANDB_RESUME"]
+        with suppress(Killed):
+            train_pt.main(options)
+        wandb.finish()
+    run = json.loads(Path("pt/run.json").read_text())
+    files = [path.name for path in Path("wandb").glob("offline-run-*/run-*.wandb")]
+    assert len(run["wandb_run_id"]) == 8
+    assert set(files) == {f"run-{run['wandb_run_id']}.wandb"}
     runs = list(Path("wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(runs) == 1
     deadline = time.time() + 60  # a process of its own writes it
-    while b"bits_per_character" not in runs[0].read_bytes():
+    while not any(b"bits_per_character" in run.read_bytes() for run in runs):
         assert time.time() < deadline, "nothing was logged"
         time.sleep(0.1)
 
