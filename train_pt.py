@@ -20,7 +20,7 @@ The real run, and first what it will take:
     python train_pt.py --plan --plan_gpu_gb 24
     python train_pt.py --lora_rank 32
 Several GPUs, a copy of the model on each (DDP), or a part of it on each (FSDP; README.md):
-    torchrun --nproc_per_node 4 train_pt.py --lora_rank 32
+    torchrun --shutdown_timeout 600 --nproc_per_node 4 train_pt.py --lora_rank 32
     accelerate launch --config_file fsdp.yaml train_pt.py --lora_rank 32
 Cost: not measured on a GPU yet; from the shapes, --plan says 14.8 GB for 8 x 2,048 tokens.
 
@@ -44,7 +44,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -502,19 +502,37 @@ def dataset_key(files: list[Path], base: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def only_one(lock: Path) -> Iterator[None]:
+    """Wait until no other process is in here. The lock's file is gone afterwards, and its folders
+    if they are new and empty."""
+    made = [folder for folder in lock.parents if not folder.exists()]
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another run to leave {lock.parent}", flush=True)
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                continue  # the one waited for removed the file
+            try:
+                return (yield)
+            finally:
+                lock.unlink()
+                for folder in made:
+                    with suppress(OSError):  # holds something
+                        folder.rmdir()
+
+
 def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
     """Tokenise every document, once: the next run finds the result in the cache, and one that
     starts meanwhile waits for it. The tokenizer takes a thousand documents at a time, on all cores.
     """
     from tqdm import tqdm
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with (cached.parent / ".lock").open("w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another run that tokenises into {cached.parent}", flush=True)
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+    with only_one(cached.with_name(".lock")):
         if not cached.exists():
             building, sizes = cached.with_name("building"), []  # also what a killed run left
             building.mkdir(exist_ok=True)
@@ -1065,21 +1083,29 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect the signals of STOPPING, so that the run can save; the second is not waited for. What
-    nohup has it ignore stays ignored."""
+    """Collect the signals of STOPPING, so that the run can save. A second Ctrl-C, a second or more
+    later, is not waited for; a cluster's signal reaches processes of torchrun twice, once through
+    it. What nohup has it ignore stays ignored."""
+    from tqdm import tqdm
+    from tqdm.utils import DisableOnWriteError
     caught: list[int] = []
+    first = math.inf
 
     def note(signum, frame):
-        if caught:
+        nonlocal first
+        if signum == signal.SIGINT and time.monotonic() - first > 1:
             raise KeyboardInterrupt
         caught.append(signum)
-        with suppress(OSError):  # the terminal may be gone
+        if len(caught) == 1:
+            first = time.monotonic()
             print(f"{signal.Signals(signum).name}: saving after the batch at hand", flush=True)
 
     heard = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
     previous = {s: signal.signal(s, note) for s in heard}
+    bar = tqdm(disable=True)
     try:
-        yield caught
+        with redirect_stdout(DisableOnWriteError(sys.stdout, bar)):  # the terminal may go
+            yield caught
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
@@ -1384,6 +1410,13 @@ class Report:
         share = traditional_share(text)
         return {"eval_sample": text} | ({} if share is None else {"eval_traditional": share})
 
+    def stopped(self, trainer: Any) -> None:
+        """Say what a signal left."""
+        step = trainer.state.global_step
+        if trainer.is_world_process_zero():
+            print(f"stopped; step {step} is saved" if step else "stopped before the first step",
+                  "the same command goes on", sep="; ", flush=True)
+
     def finish(self, history: list[dict]) -> None:
         """Chart and model card; run.json last, for it says that the run is whole."""
         train, held = ([row for row in history if n in row] for n in ("loss", "eval_loss"))
@@ -1488,12 +1521,9 @@ def main(argv: list[str] | None = None) -> None:
     trainer = build_trainer(training, model, blocks, held_out, report)
     with stop_signals() as trainer.stop:
         trainer.train(resume_from_checkpoint=checkpoint)
-        stopped = trainer.stopping()
+        if stopped := trainer.stopping():
+            report.stopped(trainer)
     if stopped:
-        with suppress(OSError):
-            step = trainer.state.global_step
-            print(f"stopped; step {step} is saved" if step else "stopped before the first step",
-                  "the same command goes on", sep="; ", flush=True)
         raise SystemExit(128 + (trainer.stop or [signal.SIGTERM])[0])
     trainer.save_model()
     if training.process_index == 0:

@@ -1,6 +1,7 @@
 """Stopped runs go on to the same weights, bit for bit; what breaks falls back."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -94,6 +95,30 @@ def test_a_signal_to_the_whole_group_leaves_its_workers_alive_until_the_run_has_
     output = running.communicate()[0]
     assert running.returncode == 143, output
     assert "the same command goes on" in output
+
+
+def test_a_terminal_that_is_closed_takes_no_work_with_it(command):
+    options = command("--save_steps", "1", "--max_steps", "200")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train_pt.py"), *options])
+    while b"'loss'" not in os.read(terminal, 1 << 16):
+        pass
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert train_pt.is_whole(train_pt.checkpoints(Path("pt"))[0])
+
+
+def test_a_second_ctrl_c_is_not_waited_for_but_a_signal_that_comes_twice_is(monkeypatch):
+    with train_pt.stop_signals() as caught:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):  # of torchrun, and its own
+            os.kill(os.getpid(), signum)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert caught == [signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM]
 
 
 def test_what_nohup_ignores_stays_ignored():
