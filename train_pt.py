@@ -518,7 +518,8 @@ def only_one(lock: Path) -> Iterator[None]:
             if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
                 continue  # the one waited for removed the file
             try:
-                return (yield)
+                yield
+                return
             finally:
                 lock.unlink()
                 for folder in made:

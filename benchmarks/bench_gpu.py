@@ -11,6 +11,8 @@ training   batch 8 x {1024, 2048, 4096, 8192} tokens of packed documents: S² an
 attention  forward and backward of S² at the same lengths: torch.nn.attention.varlen, FlexAttention
            and SDPA over segments of one length.
 optimizer  the same step with adamw_8bit, paged_adamw_8bit and adamw_torch.
+parts      forward and backward of what a layer repeats, at batch 8 x 2048: its norm as it is and as
+           one kernel (torch.nn.functional.rms_norm), a 4-bit projection alone and with LoRA.
 
 What runs out of memory is recorded as such. Nothing is estimated, except the column that says so.
 Every row is written as soon as it is measured, so a run cut short keeps what it has. Each model is
@@ -280,6 +282,38 @@ def attention_rows(sizes: dict, lengths: list[int]):
         free()
 
 
+def part_rows(folder: Path, sizes: dict, length: int):
+    """Milliseconds of the parts of the first layer."""
+    args, training = arguments(folder, length, False, "adamw_torch")
+    model, _, _ = load(folder, args, training, usual=False)
+    layer, size = model.base_model.model.model.layers[0], sizes["hidden_size"]
+    norm, projection = layer.input_layernorm, layer.mlp.up_proj
+
+    def one_kernel(x):
+        weight = norm.weight.to(x.dtype)
+        return torch.nn.functional.rms_norm(x, (size,), weight, norm.variance_epsilon)
+
+    ways = {
+        "norm, recomputed": norm,
+        "norm, one kernel": one_kernel,
+        "projection": projection.base_layer,
+        "projection with LoRA": projection,
+    }
+    x = torch.randn(BATCH, length, size, device=training.device, dtype=torch.bfloat16)
+    for name, call in ways.items():
+        seconds = []
+        for _ in range(8):
+            inputs = x.clone().requires_grad_()
+            synchronize()
+            start = time.perf_counter()
+            with torch.autocast(training.device.type, torch.bfloat16):
+                output = call(inputs)
+            output.backward(torch.ones_like(output))
+            synchronize()
+            seconds.append(time.perf_counter() - start)
+        yield {"length": length, "part": name, "milliseconds": 1e3 * min(seconds[2:])}
+
+
 def same_segment(position: torch.Tensor, group: int, shift: int):
     """FlexAttention's rule for one half of the heads; position (B, T)."""
     document = (position == 0).cumsum(1)
@@ -336,7 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--only", choices=["training", "attention", "optimizer"])
+    parser.add_argument("--only", choices=["training", "attention", "parts", "optimizer"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one of warming up")
     parser.add_argument("--tiny", action="store_true", help="a trial run; nothing is recorded")
@@ -349,6 +383,7 @@ def main() -> None:
     tables = {
         "training": lambda: training_rows(folder, sizes, args.lengths, [fast], args.steps),
         "attention": lambda: attention_rows(sizes, args.lengths),
+        "parts": lambda: part_rows(folder, sizes, 256 if args.tiny else 2048),
         "optimizer": lambda: training_rows(folder, sizes, args.lengths[:1], OPTIMIZERS, args.steps),
     }
     for table, rows in tables.items():
