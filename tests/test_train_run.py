@@ -388,3 +388,21 @@ def test_two_processes_lose_as_one_with_the_same_global_batch(command):
 
     assert losses("two", "loss") == pytest.approx(losses("one", "loss"), rel=1e-5)
     assert losses("two", "eval_loss") == pytest.approx(losses("one", "eval_loss"), rel=1e-5)
+
+
+def test_a_signal_to_torchrun_stops_all_processes_at_the_same_step(command):
+    options = ["--max_steps", "500", "--save_steps", "1", "--ddp_backend", "gloo"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    running = subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "train_pt.py"), *command(*options)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 120
+    while not train_pt.checkpoints(Path("pt")) and time.time() < deadline:
+        time.sleep(0.05)
+    running.terminate()
+    output = running.communicate(timeout=120)[0]
+    last = train_pt.checkpoints(Path("pt"))[0]
+    assert output.count(f"stopped; step {last.name.split('-')[1]} is saved") == 1, output
+    assert train_pt.is_whole(last)
+    assert not Path("pt/adapter_model.safetensors").exists(), "looks finished"
