@@ -44,7 +44,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -191,6 +191,9 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
                      "--optim adamw_torch with FSDP")
     if missing := set(training.report_to) - set(get_available_reporting_integrations()):
         parser.error(f"--report_to {', '.join(missing)}: unknown or not installed; pip install it")
+    if training.dataloader_num_workers:
+        parser.error(f"--dataloader_num_workers {training.dataloader_num_workers}: expected 0; a "
+                     "batch is only looked up, and workers die of the signal on which a run saves")
     if training.max_steps == 0:
         parser.error("--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")
     if unknown:
@@ -506,57 +509,63 @@ def dataset_key(files: list[Path], base: Path) -> str:
 def only_one(lock: Path) -> Iterator[None]:
     """Wait until no other process is in here. The lock's file is gone afterwards, and its folders
     if they are new and empty."""
-    made = [folder for folder in lock.parents if not folder.exists()]
-    while True:
+    made, mine = [folder for folder in lock.parents if not folder.exists()], False
+    while not mine:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another run to leave {lock.parent}", flush=True)
-                fcntl.lockf(file, fcntl.LOCK_EX)
-            if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
-                continue  # the one waited for removed the file
-            try:
-                yield
-                return
-            finally:
-                lock.unlink()
-                for folder in made:
-                    with suppress(OSError):  # holds something
-                        folder.rmdir()
+        file = lock.open("w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run to leave {lock.parent}", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):  # the one waited for has removed it
+            mine = os.path.samestat(lock.stat(), os.fstat(file.fileno()))
+    try:
+        yield
+    finally:
+        lock.unlink()
+        file.close()
+        for folder in made:
+            with suppress(OSError):  # holds something
+                folder.rmdir()
 
 
 def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
     """Tokenise every document, once: the next run finds the result in the cache, and one that
     starts meanwhile waits for it. The tokenizer takes a thousand documents at a time, on all cores.
     """
-    from tqdm import tqdm
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    with only_one(cached.with_name(".lock")):
-        if not cached.exists():
-            building, sizes = cached.with_name("building"), []  # also what a killed run left
-            building.mkdir(exist_ok=True)
-            ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-            bos, eos = ([] if piece is None else [piece] for piece in ends)
-            texts = (text for file in files for text in read_texts(file) if text)
-            texts = iter(tqdm(texts, desc="tokenising", unit=" documents"))
-            try:
-                with (building / "tokens.bin").open("wb") as out:
-                    while batch := list(islice(texts, 1000)):
-                        pieces = tokenizer(batch, add_special_tokens=False, verbose=False)
-                        for text, ids in zip(batch, pieces["input_ids"], strict=True):
-                            ids = [*bos, *ids, *eos]
-                            out.write(np.array(ids, dtype).tobytes())
-                            sizes.append((len(ids), len(text)))
-                if not sizes:
-                    raise UserError(f"--dataset {files[0]}: holds no text; expected some documents")
-                np.save(building / "documents.npy", np.array(sizes))
-                building.rename(cached)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
+    if not cached.exists():
+        with only_one(cached.with_name(".lock")):
+            if not cached.exists():  # another run has not made it meanwhile
+                write_tokens(files, tokenizer, cached, dtype)
     sizes = np.load(cached / "documents.npy")
     return Corpus(np.memmap(cached / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
+
+
+def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -> None:
+    """Make tokenize's cache, aside first; it is written over what a killed run left there."""
+    from tqdm import tqdm
+    building, sizes = cached.with_name("building"), []
+    building.mkdir(exist_ok=True)
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    bos, eos = ([] if piece is None else [piece] for piece in ends)
+    texts = (text for file in files for text in read_texts(file) if text)
+    texts = iter(tqdm(texts, desc="tokenising", unit=" documents"))
+    try:
+        with (building / "tokens.bin").open("wb") as out:
+            while batch := list(islice(texts, 1000)):
+                pieces = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+                for text, ids in zip(batch, pieces, strict=True):
+                    ids = [*bos, *ids, *eos]
+                    out.write(np.array(ids, dtype).tobytes())
+                    sizes.append((len(ids), len(text)))
+        if not sizes:
+            raise UserError(f"--dataset {files[0]}: holds no text; expected some documents")
+        np.save(building / "documents.npy", np.array(sizes))
+        building.rename(cached)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 class PackedBlocks:
@@ -610,9 +619,6 @@ class Collate:
 
     def __call__(self, blocks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         import torch
-        if torch.utils.data.get_worker_info():  # a worker must not end before the run has saved
-            for signum in STOPPING:
-                signal.signal(signum, signal.SIG_IGN)
         batch = {name: torch.from_numpy(np.stack([b[name] for b in blocks])) for name in blocks[0]}
         cuts = {"groups": self.group_size, "documents": None}
         cuts = {n: cut_points(batch["position_ids"], g, self.flash) for n, g in cuts.items()}
@@ -867,11 +873,10 @@ class PackedTraining:
 
     def train(self, *args, **kwargs):
         try:
+            if self.is_world_process_zero():
+                self.report.join_wandb(self.args)
             with suppress(Stopped):
                 super().train(*args, **kwargs)
-                measured = (row["step"] for row in self.state.log_history if "eval_loss" in row)
-                if self.eval_dataset is not None and self.state.global_step not in measured:
-                    self.evaluate()  # it stopped on its last step, now or before
         except Exception as error:  # a package that we do not require names its own remedy
             wandb = "--report_to wandb: " if type(error).__module__.startswith("wandb.") else ""
             if not (wandb or (isinstance(error, ImportError) and not error.name)):
@@ -892,27 +897,49 @@ class PackedTraining:
             if not self.rehearsed:
                 self.rehearse()
             if self.state.global_step < self.state.max_steps:
-                return super()._run_epoch(*args, **kwargs)  # else it would train one step too many
+                super()._run_epoch(*args, **kwargs)
+            else:  # resumed after the last step: it would train one too many
+                self.control.should_training_stop = True
+            if self.stopping():  # since its last batch
+                raise Stopped
         except Stopped:
-            if self.dice:  # there is a step that is not saved
+            if self.dice:  # there is a step that may not be saved
                 for generator, state in zip(self.generators(), self.dice, strict=True):
                     generator.set_rng_state(state)
+                self.accelerator.gradient_state._set_sync_gradients(True)  # as between steps
                 self._save_checkpoint(self.model_wrapped)
-        self.control.should_training_stop = True
+            self.control.should_training_stop = True
+
+    def _finalize_training(self, trial, *args, **kwargs):
+        measured = (row["step"] for row in self.state.log_history if "eval_loss" in row)
+        missing = self.eval_dataset is not None and self.state.global_step not in measured
+        if missing and not self.stopping():  # it stopped on its last step, and was resumed
+            metrics = self._evaluate(trial, None)
+            if self._determine_best_metric(metrics, trial):
+                best = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                self.state.best_model_checkpoint = str(best)
+        return super()._finalize_training(trial, *args, **kwargs)
 
     def rehearse(self) -> None:
         """Evaluate a batch, write a token and look at the disk before the first step: what is going
         to fail fails now, not after hours."""
+        import torch
         self.rehearsed = True
         if self.eval_dataset is not None:
-            self.held_out_loss(batches=1)
-            self.report.sample(self, tokens=1)
+            try:
+                self.held_out_loss(batches=1)
+                self.report.sample(self, tokens=1)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"--per_device_eval_batch_size {self.args.per_device_eval_batch_size}: an "
+                    "evaluation runs out of memory; choose a smaller one") from error
         moments = 2 if "8bit" in self.args.optim else 8
         size = sum(p.numel() for p in adapter_tensors(self.model).values()) * (4 + moments)
-        free = shutil.disk_usage(self.args.output_dir).free
-        if self.is_world_process_zero() and free < (min(self.keep, 2) + 1) * size:
-            print(f"note: {self.args.output_dir} has {free / 1e9:.1f} GB free, and each checkpoint "
-                  f"takes {size / 1e9:.1f} GB")
+        if self.is_world_process_zero():
+            free = shutil.disk_usage(self.args.output_dir).free
+            if free < (min(self.keep, 2) + 1) * size:
+                print(f"note: {self.args.output_dir} has {free / 1e9:.1f} GB free, and each "
+                      f"checkpoint takes {size / 1e9:.1f} GB")
 
     def generators(self) -> list[Any]:
         """Where random numbers come from on this device."""
@@ -992,7 +1019,8 @@ class PackedTraining:
         step = self.state.global_step
         if self._globalstep_last_logged < step == self.state.max_steps:  # the end is measured
             self.control.should_log = True
-            self.control.should_evaluate = self.eval_dataset is not None
+            by_epoch = self.args.eval_strategy == "epoch"  # which comes in a moment
+            self.control.should_evaluate = self.eval_dataset is not None and not by_epoch
         self.dice = tuple(generator.get_rng_state() for generator in self.generators())
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -1028,7 +1056,8 @@ class PackedTraining:
             self.accelerator.wait_for_everyone()
             if self.state.best_global_step:
                 best = output / f"checkpoint-{self.state.best_global_step}"
-                self.state.best_model_checkpoint = str(best)
+                if best == final or best.is_dir():  # not each evaluated step is saved
+                    self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
                 self.seal(self.saving / final.name, final)
         except Exception as error:  # torch and safetensors name a full disk each in their own way
@@ -1065,7 +1094,7 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
     from transformers import Trainer
     keep, training.save_total_limit = max(0, training.save_total_limit) or sys.maxsize, None
     if held_out is None:
-        training.eval_strategy = "no"
+        training.eval_strategy, training.eval_on_start = "no", False
     head_size = model.config.hidden_size // model.config.num_attention_heads
     flash = not training.use_cpu and (training.bf16 or training.fp16) and flash_is_here(head_size)
     trainer = based_on(PackedTraining, Trainer)(
@@ -1083,12 +1112,35 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
 
 
 @contextmanager
+def streams_that_may_go() -> Iterator[None]:
+    """Let nothing fail for want of who reads it: a terminal that is closed, or a tee that the same
+    Ctrl-C has ended."""
+    from tqdm.utils import ObjectWrapper
+
+    class Stream(ObjectWrapper):
+        def write(self, text: str) -> int:
+            with suppress(OSError):
+                self._wrapped.write(text)
+            return len(text)
+
+        def flush(self) -> None:
+            with suppress(OSError):
+                self._wrapped.flush()
+
+    with redirect_stdout(Stream(sys.stdout)), redirect_stderr(Stream(sys.stderr)):
+        yield
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError:  # it would fail again when Python ends
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
+@contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collect the signals of STOPPING, so that the run can save. A second Ctrl-C, a second or more
     later, is not waited for; a cluster's signal reaches processes of torchrun twice, once through
     it. What nohup has it ignore stays ignored."""
-    from tqdm import tqdm
-    from tqdm.utils import DisableOnWriteError
     caught: list[int] = []
     first = math.inf
 
@@ -1103,10 +1155,8 @@ def stop_signals() -> Iterator[list[int]]:
 
     heard = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]
     previous = {s: signal.signal(s, note) for s in heard}
-    bar = tqdm(disable=True)
     try:
-        with redirect_stdout(DisableOnWriteError(sys.stdout, bar)):  # the terminal may go
-            yield caught
+        yield caught
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
@@ -1157,6 +1207,7 @@ def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, k
     settings = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
     settings |= {n: v for n, v in training.to_dict().items() if TRAINER_SETTINGS.match(n)}
     settings |= {"processes": training.world_size, "fsdp": fsdp_version(training)}
+    settings |= {"held_out": args.eval_strategy != "no"}  # else those documents are trained on
     settings |= {"first_new_row": first_new, "model": fingerprint(folder), "dataset": key}
     compute = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     nf4 = {"quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": compute}
@@ -1176,10 +1227,24 @@ def move_aside(folder: Path, what: str) -> None:
     print(f"{folder} held {what}: moved to {aside}")
 
 
+def take(output: Path) -> Any:
+    """Refuse a folder that another run is writing; else it is ours while the file is open."""
+    lock = open(output / ".lock", "w")  # noqa: SIM115 (held on to)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--output_dir {output}: another run is writing it; wait for it, or pass "
+                        "another folder") from error
+    return lock
+
+
 def open_run(args: Arguments, record: dict) -> str | None:
     """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to
     mix two runs; a finished one with other settings is moved aside."""
-    output = Path(args.output_dir)
+    output, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    named = wanted not in ("auto", "none")
+    if named and not is_whole(Path(wanted)):
+        raise UserError(f"--resume_from_checkpoint {wanted}: not a whole checkpoint; use auto")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         old = read_record(output)
         if old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys():
@@ -1187,29 +1252,29 @@ def open_run(args: Arguments, record: dict) -> str | None:
         new, before = record["settings"], old["settings"]
         changed = [n for n in sorted(new | before) if new.get(n) != before.get(n)]
         if changed and old["results"] is None:
-            sums = {"dataset": "the text or the tokenizer changed", "model": "the base changed"}
+            sums = {"dataset": "the text or the tokenizer changed", "model": "the base changed",
+                    "held_out": "--eval_strategy no trains on the documents held out too"}
             told = (sums.get(n, f"{n} was {before.get(n)}, now {new.get(n)}") for n in changed)
             raise UserError(
                 f"--output_dir {output}: an unfinished run with other settings ({'; '.join(told)})"
                 "; give the same to go on, name another --output_dir, or remove the folder")
+        if old["results"] is not None and not changed:
+            return "done"
+        if changed and named and output.resolve() in Path(wanted).resolve().parents:
+            raise UserError(f"--output_dir {output}: holds that checkpoint and a finished run with "
+                            "other settings; name another folder")
+        take(output).close()  # nothing is moved from under a run
         if changed:
             move_aside(output, "a finished run with other settings")
-        elif old["results"] is not None:
-            return "done"
-    wanted = args.resume_from_checkpoint
-    if wanted not in ("auto", "none"):
-        if not is_whole(Path(wanted)):
-            raise UserError(f"--resume_from_checkpoint {wanted}: not a whole checkpoint; use auto")
+        elif wanted == "none":
+            move_aside(output, "the run so far")
+    if named:
         step = json.loads((Path(wanted) / "trainer_state.json").read_text())["global_step"]
         for later in checkpoints(output):
             if int(later.name.split("-")[1]) > step:
                 move_aside(later, f"a later step than {step}")
         return wanted
-    if wanted == "none":
-        if output.is_dir() and any(output.iterdir()):
-            move_aside(output, "the run so far")
-        return None
-    for folder in checkpoints(output):
+    for folder in checkpoints(output) if wanted == "auto" else ():
         if is_whole(folder):
             return str(folder)
         print(f"{folder} is broken (not what was written): falling back to the one before")
@@ -1336,21 +1401,22 @@ class Report:
     def begin(self, blocks: PackedBlocks, note: str | None) -> None:
         """Open the folder, for this process alone, and say what comes."""
         self.output.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.output / ".lock", "w")  # noqa: SIM115 (held on to)
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"--output_dir {self.output}: another run is writing it; wait for it, "
-                            "or pass another folder") from error
-        if "wandb" in self.args.report_to:  # a run that goes on goes on in the same curve
-            run = read_record(self.output).get("wandb_run_id") or uuid4().hex[:8]
-            self.record["wandb_run_id"] = os.environ.setdefault("WANDB_RUN_ID", run)
-            os.environ.setdefault("WANDB_RESUME", "allow")
+        self.lock = take(self.output)
+        run = os.getenv("WANDB_RUN_ID") or read_record(self.output).get("wandb_run_id")
+        self.record["wandb_run_id"] = run or uuid4().hex[:8]
         write_json(self.output / "run.json", self.record)
         print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in self.facts.items()))
         if note:
             print(f"note: {note}")
         print("a sample:", self.tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
+
+    def join_wandb(self, training: Any) -> None:
+        """Begin the run's curve at wandb, or go on with it; Trainer logs to what it finds."""
+        if "wandb" in training.report_to:
+            import wandb
+            project = os.getenv("WANDB_PROJECT", "huggingface")
+            known = {"id": self.record["wandb_run_id"], "name": training.run_name}
+            wandb.init(project=project, resume="allow", **known)
 
     def write(self, history: list[dict]) -> None:
         """Write the whole history, which goes with the checkpoints: a resumed run takes it up. A
@@ -1415,8 +1481,10 @@ class Report:
         """Say what a signal left."""
         step = trainer.state.global_step
         if trainer.is_world_process_zero():
-            print(f"stopped; step {step} is saved" if step else "stopped before the first step",
-                  "the same command goes on", sep="; ", flush=True)
+            said = f"stopped; step {step} is saved" if step else "stopped before the first step"
+            again = "--resume_from_checkpoint auto goes on"
+            auto = self.args.resume_from_checkpoint == "auto"
+            print(said, "the same command goes on" if auto else again, sep="; ", flush=True)
 
     def finish(self, history: list[dict]) -> None:
         """Chart and model card; run.json last, for it says that the run is whole."""
@@ -1520,7 +1588,7 @@ def main(argv: list[str] | None = None) -> None:
         report.begin(blocks, slow_device(training, folder))
     model, _ = build_model(args, training, folder, first_new)
     trainer = build_trainer(training, model, blocks, held_out, report)
-    with stop_signals() as trainer.stop:
+    with streams_that_may_go(), stop_signals() as trainer.stop:
         trainer.train(resume_from_checkpoint=checkpoint)
         if stopped := trainer.stopping():
             report.stopped(trainer)

@@ -87,14 +87,43 @@ def test_signals_and_kill_9_on_the_real_program(command, whole):
     assert same(weights("pt"), whole())
 
 
-def test_a_signal_to_the_whole_group_leaves_its_workers_alive_until_the_run_has_saved(command):
-    """As systemd and Slurm send it."""
-    options = ["--save_steps", "1", "--dataloader_num_workers", "2", "--max_steps", "200"]
-    running = start(command(*options), 1)
-    os.killpg(running.pid, signal.SIGTERM)
-    output = running.communicate()[0]
-    assert running.returncode == 143, output
-    assert "the same command goes on" in output
+def test_a_reader_of_the_log_that_ends_first_takes_no_work_with_it(command):
+    """As tee does, which the same Ctrl-C ends."""
+    running = start(command("--save_steps", "1", "--max_steps", "200"), 1)
+    running.stdout.close()
+    running.terminate()
+    assert running.wait(60) == 143
+    assert train_pt.is_whole(train_pt.checkpoints(Path("pt"))[0])
+
+
+def test_a_live_run_is_not_moved_aside(command, capsys):
+    running = start(command("--save_steps", "1", "--max_steps", "200"), 1)
+    with pytest.raises(SystemExit) as refused:
+        train_pt.main(command("--max_steps", "200", "--resume_from_checkpoint", "none"))
+    running.kill()
+    running.communicate()
+    assert refused.value.code == 2
+    assert "another run is writing it" in capsys.readouterr().err
+    assert not Path("pt.1").exists()
+
+
+def test_a_signal_in_the_last_batch_saves_whatever_the_strategy(command, whole, monkeypatch):
+    step, options = train_pt.PackedTraining.training_step, ["--eval_strategy", "no"]
+    expected = whole(*options)
+
+    def watch(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        if self.state.global_step == 11:  # the twelfth and last is under way
+            terminate()
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_pt.PackedTraining, "training_step", watch)
+        with pytest.raises(SystemExit) as stopped:
+            train_pt.main(command(*options, "--save_strategy", "no"))
+    assert stopped.value.code == 143
+    train_pt.main(command(*options))
+    assert same(weights("pt"), expected)
 
 
 def test_a_terminal_that_is_closed_takes_no_work_with_it(command):
@@ -201,6 +230,27 @@ def test_starting_anew_moves_the_run_so_far_aside(command, whole, monkeypatch):
     train_pt.main(command("--resume_from_checkpoint", "none"))
     assert Path("pt.1/checkpoint-10").is_dir()
     assert same(weights("pt"), whole())
+
+
+def test_the_last_evaluation_competes_for_the_best_though_it_comes_later(command, monkeypatch):
+    options = ["--load_best_model_at_end", "true", "--eval_steps", "4", "--save_steps", "4"]
+    train_pt.main(command(*options, name="whole"))
+    evaluate = train_pt.PackedTraining.evaluate
+
+    def interrupted(trainer, *args, **kwargs):
+        if trainer.state.global_step == 12:
+            terminate()
+        return evaluate(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_pt.PackedTraining, "evaluate", interrupted)
+        with pytest.raises(SystemExit):
+            train_pt.main(command(*options))
+    train_pt.main(command(*options))
+    assert same(weights("pt"), weights("whole"))
+    losses = [
+        [row["eval_loss"] for row in metrics(n) if "eval_loss" in row] for n in ("pt", "whole")]
+    assert losses[0] == losses[1]
 
 
 def test_a_broken_checkpoint_falls_back_to_the_one_before(command, whole, monkeypatch, capsys):

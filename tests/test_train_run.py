@@ -104,6 +104,7 @@ def copy_of_tiny(folder: Path, **changes) -> Path:
         (["--train_embeddings", "none"], "rows 800 to 999 of embedding and head are new"),
         (["--resume_from_checkpoint", "nowhere"], "not a whole checkpoint"),
         (["--optim", "adam_of_tomorrow"], "adam_of_tomorrow"),
+        (["--dataloader_num_workers", "2"], "--dataloader_num_workers 2: expected 0"),
         (["--use_liger_kernel"], "liger-kernel is not installed; pip install liger-kernel"),
     ],
 )
@@ -216,6 +217,30 @@ def test_what_would_fail_in_an_evaluation_fails_before_the_first_step(command, m
     with pytest.raises(RuntimeError, match="generate"):
         train_pt.main(command())
     assert not Path("pt/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (["--eval_strategy", "epoch", "--num_train_epochs", "1", "--max_steps", "-1"], [15]),
+        (["--eval_on_start", "true", "--eval_fraction", "0"], []),
+        (["--eval_on_start", "true"], [0, 4, 8, 12]),
+        (["--load_best_model_at_end", "true", "--save_steps", "8"], [4, 8, 12]),
+    ],
+    ids=lambda value: value[0] if value and isinstance(value[0], str) else "",
+)
+def test_each_way_of_evaluating_evaluates_each_step_once(options, steps, command):
+    train_pt.main(command(*options))
+    assert [row["step"] for row in metrics("pt") if "eval_loss" in row] == steps
+
+
+def test_documents_held_out_so_far_are_not_trained_on_later(command, monkeypatch, capsys):
+    at_step(monkeypatch, 6, kill)
+    with pytest.raises(Killed):
+        train_pt.main(command())
+    with pytest.raises(SystemExit):
+        train_pt.main(command("--eval_strategy", "no"))
+    assert "--eval_strategy no trains on the documents held out too" in capsys.readouterr().err
 
 
 def test_too_little_room_for_the_checkpoints_is_noted_at_the_start(command, monkeypatch, capsys):
@@ -337,24 +362,19 @@ def test_share_of_traditional_characters():
 
 def test_wandb_takes_the_run_offline_and_goes_on_with_it(command, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    for name in ("RUN_ID", "RESUME"):  # which the run sets, gone again after the test
-        monkeypatch.setenv(f"WANDB_{name}", "")
     for name, value in (("MODE", "offline"), ("SILENT", "true"), ("CONSOLE", "off")):
         monkeypatch.setenv(f"WANDB_{name}", value)
     options = command("--report_to", "wandb", "--max_steps", "3", "--save_steps", "1")
     at_step(monkeypatch, 2, kill)
-    for _ in range(2):  # as in two processes
-        del os.environ["WANDB_RUN_ID"], os.environ["WANDB_RESUME"]
+    for _ in range(2):
         with suppress(Killed):
             train_pt.main(options)
         wandb.finish()
-    run = json.loads(Path("pt/run.json").read_text())
-    files = [path.name for path in Path("wandb").glob("offline-run-*/run-*.wandb")]
-    assert len(run["wandb_run_id"]) == 8
-    assert set(files) == {f"run-{run['wandb_run_id']}.wandb"}
-    runs = list(Path("wandb").glob("offline-run-*/run-*.wandb"))
+    run = json.loads(Path("pt/run.json").read_text())["wandb_run_id"]
+    logs = list(Path("wandb").glob("offline-run-*/run-*.wandb"))
+    assert {path.name for path in logs} == {f"run-{run}.wandb"}
     deadline = time.time() + 60  # a process of its own writes it
-    while not any(b"bits_per_character" in run.read_bytes() for run in runs):
+    while not any(b"bits_per_character" in log.read_bytes() for log in logs):
         assert time.time() < deadline, "nothing was logged"
         time.sleep(0.1)
 
