@@ -72,7 +72,8 @@ IGNORED = -100  # the label of a token that is not predicted
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 1,024 x 61,388 x 4 bytes = 0.25 GB
 # The Trainer's options that change the result, beside our own Settings.
 TRAINER_SETTINGS = re.compile(
-    "adam_|data_seed|fp16$|label_smoothing|lr_scheduler|max_(steps|grad)|neftune|optim_|w(armup|eight)"
+    "adam_|data(_seed|loader_drop)|fp16$|greater_is|load_best|lr_scheduler|max_(steps|grad)|"
+    "metric_for|neftune|optim_|train_sampling|w(armup|eight)"
 )
 
 # --- Arguments -----------------------------------------------------------------------------------
@@ -130,7 +131,8 @@ class Arguments(Settings):
         None, "Recompute activations in the backward pass; None: on a GPU.")
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
-    resume_from_checkpoint: str = option("auto", "A checkpoint's folder, auto (the last), or none.")
+    resume_from_checkpoint: str = option(
+        "auto", "A checkpoint's folder; auto: the last; none: anew, the run so far moved aside.")
     per_device_eval_batch_size: int = option(8, "Sequences per device in evaluation.")
     eval_strategy: str = option("steps", "When to evaluate: steps, epoch or no.")
     eval_steps: float = option(0.1, "Steps between evaluations; under 1: a share of all steps.")
@@ -194,6 +196,9 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     if training.dataloader_num_workers:
         parser.error(f"--dataloader_num_workers {training.dataloader_num_workers}: expected 0; a "
                      "batch is only looked up, and workers die of the signal on which a run saves")
+    if training.label_smoothing_factor:
+        parser.error(f"--label_smoothing_factor {training.label_smoothing_factor}: expected 0; no "
+                     "logits leave the loss that could be smoothed")
     if training.max_steps == 0:
         parser.error("--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")
     if unknown:
@@ -512,13 +517,13 @@ def only_one(lock: Path) -> Iterator[None]:
     made, mine = [folder for folder in lock.parents if not folder.exists()], False
     while not mine:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another run to leave {lock.parent}", flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):  # the one waited for has removed it
+        with suppress(FileNotFoundError):  # the one waited for has removed it, or its folder
+            file = lock.open("w")
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another run to leave {lock.parent}", flush=True)
+                fcntl.lockf(file, fcntl.LOCK_EX)
             mine = os.path.samestat(lock.stat(), os.fstat(file.fileno()))
     try:
         yield
@@ -868,8 +873,8 @@ class PackedTraining:
     keep: int  # checkpoints; seal removes the others
     dice: tuple = ()  # the states of random numbers at the end of the last step
     rehearsed = False
-    saving: Path | None = None
-    lowest, worse = math.inf, 0
+    saving: Path | None = None  # the checkpoint under construction
+    lowest, worse = math.inf, 0  # the lowest loss logged, and how many in a row lie 2 above it
 
     def train(self, *args, **kwargs):
         try:
@@ -888,7 +893,7 @@ class PackedTraining:
                     bar.close()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        with self.head.inside_the_loss(), self.accelerator.autocast():  # FSDP comes without
+        with self.head.inside_the_loss(), self.accelerator.autocast():  # FSDP: without autocast
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
@@ -906,7 +911,8 @@ class PackedTraining:
             if self.dice:  # there is a step that may not be saved
                 for generator, state in zip(self.generators(), self.dice, strict=True):
                     generator.set_rng_state(state)
-                self.accelerator.gradient_state._set_sync_gradients(True)  # as between steps
+                # FSDP gathers the optimizer's state by a step, which accelerate else leaves out.
+                self.accelerator.gradient_state._set_sync_gradients(True)
                 self._save_checkpoint(self.model_wrapped)
             self.control.should_training_stop = True
 
@@ -1074,7 +1080,7 @@ class PackedTraining:
         self.accelerator.wait_for_everyone()
 
     def seal(self, folder: Path, final: Path) -> None:
-        """Give a checkpoint its sums and its name; remove the oldest."""
+        """Give a checkpoint its sums and its name; remove the oldest, but never the best."""
         self.state.save_to_json(str(folder / "trainer_state.json"))
         write_json(folder / "run.json", self.report.record | {"files": file_sums(folder)})
         folder.rename(final)
@@ -1113,34 +1119,41 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
 
 @contextmanager
 def streams_that_may_go() -> Iterator[None]:
-    """Let nothing fail for want of who reads it: a terminal that is closed, or a tee that the same
-    Ctrl-C has ended."""
-    from tqdm.utils import ObjectWrapper
+    """Let nothing fail for want of who reads it: a terminal that is closed, a tee that the same
+    Ctrl-C has ended, or one so slow that a signal comes in the middle of writing (RuntimeError)."""
 
-    class Stream(ObjectWrapper):
+    class Stream:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.stream, name)
+
         def write(self, text: str) -> int:
-            with suppress(OSError):
-                self._wrapped.write(text)
+            with suppress(OSError, RuntimeError):
+                self.stream.write(text)
             return len(text)
 
         def flush(self) -> None:
-            with suppress(OSError):
-                self._wrapped.flush()
+            with suppress(OSError, RuntimeError):
+                self.stream.flush()
 
-    with redirect_stdout(Stream(sys.stdout)), redirect_stderr(Stream(sys.stderr)):
-        yield
-    for name in ("stdout", "stderr"):
-        try:
-            getattr(sys, name).flush()
-        except OSError:  # it would fail again when Python ends
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    try:
+        with redirect_stdout(Stream(sys.stdout)), redirect_stderr(Stream(sys.stderr)):
+            yield
+    finally:
+        for name in ("stdout", "stderr"):
+            try:
+                getattr(sys, name).flush()
+            except OSError:  # it would fail again when Python ends
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect the signals of STOPPING, so that the run can save. A second Ctrl-C, a second or more
-    later, is not waited for; a cluster's signal reaches processes of torchrun twice, once through
-    it. What nohup has it ignore stays ignored."""
+    """Collect the signals of STOPPING, so that the run can save. A Ctrl-C more than a second
+    after the first signal is not waited for; a cluster's signal reaches processes of torchrun
+    twice, once through it. What nohup has it ignore stays ignored."""
     caught: list[int] = []
     first = math.inf
 
@@ -1227,44 +1240,51 @@ def move_aside(folder: Path, what: str) -> None:
     print(f"{folder} held {what}: moved to {aside}")
 
 
-def take(output: Path) -> Any:
+def take(output: Path, how: int = fcntl.LOCK_EX) -> Any:
     """Refuse a folder that another run is writing; else it is ours while the file is open."""
-    lock = open(output / ".lock", "w")  # noqa: SIM115 (held on to)
+    lock = open(output / ".lock", "a+")  # noqa: SIM115 (held on to)
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, how | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(f"--output_dir {output}: another run is writing it; wait for it, or pass "
                         "another folder") from error
     return lock
 
 
+def other_settings(record: dict, old: dict) -> str:
+    """What of a run's settings is not as in an older record; nothing if they are the same run."""
+    new, before = record["settings"], old["settings"]
+    sums = {"dataset": "the text or the tokenizer changed", "model": "the base changed",
+            "held_out": "--eval_strategy no trains on the documents held out too"}
+    changed = [n for n in sorted(new | before) if new.get(n) != before.get(n)]
+    return "; ".join(sums.get(n, f"{n} was {before.get(n)}, now {new.get(n)}") for n in changed)
+
+
 def open_run(args: Arguments, record: dict) -> str | None:
     """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to
-    mix two runs; a finished one with other settings is moved aside."""
+    mix two runs. Moved aside are a finished run with other settings, the run so far for
+    --resume_from_checkpoint none, and for a checkpoint given by name the later ones."""
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
     named = wanted not in ("auto", "none")
     if named and not is_whole(Path(wanted)):
         raise UserError(f"--resume_from_checkpoint {wanted}: not a whole checkpoint; use auto")
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+    if named and (other := other_settings(record, read_record(Path(wanted)))):
+        raise UserError(f"--resume_from_checkpoint {wanted}: of a run with other settings ({other})"
+                        "; give the same, or begin anew without it")
+    begun = {".lock", "run.json.building"}  # of a start that failed
+    if output.is_file() or (output.is_dir() and {p.name for p in output.iterdir()} - begun):
         old = read_record(output)
         if old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys():
             raise UserError(f"--output_dir {output}: holds something else; choose another folder")
-        new, before = record["settings"], old["settings"]
-        changed = [n for n in sorted(new | before) if new.get(n) != before.get(n)]
-        if changed and old["results"] is None:
-            sums = {"dataset": "the text or the tokenizer changed", "model": "the base changed",
-                    "held_out": "--eval_strategy no trains on the documents held out too"}
-            told = (sums.get(n, f"{n} was {before.get(n)}, now {new.get(n)}") for n in changed)
+        other = other_settings(record, old)
+        if other and old["results"] is None:
             raise UserError(
-                f"--output_dir {output}: an unfinished run with other settings ({'; '.join(told)})"
-                "; give the same to go on, name another --output_dir, or remove the folder")
-        if old["results"] is not None and not changed:
+                f"--output_dir {output}: an unfinished run with other settings ({other}); give the "
+                "same to go on, name another --output_dir, or remove the folder")
+        if old["results"] is not None and not other:
             return "done"
-        if changed and named and output.resolve() in Path(wanted).resolve().parents:
-            raise UserError(f"--output_dir {output}: holds that checkpoint and a finished run with "
-                            "other settings; name another folder")
-        take(output).close()  # nothing is moved from under a run
-        if changed:
+        take(output, fcntl.LOCK_SH).close()  # nothing is moved from under a run
+        if other:
             move_aside(output, "a finished run with other settings")
         elif wanted == "none":
             move_aside(output, "the run so far")
@@ -1288,7 +1308,8 @@ def total_steps(sequences: int, training: Any) -> int:
     """Optimizer steps, as Trainer counts them."""
     if training.max_steps > 0:
         return training.max_steps
-    batches = math.ceil(sequences / (training.per_device_train_batch_size * training.world_size))
+    batches = sequences / (training.per_device_train_batch_size * training.world_size)
+    batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
     per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
     return math.ceil(training.num_train_epochs * per_epoch)
 
@@ -1482,9 +1503,9 @@ class Report:
         step = trainer.state.global_step
         if trainer.is_world_process_zero():
             said = f"stopped; step {step} is saved" if step else "stopped before the first step"
-            again = "--resume_from_checkpoint auto goes on"
             auto = self.args.resume_from_checkpoint == "auto"
-            print(said, "the same command goes on" if auto else again, sep="; ", flush=True)
+            how = "the same command" if auto else "--resume_from_checkpoint auto"
+            print(f"{said}; {how} goes on", flush=True)
 
     def finish(self, history: list[dict]) -> None:
         """Chart and model card; run.json last, for it says that the run is whole."""
@@ -1559,6 +1580,7 @@ def slow_device(training: Any, folder: Path) -> str | None:
     return None
 
 
+@streams_that_may_go()
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
     """Read, check, tokenise, pack, build, train, report."""
@@ -1588,12 +1610,11 @@ def main(argv: list[str] | None = None) -> None:
         report.begin(blocks, slow_device(training, folder))
     model, _ = build_model(args, training, folder, first_new)
     trainer = build_trainer(training, model, blocks, held_out, report)
-    with streams_that_may_go(), stop_signals() as trainer.stop:
+    with stop_signals() as trainer.stop:
         trainer.train(resume_from_checkpoint=checkpoint)
-        if stopped := trainer.stopping():
+        if trainer.stopping():
             report.stopped(trainer)
-    if stopped:
-        raise SystemExit(128 + (trainer.stop or [signal.SIGTERM])[0])
+            raise SystemExit(128 + (trainer.stop or [signal.SIGTERM])[0])
     trainer.save_model()
     if training.process_index == 0:
         report.finish(trainer.state.log_history)

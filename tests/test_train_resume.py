@@ -1,5 +1,6 @@
 """Stopped runs go on to the same weights, bit for bit; what breaks falls back."""
 
+import io
 import os
 import pty
 import signal
@@ -94,6 +95,24 @@ def test_a_reader_of_the_log_that_ends_first_takes_no_work_with_it(command):
     running.terminate()
     assert running.wait(60) == 143
     assert train_pt.is_whole(train_pt.checkpoints(Path("pt"))[0])
+
+
+def test_writing_to_nobody_fails_nowhere(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise RuntimeError("reentrant call") if text == "twice" else BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with pytest.raises(SystemExit), train_pt.streams_that_may_go():
+        print("once", flush=True)
+        print("twice", end="")
+        print("error", file=sys.stderr)
+        raise SystemExit(2)
+    assert sys.stdout.name == sys.stderr.name == os.devnull
 
 
 def test_a_live_run_is_not_moved_aside(command, capsys):
@@ -221,6 +240,20 @@ def test_going_back_to_an_earlier_checkpoint_keeps_what_comes_from_there(
     assert [p.name for p in train_pt.checkpoints(Path("pt"))] == ["checkpoint-7", "checkpoint-5"]
     train_pt.main(command())
     assert same(weights("pt"), whole())
+
+
+def test_a_checkpoint_of_a_run_with_other_settings_is_refused(command, monkeypatch, capsys):
+    at_step(monkeypatch, 6, kill)
+    with pytest.raises(Killed):
+        train_pt.main(command())
+    options = ["--resume_from_checkpoint", "pt/checkpoint-5", "--lora_rank", "16"]
+    with pytest.raises(SystemExit) as refused:
+        train_pt.main(command(*options, name="other"))
+    assert refused.value.code == 2
+    message = capsys.readouterr().err
+    assert "--resume_from_checkpoint pt/checkpoint-5: of a run with other settings" in message
+    assert "lora_rank was 32, now 16" in message
+    assert not Path("other").exists()
 
 
 def test_starting_anew_moves_the_run_so_far_aside(command, whole, monkeypatch):

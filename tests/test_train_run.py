@@ -104,6 +104,7 @@ def copy_of_tiny(folder: Path, **changes) -> Path:
         (["--train_embeddings", "none"], "rows 800 to 999 of embedding and head are new"),
         (["--resume_from_checkpoint", "nowhere"], "not a whole checkpoint"),
         (["--optim", "adam_of_tomorrow"], "adam_of_tomorrow"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1: expected 0"),
         (["--dataloader_num_workers", "2"], "--dataloader_num_workers 2: expected 0"),
         (["--use_liger_kernel"], "liger-kernel is not installed; pip install liger-kernel"),
     ],
@@ -241,6 +242,24 @@ def test_documents_held_out_so_far_are_not_trained_on_later(command, monkeypatch
     with pytest.raises(SystemExit):
         train_pt.main(command("--eval_strategy", "no"))
     assert "--eval_strategy no trains on the documents held out too" in capsys.readouterr().err
+
+
+def test_a_start_that_failed_before_it_wrote_anything_is_no_other_thing(command):
+    Path("pt").mkdir()
+    Path("pt/.lock").touch()
+    train_pt.main(command("--max_steps", "1"))
+    assert weights("pt")
+
+
+def test_a_last_batch_that_is_dropped_is_no_step(command):
+    options = ["--max_steps", "-1", "--num_train_epochs", "1", "--gradient_accumulation_steps", "1"]
+    for drop in ("false", "true"):
+        train_pt.main(command(
+            *options, "--dataloader_drop_last", drop, "--eval_strategy", "no",
+            "--per_device_train_batch_size", "2", name=drop))
+        planned = json.loads(Path(drop, "run.json").read_text())["results"]
+        assert planned["steps"] == metrics(drop)[-1]["step"]
+    assert metrics("true")[-1]["step"] == metrics("false")[-1]["step"] - 1
 
 
 def test_too_little_room_for_the_checkpoints_is_noted_at_the_start(command, monkeypatch, capsys):
