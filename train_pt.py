@@ -921,9 +921,8 @@ class PackedTraining:
         missing = self.eval_dataset is not None and self.state.global_step not in measured
         if missing and not self.stopping():  # it stopped on its last step, and was resumed
             metrics = self._evaluate(trial, None)
-            if self._determine_best_metric(metrics, trial):
-                best = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-                self.state.best_model_checkpoint = str(best)
+            self._determine_best_metric(metrics, trial)
+            self.point_at_best()
         return super()._finalize_training(trial, *args, **kwargs)
 
     def rehearse(self) -> None:
@@ -939,8 +938,8 @@ class PackedTraining:
                 raise UserError(
                     f"--per_device_eval_batch_size {self.args.per_device_eval_batch_size}: an "
                     "evaluation runs out of memory; choose a smaller one") from error
-        moments = 2 if "8bit" in self.args.optim else 8
-        size = sum(p.numel() for p in adapter_tensors(self.model).values()) * (4 + moments)
+        numbers = sum(p.numel() for p in adapter_tensors(self.model).values())
+        size = numbers * (4 + moment_bytes(self.args.optim))
         if self.is_world_process_zero():
             free = shutil.disk_usage(self.args.output_dir).free
             if free < (min(self.keep, 2) + 1) * size:
@@ -1060,10 +1059,7 @@ class PackedTraining:
         try:
             super()._save_checkpoint(model, trial, *args, **kwargs)
             self.accelerator.wait_for_everyone()
-            if self.state.best_global_step:
-                best = output / f"checkpoint-{self.state.best_global_step}"
-                if best == final or best.is_dir():  # not each evaluated step is saved
-                    self.state.best_model_checkpoint = str(best)
+            self.point_at_best(final)
             if self.args.should_save:
                 self.seal(self.saving / final.name, final)
         except Exception as error:  # torch and safetensors name a full disk each in their own way
@@ -1078,6 +1074,12 @@ class PackedTraining:
                 shutil.rmtree(self.saving, ignore_errors=True)
             self.saving = None
         self.accelerator.wait_for_everyone()
+
+    def point_at_best(self, coming: Path | None = None) -> None:
+        """Name the best step's checkpoint, if it has one: not each evaluated step is saved."""
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if best == coming or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
 
     def seal(self, folder: Path, final: Path) -> None:
         """Give a checkpoint its sums and its name; remove the oldest, but never the best."""
@@ -1206,7 +1208,12 @@ def file_sums(folder: Path) -> dict[str, str]:
 def checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a run, the last first."""
     found = [p for p in output.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -1291,7 +1298,7 @@ def open_run(args: Arguments, record: dict) -> str | None:
     if named:
         step = json.loads((Path(wanted) / "trainer_state.json").read_text())["global_step"]
         for later in checkpoints(output):
-            if int(later.name.split("-")[1]) > step:
+            if step_of(later) > step:
                 move_aside(later, f"a later step than {step}")
         return wanted
     for folder in checkpoints(output) if wanted == "auto" else ():
@@ -1314,6 +1321,11 @@ def total_steps(sequences: int, training: Any) -> int:
     return math.ceil(training.num_train_epochs * per_epoch)
 
 
+def moment_bytes(optim: str) -> float:
+    """Bytes of Adam's two moments of a number; in 8 bits two fp32 scales for 256 of them."""
+    return 2 + 8 / 256 if "8bit" in optim else 8
+
+
 def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block: int) -> dict:
     """Bytes on the GPU at the peak: derived from the shapes, and held against a trace of every
     allocation (benchmarks/bench_plan.py)."""
@@ -1324,8 +1336,7 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
     weights = L * sum(a * b for a, b in shapes)
     lora = L * sum(a + b for a, b in shapes) * args.lora_rank
     rows = {"new": V - first_new, "all": V, "none": 0}[args.train_embeddings]
-    # fp32 weight and gradient; Adam's moments, in 8 bits with two fp32 scales for 256 of them.
-    state = 4 + 4 + (2 + 8 / 256 if "8bit" in args.optim else 8)
+    state = 4 + 4 + moment_bytes(args.optim)  # fp32 weight and gradient
     offload = json.loads(args.activation_checkpointing_kwargs or "{}").get("offload")
     # Of each token a layer holds 9 rows of D numbers in 16 bits: what attention reads and writes,
     # the inputs of projections and of the second norm, the gradient. In the MLP six rows of M

@@ -29,7 +29,6 @@ import sys
 import time
 from contextlib import nullcontext
 from datetime import date
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,9 +86,11 @@ def base_model(sizes: dict, folder: Path) -> Path:
 
 
 def free() -> None:
+    """Let go of what is dead; peaks() counts from here."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def head_size(sizes: dict) -> int:
@@ -150,8 +151,6 @@ def to_device(thing, device):
 def load(folder: Path, args, training, usual: bool):
     """The model, its head (None in the usual recipe), and the peak of loading it."""
     free()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     if usual:
         model, head = usual_model(folder, training), None
     else:
@@ -203,8 +202,6 @@ def measure(model, head, args, training, sizes: dict, name: str, steps: int) -> 
         llama.config.group_size = args.group_size if attention == "s2" else None
         llama.loss_function = head.loss if loss == "chunked" else ForCausalLMLoss
     free()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     source = batches(args, sizes, script.flash_is_here(head_size(sizes)))
     try:
         seconds = train(model, head, training, source, loss, steps)
@@ -249,37 +246,42 @@ def attention_rows(sizes: dict, lengths: list[int]):
         group, shape = length // 4, (BATCH, heads, length, size)
         args = SimpleNamespace(block_size=length, group_size=group)
         position = next(batches(args, sizes, False))["position_ids"]
-        module = SimpleNamespace(training=True, config=SimpleNamespace(group_size=group))
         q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
-        ways = {"SDPA over segments": False}
+        calls = {"SDPA over segments": by_segments(position, group, False, device)}
         if script.flash_is_here(size):
-            ways["torch.nn.attention.varlen"] = True
-        calls = {}
-        for name, flash in ways.items():
-            cuts = to_device({"groups": script.cut_points(position, group, flash)}, device)
-            calls[name] = partial(
-                lambda cuts, q, k, v, module=module: script.s2_attention(
-                    module, q, k, v, None, cuts=cuts
-                )[0],
-                cuts,
-            )
+            calls["torch.nn.attention.varlen"] = by_segments(position, group, True, device)
         if torch.cuda.is_available():
             calls["FlexAttention"] = flex(position.to(device), group)
         for name, call in calls.items():
-            row, seconds = {"length": length, "way": name}, []
+            row = {"length": length, "way": name}
             try:
-                for _ in range(8):
-                    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-                    synchronize()
-                    start = time.perf_counter()
-                    call(*inputs).sum().backward()
-                    synchronize()
-                    seconds.append(time.perf_counter() - start)
-                row["milliseconds"] = 1e3 * min(seconds[2:])
+                row["milliseconds"] = milliseconds(call, q, k, v)
             except torch.cuda.OutOfMemoryError:
                 row["out_of_memory"] = True
             yield row
         free()
+
+
+def milliseconds(call, *tensors: torch.Tensor) -> float:
+    """Forward and backward, the best of six after two of warming up."""
+    seconds = []
+    for _ in range(8):
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        synchronize()
+        start = time.perf_counter()
+        with torch.autocast(tensors[0].device.type, torch.bfloat16):
+            output = call(*inputs)
+        output.backward(torch.ones_like(output))
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * min(seconds[2:])
+
+
+def by_segments(position: torch.Tensor, group: int, flash: bool, device: str):
+    """S² as train_pt.py has it, its cut points made once per batch."""
+    module = SimpleNamespace(training=True, config=SimpleNamespace(group_size=group))
+    cuts = to_device({"groups": script.cut_points(position, group, flash)}, device)
+    return lambda q, k, v: script.s2_attention(module, q, k, v, None, cuts=cuts)[0]
 
 
 def part_rows(folder: Path, sizes: dict, length: int):
@@ -301,17 +303,7 @@ def part_rows(folder: Path, sizes: dict, length: int):
     }
     x = torch.randn(BATCH, length, size, device=training.device, dtype=torch.bfloat16)
     for name, call in ways.items():
-        seconds = []
-        for _ in range(8):
-            inputs = x.clone().requires_grad_()
-            synchronize()
-            start = time.perf_counter()
-            with torch.autocast(training.device.type, torch.bfloat16):
-                output = call(inputs)
-            output.backward(torch.ones_like(output))
-            synchronize()
-            seconds.append(time.perf_counter() - start)
-        yield {"length": length, "part": name, "milliseconds": 1e3 * min(seconds[2:])}
+        yield {"length": length, "part": name, "milliseconds": milliseconds(call, x)}
 
 
 def same_segment(position: torch.Tensor, group: int, shift: int):

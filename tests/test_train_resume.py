@@ -4,7 +4,6 @@ import io
 import os
 import pty
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from train_support import Killed, at_step, kill, metrics, same, terminate, weights
+from train_support import (
+    Killed,
+    at_step,
+    kill,
+    killed_at,
+    launch,
+    metrics,
+    same,
+    terminate,
+    weights,
+)
 
 import train_pt
 
@@ -64,22 +73,18 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(
     assert [row["step"] for row in metrics("pt") if "loss" in row] == list(range(1, 13))
 
 
-def start(options: list[str], saves: int) -> subprocess.Popen:
-    """The real program, in a process group of its own, once it has saved so many checkpoints more.
-    """
-    before = {*Path("pt").glob("checkpoint-*[0-9]")}
-    running = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_pt.py"), *options],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    deadline = time.time() + 120
-    while len({*Path("pt").glob("checkpoint-*[0-9]")} - before) < saves and time.time() < deadline:
-        time.sleep(0.05)
-    return running
+def ended_by_a_signal(monkeypatch, options: list[str], name: str, watch, owner=None) -> None:
+    """Train with a method replaced by one that terminates the run."""
+    with monkeypatch.context() as patch:
+        patch.setattr(owner or train_pt.PackedTraining, name, watch)
+        with pytest.raises(SystemExit) as stopped:
+            train_pt.main(options)
+    assert stopped.value.code == 143
 
 
 def test_signals_and_kill_9_on_the_real_program(command, whole):
     for signum, code in ((signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGKILL, -9)):
-        running = start(command("--save_steps", "1"), 1)
+        running = launch(command("--save_steps", "1"), 1)
         running.send_signal(signum)
         output = running.communicate()[0]
         assert running.returncode == code, output
@@ -90,7 +95,7 @@ def test_signals_and_kill_9_on_the_real_program(command, whole):
 
 def test_a_reader_of_the_log_that_ends_first_takes_no_work_with_it(command):
     """As tee does, which the same Ctrl-C ends."""
-    running = start(command("--save_steps", "1", "--max_steps", "200"), 1)
+    running = launch(command("--save_steps", "1", "--max_steps", "200"), 1)
     running.stdout.close()
     running.terminate()
     assert running.wait(60) == 143
@@ -116,7 +121,7 @@ def test_writing_to_nobody_fails_nowhere(monkeypatch):
 
 
 def test_a_live_run_is_not_moved_aside(command, capsys):
-    running = start(command("--save_steps", "1", "--max_steps", "200"), 1)
+    running = launch(command("--save_steps", "1", "--max_steps", "200"), 1)
     with pytest.raises(SystemExit) as refused:
         train_pt.main(command("--max_steps", "200", "--resume_from_checkpoint", "none"))
     running.kill()
@@ -136,11 +141,8 @@ def test_a_signal_in_the_last_batch_saves_whatever_the_strategy(command, whole, 
             terminate()
         return loss
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_pt.PackedTraining, "training_step", watch)
-        with pytest.raises(SystemExit) as stopped:
-            train_pt.main(command(*options, "--save_strategy", "no"))
-    assert stopped.value.code == 143
+    unsaved = command(*options, "--save_strategy", "no")
+    ended_by_a_signal(monkeypatch, unsaved, "training_step", watch)
     train_pt.main(command(*options))
     assert same(weights("pt"), expected)
 
@@ -192,11 +194,7 @@ def test_a_signal_between_the_batches_of_a_step_saves_the_step_before(command, w
             terminate()
         return loss
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_pt.PackedTraining, "training_step", watch)
-        with pytest.raises(SystemExit) as stopped:
-            train_pt.main(command(*options))
-    assert stopped.value.code == 143
+    ended_by_a_signal(monkeypatch, command(*options), "training_step", watch)
     assert taken.count(7) == 2, "the second is not trained"
     assert [p.name for p in train_pt.checkpoints(Path("pt"))] == ["checkpoint-7", "checkpoint-5"]
     train_pt.main(command(*options))
@@ -204,11 +202,11 @@ def test_a_signal_between_the_batches_of_a_step_saves_the_step_before(command, w
 
 
 def test_a_signal_before_the_first_step_ends_is_no_error(command, whole, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        patch.setattr(train_pt.Report, "sample", lambda *args, **kwargs: terminate() or {})
-        with pytest.raises(SystemExit) as stopped:
-            train_pt.main(command())
-    assert stopped.value.code == 143
+    def watch(*args, **kwargs):
+        terminate()
+        return {}
+
+    ended_by_a_signal(monkeypatch, command(), "sample", watch, train_pt.Report)
     assert "stopped before the first step" in capsys.readouterr().out
     assert train_pt.checkpoints(Path("pt")) == []
     train_pt.main(command())
@@ -216,9 +214,7 @@ def test_a_signal_before_the_first_step_ends_is_no_error(command, whole, monkeyp
 
 
 def test_how_often_to_save_can_be_changed_in_an_unfinished_run(command, whole, monkeypatch):
-    at_step(monkeypatch, 8, kill)
-    with pytest.raises(Killed):
-        train_pt.main(command())
+    killed_at(monkeypatch, 8, command())
     changed = ["--save_steps", "2", "--eval_steps", "3", "--save_total_limit", "0"]
     train_pt.main(command(*changed))
     saved = [path.name for path in train_pt.checkpoints(Path("pt"))]
@@ -230,12 +226,9 @@ def test_how_often_to_save_can_be_changed_in_an_unfinished_run(command, whole, m
 def test_going_back_to_an_earlier_checkpoint_keeps_what_comes_from_there(
     command, whole, monkeypatch, capsys
 ):
-    at_step(monkeypatch, 11, kill)
-    with pytest.raises(Killed):
-        train_pt.main(command())
-    at_step(monkeypatch, 8, kill)
-    with pytest.raises(Killed):
-        train_pt.main(command("--resume_from_checkpoint", "pt/checkpoint-5", "--save_steps", "7"))
+    killed_at(monkeypatch, 11, command())
+    earlier = ["--resume_from_checkpoint", "pt/checkpoint-5", "--save_steps", "7"]
+    killed_at(monkeypatch, 8, command(*earlier))
     assert "pt/checkpoint-10 held a later step than 5: moved to" in capsys.readouterr().out
     assert [p.name for p in train_pt.checkpoints(Path("pt"))] == ["checkpoint-7", "checkpoint-5"]
     train_pt.main(command())
@@ -243,9 +236,7 @@ def test_going_back_to_an_earlier_checkpoint_keeps_what_comes_from_there(
 
 
 def test_a_checkpoint_of_a_run_with_other_settings_is_refused(command, monkeypatch, capsys):
-    at_step(monkeypatch, 6, kill)
-    with pytest.raises(Killed):
-        train_pt.main(command())
+    killed_at(monkeypatch, 6, command())
     options = ["--resume_from_checkpoint", "pt/checkpoint-5", "--lora_rank", "16"]
     with pytest.raises(SystemExit) as refused:
         train_pt.main(command(*options, name="other"))
@@ -257,9 +248,7 @@ def test_a_checkpoint_of_a_run_with_other_settings_is_refused(command, monkeypat
 
 
 def test_starting_anew_moves_the_run_so_far_aside(command, whole, monkeypatch):
-    at_step(monkeypatch, 11, kill)
-    with pytest.raises(Killed):
-        train_pt.main(command())
+    killed_at(monkeypatch, 11, command())
     train_pt.main(command("--resume_from_checkpoint", "none"))
     assert Path("pt.1/checkpoint-10").is_dir()
     assert same(weights("pt"), whole())
@@ -275,10 +264,7 @@ def test_the_last_evaluation_competes_for_the_best_though_it_comes_later(command
             terminate()
         return evaluate(trainer, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_pt.PackedTraining, "evaluate", interrupted)
-        with pytest.raises(SystemExit):
-            train_pt.main(command(*options))
+    ended_by_a_signal(monkeypatch, command(*options), "evaluate", interrupted)
     train_pt.main(command(*options))
     assert same(weights("pt"), weights("whole"))
     losses = [
@@ -287,9 +273,7 @@ def test_the_last_evaluation_competes_for_the_best_though_it_comes_later(command
 
 
 def test_a_broken_checkpoint_falls_back_to_the_one_before(command, whole, monkeypatch, capsys):
-    at_step(monkeypatch, 11, kill)
-    with pytest.raises(Killed):
-        train_pt.main(command())
+    killed_at(monkeypatch, 11, command())
     optimizer = Path("pt/checkpoint-10/optimizer.pt")
     content = bytearray(optimizer.read_bytes())
     content[len(content) // 2] ^= 1
@@ -339,12 +323,8 @@ def test_a_signal_during_an_evaluation_saves_at_once_and_the_end_is_measured_lat
             monkeypatch.setattr(train_pt.Collate, "__call__", watch)
         return evaluate(trainer, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_pt.PackedTraining, "evaluate", interrupted)
-        with pytest.raises(SystemExit) as stopped:
-            train_pt.main(command(*options))
+    ended_by_a_signal(monkeypatch, command(*options), "evaluate", interrupted)
     monkeypatch.setattr(train_pt.Collate, "__call__", collate)
-    assert stopped.value.code == 143
     assert batches == [1, 1], "it went on evaluating"
     assert Path(f"pt/checkpoint-{step}").is_dir()
     assert not Path("pt/adapter_model.safetensors").exists(), "looks finished"

@@ -13,7 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from train_support import DRAW, TINY, Killed, at_step, kill, metrics, same, weights
+from train_support import (
+    DRAW,
+    TINY,
+    Killed,
+    at_step,
+    kill,
+    killed_at,
+    launch,
+    metrics,
+    same,
+    weights,
+)
 
 import train_pt
 
@@ -66,9 +77,7 @@ def test_the_same_run_again_is_done_and_another_is_moved_aside(command, capsys):
 
 
 def test_an_unfinished_run_with_other_settings_is_refused_by_name(command, monkeypatch, capsys):
-    at_step(monkeypatch, 6, kill)
-    with pytest.raises(Killed):
-        train_pt.main(command())
+    killed_at(monkeypatch, 6, command())
     with pytest.raises(SystemExit) as stopped:
         train_pt.main(command("--learning_rate", "0.02"))
     assert stopped.value.code == 2
@@ -159,9 +168,7 @@ def test_a_folder_of_something_else_is_not_written_to(name, content, command, ca
 def test_a_changed_text_is_told_in_words(command, text, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other.jsonl"
     shutil.copy(text, other)
-    at_step(monkeypatch, 6, kill)
-    with pytest.raises(Killed):
-        train_pt.main(command())
+    killed_at(monkeypatch, 6, command())
     with pytest.raises(SystemExit):
         train_pt.main(command("--dataset", other))
     assert "(the text or the tokenizer changed); give" in capsys.readouterr().err
@@ -236,9 +243,7 @@ def test_each_way_of_evaluating_evaluates_each_step_once(options, steps, command
 
 
 def test_documents_held_out_so_far_are_not_trained_on_later(command, monkeypatch, capsys):
-    at_step(monkeypatch, 6, kill)
-    with pytest.raises(Killed):
-        train_pt.main(command())
+    killed_at(monkeypatch, 6, command())
     with pytest.raises(SystemExit):
         train_pt.main(command("--eval_strategy", "no"))
     assert "--eval_strategy no trains on the documents held out too" in capsys.readouterr().err
@@ -432,13 +437,7 @@ def test_two_processes_lose_as_one_with_the_same_global_batch(command):
 def test_a_signal_to_torchrun_stops_all_processes_at_the_same_step(command):
     options = ["--max_steps", "500", "--save_steps", "1", "--ddp_backend", "gloo"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    running = subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train_pt.py"), *command(*options)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
-    deadline = time.time() + 120
-    while not train_pt.checkpoints(Path("pt")) and time.time() < deadline:
-        time.sleep(0.05)
+    running = launch(command(*options), 1, *launcher)
     running.terminate()
     output = running.communicate(timeout=120)[0]
     last = train_pt.checkpoints(Path("pt"))[0]

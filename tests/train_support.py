@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -93,3 +96,24 @@ def kill():
 
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def killed_at(monkeypatch, step: int, options: list[str]) -> None:
+    """Train until the given step, then end as kill -9 does."""
+    at_step(monkeypatch, step, kill)
+    with pytest.raises(Killed):
+        train_pt.main(options)
+
+
+def launch(options: list[str], saves: int, *launcher: str) -> subprocess.Popen:
+    """The real program, in a process group of its own, once it has saved so many checkpoints more.
+    """
+    before = {*train_pt.checkpoints(Path("pt"))}
+    running = subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "train_pt.py"), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 120
+    while len({*train_pt.checkpoints(Path("pt"))} - before) < saves and time.time() < deadline:
+        time.sleep(0.05)
+    return running
