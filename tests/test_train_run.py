@@ -30,6 +30,7 @@ import train_pt
 
 pytest_plugins = ["train_support"]
 torch.set_num_threads(1)
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def test_the_docstring_gives_the_command_of_the_demo():
@@ -419,11 +420,10 @@ def test_wandb_without_a_key_is_one_line_below_the_bar(command, tmp_path, run_sc
 def test_two_processes_lose_as_one_with_the_same_global_batch(command):
     options = ["--max_steps", "5", "--quantization", "none", "--bf16", "false"]
     train_pt.main(command(*options, name="one"))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = command(
         *options, "--per_device_train_batch_size", "1", "--ddp_backend", "gloo", name="two")
     done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "train_pt.py"), *words],
+        [sys.executable, *TORCHRUN, str(ROOT / "train_pt.py"), *words],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -436,8 +436,7 @@ def test_two_processes_lose_as_one_with_the_same_global_batch(command):
 
 def test_a_signal_to_torchrun_stops_all_processes_at_the_same_step(command):
     options = ["--max_steps", "500", "--save_steps", "1", "--ddp_backend", "gloo"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    running = launch(command(*options), 1, *launcher)
+    running = launch(command(*options), 1, *TORCHRUN)
     running.terminate()
     output = running.communicate(timeout=120)[0]
     last = train_pt.checkpoints(Path("pt"))[0]
