@@ -20,12 +20,17 @@ measures the speed, and the price of deduplication.
 """
 
 import argparse
+import bz2
+import codecs
 import contextlib
 import errno
 import fcntl
+import gzip
+import html
 import importlib.util
 import io
 import json
+import lzma
 import math
 import mmap
 import os
@@ -52,7 +57,7 @@ from typing import Any, Literal, NamedTuple
 
 import fsspec  # datatrove, matplotlib and ray are imported where they are used: --help stays quick
 import numpy as np
-from fastwarc.warc import WarcRecord
+import zstandard
 from isal import igzip_lib
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -60,8 +65,10 @@ from transformers import HfArgumentParser
 # --- Constants -----------------------------------------------------------------------------------
 
 CRAWL_URL = "https://data.commoncrawl.org/"
-ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-ENDINGS = (".wet", ".wet.gz", ".warc", ".warc.gz", *ROW_ENDINGS)
+KINDS = (".wet", ".warc", ".jsonl", ".ndjson", ".json")
+COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
+ENDINGS = (".parquet", *(kind + packed for kind in KINDS for packed in COMPRESSIONS))
+TEXT_COLUMNS = ("text", "content", "raw_content")  # the first of these that a row has
 MAX_TASKS = 256  # deduplication opens one file of every task at once
 FIRST_TURN = 32  # files read before the yield of a crawl is known (--target_size)
 BLOCK = 1 << 18  # bytes that a stream gives at a time
@@ -69,16 +76,19 @@ MAX_RECORD = 16 << 20  # bytes; no page of prose is larger
 HEAD = 384  # compressed bytes that hold a record's header
 SAMPLE = 640  # further bytes that show its script
 HAN_LEADS = bytes(range(0xE4, 0xEA))  # they begin nearly every Han character in UTF-8
-SCORES = ("han", "traditional", "mainland", "repeated", "distinct", "closing", "spam")
+SCORES = (
+    "han", "traditional", "repeated", "distinct", "top", "closing", "mainland", "hongkong",
+    "converted", "spam")
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
 RANGES = {  # of the numbers that are neither a share nor a count without a limit
-    "max_mainland": (-1000, math.inf), "max_spam": (0, math.inf), "workers": (1, 4096),
+    "max_mainland": (-1000, math.inf), "max_hongkong": (-1000, math.inf),
+    "max_converted": (0, math.inf), "max_spam": (0, math.inf), "workers": (1, 4096),
     "minhash_buckets": (1, 1000), "minhash_rows": (1, 1000)}
 
 # Rules in the order in which they are applied; stats.json and the picture follow it.
 RULES = {
     "language": "the header names languages, and Chinese is not among them",
-    "han": "too few of its letters are Han",
+    "han": "too few of its words are Chinese",
     "japanese_korean": "kana or hangul",
     "simplified": "Simplified characters",
     "mojibake": "broken bytes, or characters that nobody uses",
@@ -86,7 +96,10 @@ RULES = {
     "length": "too little prose is left",
     "repetition": "it repeats itself",
     "punctuation": "hardly a line ends like a sentence",
+    "cantonese": "written Cantonese",
     "mainland": "mainland wording in Traditional glyphs",
+    "hongkong": "Hong Kong wording",
+    "converted": "characters that a conversion from Simplified took for others",
     "spam": "gambling, loan, adult and drug vocabulary",
     "url": "the address is on a block list",
     "exact_duplicate": "same text as an earlier page",
@@ -95,57 +108,24 @@ RULES = {
 
 # The header of a text, in lower case, begins so; it names languages, and Chinese is not among them.
 CONVERSION = b"warc/1.0\r\nwarc-type: conversion"
+RECORD_TYPE = re.compile(rb"\nwarc-type:[ \t]*([\w-]+)")
 FOREIGN = re.compile(rb"\nwarc-identified-content-language:(?!.*zho)")
 
 # Lines are searched in lower case. Where every alternative of a pattern begins with a plain letter,
 # re looks for these letters by a table, many times as fast: hence 上一?頁|下一?頁, not [上下]一?頁.
 
-# Words of menus, for lines that hold no sentence.
-THINGS = "(?:文章|新聞|閱讀|商品|關鍵字|標籤|連結|主題|問答|留言)"
-FURNITURE = re.compile(
-    "首頁|主頁|最新消息|關於(?:我們|本站|我自己|這個網誌)|聯[絡繫]我們|會員|登[入出]|註冊|購物車|"
-    "加入(?:好友|最愛|書籤)|追蹤|收藏|網站(?:地圖|導覽)|隱私權?(?:政策|聲明)?|服務條款|使用條款|免責聲明|"
-    "常見問[題答]|回到?最?[頂上首][頁端方層]?|回主文|上一?[頁篇則首]|下一?[頁篇則首]|更多|延伸閱讀|"
-    f"相關{THINGS}|熱門{THINGS}|最新{THINGS}|近期{THINGS}|推薦{THINGS}|精選{THINGS}|分享[到至]?|列印|"
-    "字級|轉寄|訂閱|電子報|粉絲(?:團|專頁)|按讚|留言|回[覆應]|搜尋|您的?現?前?位置|目的?現?前?位置|"
-    "人氣|最近瀏覽|瀏覽(?:人次|數|量)?|點閱[數率]?|點擊|標籤|分類|彙整|跳[到至](?:主|導覽|搜尋)|部落格|"
-    "網誌|痞客邦|相簿|檢舉|舉報|選單|導覽|客服(?:中心)?|忘記(?:密碼|帳號)|人才招募|"
-    " 人(?:喜歡|說讚)|發.?(?:日期|時間)|更.?(?:日期|時間)|張貼|作者|樓主|編輯|排序|複製連結|"
-    "繁體中文|無障礙|目錄|關鍵字|迴響|其他應用程式|複製鏈接|附件|友站連結|完整簡介|追蹤者|廣告|"
-    "贊助|退換貨|下載|付款方式|運送(?:方式|政策)|退款政策|立即購買|快速連結|電子資源|書評|"
-    r"查詢結果|正在載入|»|›|＞|english|facebook|line|instagram|ig(?<!\wig)\b|youtube|twitter|threads|"
-    "telegram|rss|app|pdf|e-?mail|mail|top|menu|home|login|search|share|like|posted by|blogthis|"
-    "tags?|comments?")
-# Lines that are furniture although they read like a sentence; of the prompts only short ones.
-CREDIT = r"(?:圖片?|照片|攝影|翻攝)[^）)]{0,8}[:：／/][^）)]{1,20}[）)]$"
-NOTICE = re.compile(
-    r"版權(?:所有|為)|著作權(?:所有|聲明|歸)|©|\(c\)\s?(?:19|20)\d\d|copyright|"
-    r"all\srights\sreserved|請勿(?:任意)?轉載|"
-    r"未經.{0,4}(?:授權|許可|同意).{0,8}(?:轉載|重製|使用)|歡迎轉載|註明出處|"
-    r"創用\s?cc.{0,24}(?:條款|釋出|\d\.\d)|網站.{0,6}使用.{0,4}cookie|同意.{0,12}cookie|"
-    r"cookies?(?:[^。，]{0,24}(?:同意|政策|瀏覽)|.{0,40}(?:您|隱私))|"
-    r"不代表.{0,8}立場|保[有留].{0,6}(?:修改|變更|更改|終止|解釋).{0,20}權|®.{0,30}商標|"
-    r"最後(?:修訂|更新|編輯)(?:日期|時間|[於在:：])|akismet|佈景主題|powered\sby|processed\sin|"
-    r"啟用.{0,8}javascript|開啟.{0,8}javascript|javascript.{0,12}(?:停用|關閉|啟用|開啟|支援)|"
-    r"必須登入|尚未登入|沒有登入|目前時間是\s?\d|所有時間均為|網站.{0,12}僅供參考|電子郵件地址不會|"
-    r"必填欄位|內容將保密|在瀏覽器中儲存|自由的百科全書|最佳瀏覽|"
-    r"瀏覽器.{0,12}(?:最佳|建議)|建議使用.{0,24}瀏覽|對[您你]有.{0,2}幫助嗎|頁面有.{0,2}幫助嗎|"
-    r"內容.{0,6}僅供參考|資[料訊].{0,6}僅供參考|繼續往下閱讀|您收到[這此本]封?[信郵]件?是?因|"
-    r"以電子郵件傳送這篇|減少垃圾留言|按一下即可分享|本[帖文]最後由|發信站[:：]|文章網址[:：]|"
-    r"本[文會站].{0,6}僅供參考|以上.{0,8}僅供參考|歡迎來電|除非另有註明|"
-    r"不構成.{0,8}(?:建議|意見)|不得(?:任意)?(?:轉載|翻印)|版權屬|"
-    r"尊重.{0,4}智慧財產權|須滿.?18.?歲|需滿.?18.?歲|網站分級|繼續閱讀本文|取自「|更換瀏覽器|"
-    r"請.{0,10}與客服聯[絡繫]|請聯[絡繫]客服|此條目.{0,6}來源|來源以改善|"
-    rf"（{CREDIT}|\({CREDIT}")
-PROMPT = re.compile(
-    r"喜歡.{0,14}(?:分享|按讚|訂閱)|覺得.{0,14}(?:分享|按讚|訂閱)|歡迎.{0,4}(?:分享|訂閱|追蹤|按讚)|"
-    r"按讚.{0,8}(?:粉絲|專頁)|加入(?:會員|.{0,4}粉絲)|滿.{1,8}免運|全.{1,8}免運|"
-    r"訂閱.{0,8}(?:電子報|頻道)|追蹤我們|加入我們|與我們聯[絡繫]|和我們聯[絡繫]|跟我們聯[絡繫]|"
-    r"看大圖|留個言|加入討論|忘記(?:密碼|帳號)|官方帳號|下載.{0,6}app|請先?登入|訪客身[份分]|歡迎加入|"
-    r"立即(?:報名|購買|下載)|"
-    r"點(?:我|此|這裡)|看更多|閱讀更多|延伸閱讀|上一?[篇則頁][:：]|下一?[篇則頁][:：]|"
-    r"顆星.{0,3}好評|文章對[您你].{0,4}幫助|發[表佈].{0,6}留言|贊助(?:支持)?(?:創?作者|我們)|"
-    r"支持(?:贊助)?(?:創?作者|我們)")
+
+
+def listed(name: str) -> list[str]:
+    """Return the words, or the patterns, of data/filter/<name>.txt; lines with # are comments."""
+    here = Path(__file__).parent if "__file__" in globals() else Path()
+    lines = (here / "data" / "filter" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+# Words of menus, lines that are furniture although they read like a sentence, and short prompts.
+FURNITURE, NOTICE, PROMPT = (
+    re.compile("|".join(listed(name))) for name in ("furniture", "notice", "prompt"))
 # Headings of links to other pages, whose titles may read like a sentence, and of comments.
 RELATED = re.compile(
     r"(?:延伸|推薦|相關|熱門|人氣|最新|更多|近期|其他|猜你|可能|related\s).{0,6}"
@@ -163,7 +143,9 @@ ABOUT = re.compile(
     r".{1,20}\s(?:[>/»›＞|]|>>)\s.{1,20}$|.*[»›].*[»›]")
 # Headings and formulas, however few of their characters are words; data and code.
 NUMBERED = re.compile(
-    "[壹貳參肆伍陸柒捌玖拾一二三四五六七八九十]+、|第[一二三四五六七八九十百0-9]+[章節條步]")
+    "[壹貳參肆伍陸柒捌玖拾一二三四五六七八九十]+、|"
+    "第 ?[一二三四五六七八九十百0-9-]+ ?[章節條步編款]")
+TIMING = re.compile(r"\d+|(?:\d\d:)+\d\d[,.]\d{3} --> .*")  # of a subtitle
 FORMULA = re.compile(r"\S [=≈≤≥] \S")
 DATA = re.compile(r"[\d=(){};]")
 LABELS = (
@@ -174,73 +156,25 @@ CONTACT, CONTACT_LINE = re.compile(rf"(?:{LABELS})\s*[:：]"), re.compile(
 HAN, LATIN = re.compile("[\u3400-\u9fff]"), re.compile("[a-z]")
 SENTENCE = re.compile(  # Chinese punctuation, or ASCII's behind Han
     "[。！？；，,.!?;](?:(?<=[。！？；，])|(?<=[\u3400-\u9fff」）].)(?=\\s|$|[\u3400-\u9fff「]))")
-ENDED = re.compile("[。？！]")
-CLOSING = tuple("。！？…」』）；：.!?\"')~～")
+ENDED = re.compile("[。？！．｡﹒﹖﹗]")
+CLOSING = tuple("。！？…」』）；：.!?\"')~～．｡﹒﹖﹗︰，,、﹐﹔;")
+CODE = re.compile(r"[{}<>=;$\\|`#]|\w[(\[.:_/]\w|^\s*[\w.-]+$")
+WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+(?:['’-][A-Za-z]+)*|[\u0370-\u1fff]+")
+INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
+CONTROLS = dict.fromkeys((*range(9), 11, *range(14, 32), 127)) | dict.fromkeys(
+    (12, 0x85, 0x2028, 0x2029), "\n")
 PARAGRAPH = tuple("。；：，」』）.\"')~～")  # the ends of these; a title may end in ？ or ！
 SEPARATORS = re.compile(r"[\s|｜│>»›＞/／·•．‧★◆■]+")
 FUNCTION_WORDS = frozenset(
     "的了是我你妳他她它在不有這那著也就都而又還說到過裡吧嗎呢啊讓把被與和卻才很")
 
-SPAM = (
-    "娛樂城 百家樂 老虎機 體驗金 線上博弈 博弈網 運彩 首存 首儲 註冊送 現金版 現金網 彩金 六合彩 "
-    "今彩539 捕魚機 骰寶 輪盤 德州撲克 真人荷官 信用版 出金 儲值 賠率 投注 下注 串關 必勝法 "
-    "外送茶 外約 約妹 茶訊 叫小姐 援交 一夜情 定點茶 看照約 無碼 A片 成人影片 成人網站 情色 "
-    "色情影片 做愛 口交 自慰 情趣用品 跳蛋 春藥 壯陽 威而鋼 犀利士 必利勁 持久液 催情 借錢 "
-    "小額借款 急用錢 當日撥款 免留車 免保人 證件借款 票貼 房屋二胎 代書貸款 民間借貸 信用瑕疵 "
-    "當舖 汽車借款 機車借款 加賴 加LINE 立即領取 高仿 A貨 代寫論文 代考 換現金 買粉絲 刷讚 增高鞋 "
-    "減肥藥 豐胸 穩賺 保證獲利 飆股 報明牌 半套店 全套服務 手排服務 油壓店 舒壓會館 口爆 顏射 肉棒 "
-    "淫蕩 騷穴 約砲 打砲 鴛鴦浴 酥胸 樓鳳 傳播妹 援妹 乳交 幹砲 卡債整合 貸款顧問 過件率 版路 拖牌 "
-    "獨支 連碰 彩友 狼友 茶莊 喝茶吃魚 兼職妹 高清無碼 成人影音 理財顧問公司 不過件 過件才收費")
-# Mainland words in Traditional glyphs besides those of OpenCC's table, and Taiwan's own.
-MAINLAND = (
-    "軟件 硬件 視頻 屏幕 鼠標 網絡 信息 內存 U盤 光盤 打印 服務器 互聯網 出租車 酸奶 土豆 激光 "
-    "芯片 筆記本電腦 台式機 智能手機 充電寶 網約車 小哥 點贊 朋友圈 公眾號 立交橋 方便麵 西紅柿 "
-    "菠蘿 獼猴桃 三文魚 公交車 公交站 領導幹部 攝像頭 操作系統 程序員 殺毒 博客 網吧 網民 雲盤 "
-    "微信 支付寶 下單 門店 網店 衛生間 創可貼 居委會 高考 抓手 接地氣 給力 靠譜 忽悠 立馬 咱們 "
-    "打車 帶貨 自媒體 短視頻 二維碼 掃碼 快遞員 外賣員 學區房 醫保 衛健委 發改委 充值 客戶端 "
-    "用戶名 賬號 賬戶 數碼相機 家長們 早高峰 晚高峰 打工人 幹貨 乾貨滿滿 寶媽 閨蜜 顏值 網紅店 "
-    "吃貨 點外賣 叫外賣 班主任 輔導班 堵車 錯峰 小姐姐 小哥哥 抓瞎 報銷 廣大群眾 國慶節 挺好 "
-    "挺不錯 挺愉快 挺多 挺有 挺大 保健品 微信群 民警 城管 村委會 咋樣 咋辦 幹啥 沒啥 貓膩 鬧心 "
-    "供暖 樓盤 首付 五險一金 年終獎 農家樂 釐米 厘米 學習成績 考研 央企 民企 私企 下崗 留守兒童 "
-    "空巢老人 廣場舞 小賣部 順風車 拼車 社保 二手房 房產證 身份證號 充電樁 電瓶車 大夥兒 一塊兒 "
-    "這會兒 媳婦兒 孩子他爸 鍛煉 貧困戶 扶貧 網課 慕課 師生們 同學們都 領導們 發票抬頭 渠道商 "
-    "質檢 質監 打假 假冒偽劣 消費者們 人社部 單元樓 一個勁兒 細思極恐 牛逼 屌絲 坑爹 爆款 對標 "
-    "國企 農民工 微商 物業費 護膚品 插混 綠皮火車 打工仔 倍兒 甭管 雲計算 大巴車 銀行卡 轉賬 "
-    "進博會 電飯煲 小夥伴們 黨組 黨委書記 臺賬 供銷社 家屬院 老中醫 份兒上 評優 銷號 督導檢查 "
-    # characters that a conversion took for others
-    "餅幹 幹淨 幹燥 幹脆 幹擾 若幹 國傢 專傢 傢庭 方麵 麵積 曆史 經曆 復雜 恢複 宿捨 影嚮 特彆 "
-    "彆人 區彆 註意 註重 專註 颱灣 颱北")
-TAIWAN = (
-    "軟體 硬體 影片 螢幕 滑鼠 網路 資訊 記憶體 硬碟 隨身碟 光碟 簡訊 列印 伺服器 資料庫 網際網路 "
-    "計程車 優格 馬鈴薯 雷射 晶片 筆電 手機殼 行動電源 外送 按讚 泡麵 鳳梨 奇異果 鮭魚 公車 捷運 "
-    "程式 作業系統 防毒 部落格 網咖 快取 主機板 雲端 人工智慧 專案 檔案 資料夾 數位 解析度 國小 "
-    "國中 機車 便當 超商 健保 統一發票 阿嬤 阿公 腳踏車 透過 志工 帳號 帳戶")
 # Forms of OpenCC's own standard, in use neither in Taiwan nor in Hong Kong: a conversion left them.
 VARIANTS = "爲僞衆竈覈纔"
 CURLY = re.compile("“[\u4e00-\u9fff]")  # Taiwan quotes with 「」; conversion leaves quotes alone
-# Words of OpenCC's table that Taiwan has too, and compounds that only seem to hold one.
-SHARED = (
-    "支持 程序 社區 菜單 公元 地址 參數 函數 循環 智能 用戶 界面 算法 聯繫 訪問 連接 項目 消息 "
-    "文件 數據 數字 模擬 類型 設備 設置 聲明 保存 打開 運行 對象 圖像 高級 高端 發佈 發布 發送 "
-    "性能 查找 分區 交互 局部 內核 光標 字體 自行車 實例 集成 通信 代碼 權限 指針 調度 腳本 註銷 "
-    "搜索 插件 添加 壁紙 映射 蹦極 兼容 塑料 後綴 前綴 像素 優化 採樣 接口 擴展 枚舉 概率 矢量 "
-    "窗口 超聲波 端口 隊列 變量 線程 禁用 散列 溢出 持久性 涼菜 相冊 磁盤 登錄 遠程 連接器 鏡像 "
-    "鏈接 黑客 點擊 仿真 元音 輔音 全局 低級 多態 外置 內置 加納 孤獨症 字段 字符 存儲 導入 導出 "
-    "截取 模塊 比特 綁定 聲卡 調試 進程 進制 信號 信道 串口 圖庫 實時 重載 弗吉尼亞 帕勞 歐拉 "
-    "萬象 組件 移動 乍得 也門 性價比 主板 運營 回調 拋出 拷貝 掛斷 刷新 批量 控件 複印 遞歸 重裝 "
-    "網關 網卡 諾蘭 奶酪 冰棍 貝多 凱奇 薩提 福雷 拉莫 布爾 創建 格拉斯 視圖 圖標 觸摸 調製 的士 "
-    "標識符 屏蔽 寬帶 移動通信 移動電話 南卡羅來納 北卡羅來納 南卡羅來納州 北卡羅來納州 "
-    "馬薩諸塞州 新澤西 哈薩克斯坦 帕金森病 大眾汽車 集群 空間 卸載 免提 串行 通用 白細胞 紅細胞 "
-    "羅得島州 瓦格納 胰腺 前列腺 知識產權 市場營銷 默認 截屏 高清 數字人文 觸摸屏 激活 審核 覈心 "
-    "目標代碼 移動網絡 納米 納米比亞 支持者 程序正義 程序不正義 正當程序 訴訟程序 司法程序 "
-    "處理程序 方程式 軟體動物 演算法 大數據 公元紀年 海內存知己 電視頻道 衛視頻道 影視頻道 "
-    "感激光 相信息 本土豆 打印度 強硬件 高考慮 高考驗 高考量 微信心 微信仰 給力量 給力氣 土豆腐 "
-    "靠譜系 外賣力 打車輪 下單位 下單純 下單元")
-
 # Personal data. Digits and letters around them must have ended; that is asked after the first
 # character, because a pattern that begins with a set of characters is found much faster.
 EMAIL = re.compile(r"(?a)[\w.+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+")
-NUMBER = re.compile(r"(?a)\d[\d.()\s-]{5}")  # all that follow have one
+NUMBER = re.compile(r"[0-9０-９][0-9０-９.．()（）\s－-]{5}")  # all that follow have one
 IP_ADDRESS = re.compile(r"(?a)\d(?<![\d.]\d)\d{0,2}(\.\d{1,3}){3}(?!\d|\.\d)")
 NATIONAL_ID = re.compile(r"(?a)[A-Z](?<![A-Za-z\d][A-Z])[1289A-D]\d{8}(?!\d)")
 PHONE = re.compile(
@@ -250,6 +184,10 @@ PHONE = re.compile(
     r"|(37|89|82|826|836)[)）]?[-\s.]?\d{2,3}[-\s.]?\d{3})"
     r"(?!\d)(\s*(#|轉|分機)\s*\d{1,5})?"
 )
+
+PRIVATE = (
+    (EMAIL, "[EMAIL]"), (IP_ADDRESS, "[IP]"), (NATIONAL_ID, "[ID]"), (PHONE, "[PHONE]"))
+HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
 PLACEHOLDER = re.compile(r"\[(?:EMAIL|IP|ID|PHONE)\]")
 
@@ -274,21 +212,29 @@ class Arguments:
         metadata={"help": "Files, folders, globs, URLs: .wet, .warc[.gz], .jsonl[.zst], .parquet."})
     crawl: str | None = option(None, "Crawl to read, such as CC-MAIN-2026-30; None: --input.")
     limit_files: int | None = option(None, "Read only so many files; None: all.")
+    text_column: str | None = option(
+        None, f"Column of rows that holds the text; None: the first of {', '.join(TEXT_COLUMNS)}.")
     output_dir: str = option("data/cc_filtered", "Folder for the corpus; made if missing.")
     target_size: str | None = option(None, "Stop at so much text (UTF-8), such as 6GB; None: all.")
     executor: Literal["local", "ray", "slurm"] = option("local", "datatrove executor to run on.")
     workers: int = option(1, "Tasks at a time.")
     tasks: int | None = option(None, f"Groups of files; None: one a file, at most {MAX_TASKS}.")
     save_rejected: bool = option(False, "Write refused pages to rejected/<rule>/ to read and tune.")
-    min_han: float = option(0.5, "Least share of Han among the letters.")
+    min_han: float = option(
+        0.5, "Least share of Han; a run of Latin letters counts as one, code not at all.")
     max_kana_hangul: float = option(0.2, "Largest share of kana and hangul in East Asian letters.")
     min_traditional: float = option(0.9, "Least share of Traditional where scripts differ.")
-    max_broken: float = option(0.002, "Largest share of broken characters (U+FFFD, private use).")
-    max_rare: float = option(0.1, "Largest share of Han outside Big5 level 1, the 5,401 in use.")
+    max_broken: float = option(
+        0.01, "Largest share of broken characters (U+FFFD, private use); 5 are always allowed.")
+    max_rare: float = option(0.15, "Largest share of Han outside Big5 level 1, the 5,401 in use.")
     min_length: int = option(200, "Least number of Han left when the lines are cleaned.")
+    max_cantonese: float = option(0.02, "Largest share of characters of written Cantonese.")
     max_mainland: float = option(4.0, "Most mainland words, less Taiwan's, per 1,000 Han.")
+    max_hongkong: float = option(6.0, "Most Hong Kong words, less Taiwan's, per 1,000 Han.")
+    max_converted: float = option(3.0, "Most wrongly converted words per 1,000 Han.")
     max_repeated: float = option(0.2, "Largest share of 10-grams of characters repeated (Gopher).")
     min_distinct: float = option(0.5, "Least share of distinct 2-grams in the first 1,000.")
+    max_top: float = option(0.1, "Largest share of text in its most frequent 4-gram (Gopher).")
     min_closing: float = option(0.3, "Least share of text in lines that end like a sentence (C4).")
     max_spam: float = option(6.0, "Most spam words per 1,000 Han, of two different at least.")
     url_lists: bool = option(False, "Refuse datatrove's listed addresses too (0.8 GB a worker).")
@@ -346,7 +292,7 @@ def user_errors() -> Iterator[None]:
 # --- Records out of damaged files ----------------------------------------------------------------
 
 
-def file_records(file, wanted: Callable, damage: Callable) -> Iterator[tuple]:
+def file_records(file, wanted: Callable, damage: Callable, tally: "Tally") -> Iterator[tuple]:
     """Yield the records of a file of WARC bytes, each with the place and length of its body; where
     a length is wrong, go on at the next record's header."""
     file.flush()
@@ -375,7 +321,9 @@ def file_records(file, wanted: Callable, damage: Callable) -> Iterator[tuple]:
             if lost := kind is not None:
                 damage(kind)
                 at = start + 7  # past this header's WARC/1., on to the next
-            elif wanted(header, length):
+                continue
+            tally.read += 1
+            if wanted(header, length):
                 yield data[start:at], body, length
         if not lost and data[at : at + HEAD].strip():
             damage("foreign bytes")
@@ -417,7 +365,9 @@ def member_starts(data: bytes) -> list[int]:
     return at[codes[at + 8] <= 4].tolist()
 
 
-def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Iterator[tuple]:
+def gzip_records(
+    stream, data: bytes, wanted: Callable, damage: Callable, tally: "Tally"
+) -> Iterator[tuple]:
     """Cut records out of the gzip members in `data` and then `stream`. Magic bytes divide them, so
     that damage ends with its member. One record each is the rule; any other member (many records,
     a wrong length, damage, magic bytes that were none) is inflated into a file and looked through.
@@ -462,6 +412,7 @@ def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Ite
             continue
         found = only_record(data, at, end, wanted)
         if found is not None:
+            tally.read += 1
             at = end
             if found:
                 yield found
@@ -472,21 +423,80 @@ def gzip_records(stream, data: bytes, wanted: Callable, damage: Callable) -> Ite
             if not whole:
                 damage(kind)
                 at = starts[bisect(starts, at)]
-            yield from file_records(file, wanted, damage if whole else lambda kind: None)
+            yield from file_records(file, wanted, damage if whole else lambda kind: None, tally)
 
 
-def stream_records(stream, wanted: Callable, damage: Callable) -> Iterator[tuple]:
+def stream_records(
+    stream, wanted: Callable, damage: Callable, tally: "Tally"
+) -> Iterator[tuple]:
     """Yield the wanted records of a WET or WARC file, compressed or not, whatever its name says."""
     start = stream.read(BLOCK)
     if not start:
         damage("empty file")
     if start.startswith(b"\x1f\x8b"):
-        yield from gzip_records(stream, start, wanted, damage)
+        yield from gzip_records(stream, start, wanted, damage, tally)
+        return
+    with tempfile.TemporaryFile() as file:
+        with contextlib.suppress(EOFError):
+            shutil.copyfileobj(decompressed(stream, start, damage), file, BLOCK)
+        yield from file_records(file, wanted, damage, tally)
+
+
+class Joined(io.RawIOBase):
+    """A stream of bytes that were read already and those that follow."""
+
+    def __init__(self, start: bytes, rest):
+        self.start, self.rest = start, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self.start[: len(buffer)] or self.rest.read(len(buffer))
+        self.start = self.start[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class Inflating(io.RawIOBase):
+    """What a damaged compressed stream holds up to its damage, which is counted."""
+
+    def __init__(self, stream, damage: Callable):
+        self.stream, self.damage, self.ended = stream, damage, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        if self.ended:
+            return 0
+        try:
+            data = self.stream.read1(len(buffer))
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise  # the disk's or the network's fault
+            self.damage(f"damaged compression ({type(error).__name__})")
+            self.ended = True
+            return 0
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def decompressed(stream, start: bytes, damage: Callable) -> io.BufferedReader:
+    """Return a stream without its compression, which its first bytes tell."""
+    joined = io.BufferedReader(Joined(start, stream), BLOCK)
+    if start.startswith(b"\x1f\x8b"):
+        plain = gzip.GzipFile(fileobj=joined)
+    elif start.startswith((b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")):
+        reader = zstandard.ZstdDecompressor().stream_reader(joined, read_across_frames=True)
+        plain = io.BufferedReader(reader, BLOCK)
+    elif start.startswith(b"\xfd7zXZ"):
+        plain = lzma.LZMAFile(joined)  # noqa: SIM115 (the caller's stream)
+    elif start.startswith(b"BZh"):
+        plain = bz2.BZ2File(joined)
     else:
-        with tempfile.TemporaryFile() as file:
-            file.write(start)
-            shutil.copyfileobj(stream, file, BLOCK)
-            yield from file_records(file, wanted, damage)
+        return joined
+    return io.BufferedReader(Inflating(plain, damage), BLOCK)
 
 
 # --- Pages out of records ------------------------------------------------------------------------
@@ -500,6 +510,8 @@ class Tally:
     pages: Counter = field(default_factory=Counter)  # rule or "kept" -> pages
     bytes: Counter = field(default_factory=Counter)  # the same -> bytes of UTF-8
     damage: Counter = field(default_factory=Counter)  # kind -> how often
+    others: Counter = field(default_factory=Counter)  # type of record that is no page -> how often
+    read: int = 0  # records and rows, whole or damaged: pages + damage + others
     files: int = 0
     saved: float = 0.0
 
@@ -512,7 +524,8 @@ class Tally:
         """Write the counts; with `every`, only if so many seconds passed since the last time."""
         if time.monotonic() - self.saved >= every:
             self.saved = time.monotonic()
-            counts = {name: getattr(self, name) for name in ("files", "pages", "bytes", "damage")}
+            names = ("files", "read", "pages", "bytes", "damage", "others")
+            counts = {name: getattr(self, name) for name in names}
             write_whole(Path(self.path), json.dumps(counts, sort_keys=True))
 
 
@@ -530,51 +543,264 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
     save = judge.limits.save_rejected
 
     def wanted(header: bytes, length: int, start: bytes = b"") -> bool:
-        if not header.startswith(CONVERSION) and b"\nwarc-type: conversion" not in header:
-            return b"\nwarc-type: response" in header
+        if not header.startswith(CONVERSION):
+            kind = RECORD_TYPE.search(header)
+            if kind is None:
+                damage("record without a type")
+                tally.read -= 1  # its reader counts it too
+                return False
+            if kind[1] == b"response":
+                return True
+            if kind[1] != b"conversion":
+                tally.others[kind[1].decode()] += 1
+                return False
         refused = judge.glance(start) if start else "language" if FOREIGN.search(header) else None
         if save or not refused:
             return True
         tally.count(refused, length)
         return False
 
-    names = {"id": "WARC-Record-ID", "url": "WARC-Target-URI", "date": "WARC-Date"}
-    for data, at, length in stream_records(stream, wanted, damage):
-        try:
-            page = None if data.isascii() else data[at : at + length]
-            header = data[:at].lower() if save or b"\nHTTP/1." in data[at - 1 : at + 8] else b""
-            if b"\nwarc-type: response" in header:
-                page = main_text(WarcRecord.from_bytes(data), judge)
-                if page is None:
-                    continue
-            refused = "language" if FOREIGN.search(header) else judge.refuse_bytes(page or b"")
-            if refused and not save:
-                tally.count(refused, len(page) if page else length)
+    for data, at, length in stream_records(stream, wanted, damage, tally):
+        header, page, refused = data[:at].lower(), data[at : at + length], None
+        if FOREIGN.search(header):
+            refused = "language"
+        if RECORD_TYPE.search(header)[1] == b"response":
+            try:
+                page, refused = html_page(page, judge)
+            except Exception as error:  # whatever lxml and trafilatura raise at a broken page
+                damage(f"page that does not parse ({type(error).__name__})")
                 continue
-            headers = WarcRecord.from_bytes(data).headers
-            known = {name: headers.get(field) for name, field in names.items()}
-            yield known | {
-                "text": (page or data[at:]).decode("utf-8", "replace"), "refused": refused}
-        except (OSError, ValueError, LookupError):
-            damage("record that does not parse")
+            if page is None:
+                tally.others["response without HTML"] += 1
+                continue
+        refused = refused or judge.refuse_bytes(page)
+        if refused and not save:
+            tally.count(refused, len(page))
+            continue
+        known = header_fields(data[:at])
+        yield {
+            "text": page.decode("utf-8", "replace"), "id": known.get("warc-record-id"),
+            "url": known.get("warc-target-uri"), "date": known.get("warc-date"), "refused": refused}
 
 
-def main_text(record: WarcRecord, judge: "Judge") -> bytes | None:
-    """Return the main text of an HTML response as UTF-8; None if it is not HTML."""
-    from resiliparse.extract.html2text import extract_plain_text
-    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+def header_fields(head: bytes) -> dict[str, str]:
+    """Return the fields of a WARC or HTTP header, their names in lower case."""
+    pairs = (line.partition(":") for line in head.decode("utf-8", "replace").splitlines())
+    return {name.strip().lower(): value.strip() for name, colon, value in pairs if colon}
 
-    record.parse_http(auto_decode="all")
-    if "html" not in (record.http_content_type or "html"):
+
+def http_payload(block: bytes) -> tuple[dict[str, str], bytes]:
+    """Return the fields and the body of an HTTP response. Archives often hold a body that is
+    already joined and inflated below a header that says otherwise: the bytes decide."""
+    fields, body = {}, block
+    if re.match(rb"HTTP/\d", block):
+        end = re.search(rb"\r?\n\r?\n", block) or re.search(rb"\Z", block)
+        fields, body = header_fields(block[: end.start()]), block[end.end() :]
+    if "chunked" in fields.get("transfer-encoding", "").lower():
+        body = join_chunks(body)
+    if body.startswith(b"\x1f\x8b"):
+        body = zlib.decompressobj(31).decompress(body, MAX_RECORD)
+    elif body.startswith(b"\x28\xb5\x2f\xfd"):
+        body = zstandard.ZstdDecompressor().decompressobj().decompress(body)
+    elif fields.get("content-encoding", "").lower() in ("br", "deflate"):
+        for inflate in (zlib.decompress, lambda data: zlib.decompress(data, -15), inflate_brotli):
+            with contextlib.suppress(Exception):
+                return fields, inflate(body)
+    return fields, body
+
+
+def inflate_brotli(data: bytes) -> bytes:
+    """Return the plain bytes; trafilatura and aiohttp can do without the package."""
+    import brotli
+
+    return brotli.decompress(data)
+
+
+def join_chunks(body: bytes) -> bytes:
+    """Return a body without the sizes of its chunks, if it has any (RFC 9112, 7.1)."""
+    at, parts = 0, []
+    while size := re.compile(rb"[ \t]*([0-9a-fA-F]{1,7})[^\r\n]{0,64}\r?\n").match(body, at):
+        length = int(size[1], 16)
+        parts.append(body[size.end() : size.end() + length])
+        at = size.end() + length + 2
+        if not length:
+            break
+    return b"".join(parts) if parts else body
+
+
+def html_page(block: bytes, judge: "Judge") -> tuple[bytes | None, str | None]:
+    """Return the main text of an HTML response as UTF-8 and the rule that refuses it before it is
+    worth extracting; no text if it is not HTML. Extraction takes 10 ms, so the characters of the
+    whole page are counted first."""
+    fields, body = http_payload(block)
+    kind = fields.get("content-type", "").lower()
+    if "html" not in kind:
+        markup = re.search(rb"(?i)<(?:!doctype\s+html|html|head|body)\b", body[:4096])
+        if not markup or not re.match(r"$|text/plain|application/octet-stream|unknown", kind):
+            return None, None
+    high = np.count_nonzero(np.frombuffer(body, np.uint8) & 0x80)
+    references = body.count(b"&#")
+    if max(high, references) < judge.limits.min_length:
+        return body, "han"
+    page = decode_html(body, kind)
+    seen = html.unescape(page) if references else page
+    if refused := judge.refuse_certain(judge.count(code_points(seen))):
+        return body, refused
+    return extract(page).encode("utf-8", "replace"), None
+
+
+def decode_html(body: bytes, content_type: str) -> str:
+    """Return a page as browsers read it (WHATWG Encoding, 4.2): mark, header, meta, detection.
+    Valid UTF-8 is UTF-8 whatever a label says; what no encoding explains becomes U+FFFD."""
+    from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
+
+    if body.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return body.decode("utf-16", "replace")
+    with contextlib.suppress(UnicodeDecodeError):
+        return body.decode("utf-8-sig")
+    meta = re.search(rb"(?i)<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", body[:4096])
+    header = re.search(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", content_type)
+    labels = [header[1] if header else "", meta[1].decode("ascii", "replace") if meta else ""]
+    labels += [detect_encoding(body), "utf-8", "big5", "gbk"]
+    best = None
+    for label in labels:
+        try:
+            name = map_encoding_to_html5(label, fallback_utf8=False)
+        except (LookupError, ValueError):
+            name = None
+        if not name or name == "cp1252":  # the label of servers that were never set up
+            continue
+        if name == "big5":
+            codecs.register_error("luojiu_big5", big5_extension)
+            page = body.decode("big5hkscs", "luojiu_big5")
+        else:
+            page = body.decode("gb18030" if name.startswith("gb") else name, "replace")
+        lost = page.count("\ufffd")
+        if best is None or 4 * lost < best[0]:  # a later guess must be far better
+            best = lost, page
+        if 200 * lost < len(page) and label in labels[:2]:
+            break
+    return best[1]
+
+
+def big5_extension(error: UnicodeError) -> tuple[str, int]:
+    """Decode a pair that Big5-HKSCS lacks as code page 950 has it, or one U+FFFD; an ASCII byte
+    after a stray lead byte stays (WHATWG Encoding, 12.1.1)."""
+    pair = error.object[error.start : error.start + 2]
+    with contextlib.suppress(UnicodeDecodeError):
+        return pair.decode("cp950"), error.start + 2
+    return "\ufffd", error.start + (2 if len(pair) > 1 and pair[1] >= 0x80 else 1)
+
+
+READINGS = re.compile(r"(?is)<r[tp]c?\b[^>]*>.*?(?=<r[tpb]c?\b|</r[tp]c?\s*>|</ruby)")
+
+
+def extract(page: str) -> str:
+    """Return the article of an HTML page by trafilatura (Barbaresi, ACL 2021), readings of ruby
+    left out."""
+    import trafilatura
+
+    page = READINGS.sub("", page.replace("\x00", ""))
+    text = trafilatura.extract(
+        page, include_comments=False, include_tables=True, favor_recall=True, no_fallback=False)
+    return text or ""
+
+
+# --- Rows out of JSONL and Parquet ---------------------------------------------------------------
+
+
+def as_text(value: Any) -> str | None:
+    """Return a string of valid Unicode: UTF-8 bytes decoded, surrogate pairs joined and lone ones
+    U+FFFD; None if the value is neither string nor bytes."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode(
+            "utf-16", "replace")
+    return None
+
+
+def as_label(value: Any) -> str | None:
+    """Return a date, an id or an address of any type as a string; None for null, NaN and empty."""
+    if value is None or value != value or isinstance(value, list | dict):
         return None
-    html = record.reader.read()
-    if np.count_nonzero(np.frombuffer(html, np.uint8) & 0x80) < judge.limits.min_length:
-        return b""  # in no encoding can it hold enough Han
-    encoding = record.http_charset or detect_encoding(html, from_html_meta=True)
-    text = extract_plain_text(
-        bytes_to_str(html, encoding, errors="replace"), preserve_formatting=True,
-        main_content=True, list_bullets=False, alt_texts=False, comments=False)
-    return text.encode("utf-8", errors="replace")
+    return as_text(value if isinstance(value, bytes) else str(value)) or None
+
+
+def jsonl_rows(stream, damage: Callable) -> Iterator[tuple[int, dict]]:
+    """Yield the objects of a file of JSON lines with their number. A row is damaged alone."""
+    lines = decompressed(stream, stream.read(BLOCK), damage)
+    number = 0
+    while line := lines.readline(MAX_RECORD):
+        number += 1
+        whole = line.endswith(b"\n") or len(line) < MAX_RECORD
+        while not whole:  # go to the end of the row
+            rest = lines.readline(MAX_RECORD)
+            whole = rest.endswith(b"\n") or len(rest) < MAX_RECORD
+            line = None
+        if line is None:
+            damage("oversized row", number)
+            continue
+        if not (line := line.removeprefix(codecs.BOM_UTF8).strip()):
+            continue
+        text = line.decode("utf-8", "replace")
+        if text.count("\ufffd") - line.count(b"\xef\xbf\xbd") > 0.002 * len(text) + 2:
+            damage("row that is not UTF-8", number)
+            continue
+        try:
+            row = json.loads(text, strict=False)
+        except (ValueError, RecursionError):
+            damage("row that is not JSON", number)
+            continue
+        if isinstance(row, dict):
+            nested = row.get("metadata")
+            yield number, (nested if isinstance(nested, dict) else {}) | row
+        else:
+            damage("row that is not an object", number)
+
+
+def parquet_rows(file, column: str | None, damage: Callable) -> Iterator[tuple[int, dict]]:
+    """Yield the rows of a Parquet file with their number, the columns that are used alone. A row
+    group is damaged alone."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parquet, number = pq.ParquetFile(file), 0
+    used = {column, *TEXT_COLUMNS, "id", "url", "date", "metadata"}
+    names = [name for name in parquet.schema_arrow.names if name in used]
+    if not set(names) & {column, *TEXT_COLUMNS}:
+        damage(f"no column of text (there are {', '.join(parquet.schema_arrow.names)[:200]})")
+        return
+    for group in range(parquet.num_row_groups):
+        try:
+            for batch in parquet.iter_batches(100, row_groups=[group], columns=names):
+                columns = {name: plain_values(batch.column(name)) for name in batch.schema.names}
+                for values in zip(*columns.values(), strict=True):
+                    number += 1
+                    row = dict(zip(columns, values, strict=True))
+                    nested = row.get("metadata")
+                    yield number, (nested if isinstance(nested, dict) else {}) | row
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise
+            damage(f"row group that does not read ({type(error).__name__})", number)
+
+
+def plain_values(column) -> list:
+    """Return a column's values; strings as their bytes, whatever they hold, and other types as
+    strings where Arrow has a way to write them."""
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.dictionary_decode()
+        kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return column.cast(pa.large_binary()).to_pylist()
+    if not pa.types.is_nested(kind) and not pa.types.is_large_binary(kind):
+        with contextlib.suppress(pa.ArrowException):
+            return column.cast(pa.binary() if pa.types.is_binary(kind) else pa.string()).to_pylist()
+    return column.to_pylist()
 
 
 # --- Verdicts ------------------------------------------------------------------------------------
@@ -616,6 +842,8 @@ def script_table() -> np.ndarray:
         big5 = char.encode("big5", errors="ignore")
         if simple != char:
             script = "traditional"
+        elif char in "个":  # standard Hakka of Taiwan has it
+            script = "rare"
         elif full != char and not big5:
             script = "simplified"
         else:
@@ -624,31 +852,63 @@ def script_table() -> np.ndarray:
     return table
 
 
-def word_kinds() -> dict[str, int]:
-    """Return words that only mainland (1) or Taiwan (2) pages or spam (3) use, and others (0) that
-    hide such a word. OpenCC's TWPhrases pair mainland words in Traditional glyphs with Taiwan's."""
+def opencc_table(name: str) -> dict[str, list[str]]:
+    """Return one of OpenCC's dictionaries."""
     import opencc
 
     folder = Path(opencc.__file__).parent / "clib"
     command = [folder / "bin" / "opencc_dict", "-f", "ocd2", "-t", "text", "-o", "/dev/stdout"]
-    command += ["-i", folder / "share" / "opencc" / "TWPhrases.ocd2"]
+    command += ["-i", folder / "share" / "opencc" / f"{name}.ocd2"]
     table = subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
+    rows = (line.partition("\t") for line in table.splitlines())
+    return {word: values.split() for word, _, values in rows}
+
+
+def word_kinds() -> dict[str, str]:
+    """Return listed words and what each tells. OpenCC's TWPhrases pair mainland words, in
+    Traditional glyphs, with Taiwan's."""
+    import opencc
+
     to_taiwan = opencc.OpenCC("t2tw").convert
-    words = {}
-    for line in table.splitlines():
-        word, _, values = line.partition("\t")
-        if word not in values.split() and len(word) > 1:
-            words[to_taiwan(word)] = 1
-    for kind, listed in enumerate((SHARED, MAINLAND, TAIWAN, SPAM)):
-        words |= dict.fromkeys(listed.split(), kind)
+    words = converted_words()
+    for word, values in opencc_table("TWPhrases").items():
+        if word not in values and len(word) > 1:
+            words[to_taiwan(word)] = "mainland"
+    for kind in (
+        "shared", "mainland", "topic", "hongkong", "hongkong_topic", "taiwan", "report", "spam"):
+        words |= dict.fromkeys(" ".join(listed(kind)).split(), kind)
     return words
+
+
+def converted_words() -> dict[str, str]:
+    """Return words of two characters that only a wrong conversion writes: 麵前, 隻聽, 嶽母. Of a
+    Simplified character that stands for several Traditional ones, OpenCC's phrases say which is
+    right; the others, where no phrase of OpenCC and no Big5 variant has them, are wrong."""
+    import opencc
+
+    to_taiwan = opencc.OpenCC("t2tw").convert
+    several = opencc_table("STCharacters")
+    phrases = opencc_table("STPhrases")
+    right = {word for full in phrases.values() for word in full}
+    right |= set(map(to_taiwan, right))
+    right = {word[at : at + 2] for word in right for at in range(len(word) - 1)}
+    wrong = set()
+    for simple, full in phrases.items():
+        if len(simple) != 2 or len(full) > 1:
+            continue
+        for at in (0, 1):
+            # the first is the usual one, and the character itself was not converted
+            for other in set(several.get(simple[at], ())[1:]) - {simple[at]}:
+                wrong.add(full[0][:at] + other + full[0][at + 1 :])
+    converted = to_taiwan("\n".join(wrong - right)).split("\n")
+    return dict.fromkeys(set(converted) - right, "converted")
 
 
 class Words:
     """Finds listed words, the longest first. A table of the hashes of their first two characters
     lets numpy point out the few places that are worth a look."""
 
-    def __init__(self, kinds: dict[str, int]):
+    def __init__(self, kinds: dict[str, str]):
         self.kinds, self.lengths = kinds, {}
         self.starts = np.zeros(1 << 18, bool)
         for word in sorted(kinds, key=len, reverse=True):
@@ -675,6 +935,7 @@ class Judge:
 
     def __init__(self, limits: Arguments):
         self.limits, self.scripts, self.words = limits, script_table(), Words(word_kinds())
+        self.cantonese = listed("cantonese")[0].split()
 
     def count(self, codes: np.ndarray) -> Scripts:
         """Count characters by script."""
@@ -682,25 +943,32 @@ class Judge:
         return Scripts._make(np.bincount(scripts, minlength=len(Scripts._fields)).tolist())
 
     def refuse_bytes(self, page: bytes) -> str | None:
-        """Return the rule that refuses a page for its UTF-8 bytes. E4 to E9 begin nearly all Han;
-        before its lines are cleaned, much of a page may be menus in English. Of what is left, a
-        sample tells the script."""
-        limits = self.limits
+        """Return the rule that refuses a page for its UTF-8 bytes: E4 to E9 begin nearly all Han.
+        Much of a page may be menus in English, so only a page nearly without Han is refused for
+        its share; then its characters are counted."""
         leads = 0 if page.isascii() else lead_bytes(page)
-        if not leads or 3 * leads < 0.4 * limits.min_han * len(page):
+        if not leads or 30 * leads < len(page):
             return "han"
-        if leads < limits.min_length:
-            return self.glance(page) or "length"
-        return self.glance(page[:2000])
+        return self.refuse_certain(self.count(code_points(page.decode("utf-8", "replace"))))
 
     def glance(self, start: bytes) -> str | None:
-        """Return the rule that refuses a page for its first 1,000 bytes or so: no Han at all, or
-        plainly another script."""
-        if start.isascii():
-            return "han"
-        if (leads := lead_bytes(start)) < 30:
-            return None if leads else "han"
-        return self.refuse_scripts(self.count(code_points(start.decode(errors="ignore"))))
+        """Return the rule that refuses a page for its first 1,000 bytes or so, where Simplified
+        characters leave no doubt. What else stands there may be a menu."""
+        if start.isascii() or lead_bytes(start) < 100:
+            return None
+        counts = self.count(code_points(start.decode(errors="ignore")))
+        return "simplified" if counts.simplified > 20 * counts.traditional + 20 else None
+
+    def refuse_certain(self, counts: Scripts) -> str | None:
+        """Return the rule that refuses a whole page whatever part of it is its article."""
+        han = sum(counts[1:5])
+        if counts.simplified > 10 * counts.traditional:
+            return "simplified"
+        if counts.kana + counts.hangul > 2 * han:
+            return "japanese_korean"
+        if han < self.limits.min_length:
+            return self.refuse_scripts(counts) or ("length" if han else "han")
+        return None
 
     def refuse_scripts(self, counts: Scripts) -> str | None:
         """Return the rule that refuses a page for its scripts."""
@@ -714,45 +982,66 @@ class Judge:
     def verdict(self, text: str) -> tuple[str, dict, str | None]:
         """Return a page's prose, its scores, and the rule that refuses it (None: it is good)."""
         limits = self.limits
-        lost = text.count("?") > 0.04 * len(text)  # characters that another encoding did not have
-        if lost or text.count("\ufffd") > limits.max_broken * len(text):
-            return text, {}, "mojibake"
-        text = clean_lines(text)
+        text = clean_lines(INVISIBLE.sub("", text.translate(CONTROLS)))
         codes = code_points(text)
         counts, dense = self.count(codes), codes[codes > 32]
         han = sum(counts[1:5])
-        broken = counts.broken > limits.max_broken * len(text)
-        if broken or counts.rare > limits.max_rare * han:
+        lost = text.count("?") > 0.04 * len(text)  # characters that another encoding did not have
+        if lost or counts.broken > max(5, limits.max_broken * len(text)):
             return text, {}, "mojibake"
+        if refused := self.refuse_scripts(counts):
+            return text, {}, refused
         if han < limits.min_length:
             return text, {}, "length"
+        words = len(WORD.findall("\n".join(filter(is_language, text.split("\n")))))
         scores = {
-            "han": han / (han + counts.kana + counts.hangul + counts.letter),
+            "han": han / (han + counts.kana + counts.hangul + words),
             "traditional": counts.traditional / max(1, counts.traditional + counts.simplified)}
-        if refused := self.refuse_scripts(counts):
-            return text, scores, refused
         if scores["han"] < limits.min_han:
             return text, scores, "han"
-        scores["distinct"] = distinct_share(shingles(dense[:1000], 2))
+        spoken = [number for char in self.cantonese if (number := text.count(char))]
+        if len(spoken) > 2 and sum(spoken) > limits.max_cantonese * han:
+            return text, scores, "cantonese"
+        if counts.rare > limits.max_rare * han:
+            return text, scores, "mojibake"
+        scores["distinct"] = distinct_share(shingles(dense[dense >= 0x3400][:1000], 2))
         if scores["distinct"] < limits.min_distinct:
             return text, scores, "repetition"
         scores["repeated"] = 1 - distinct_share(shingles(dense, 10))
-        if scores["repeated"] > limits.max_repeated:
+        scores["top"] = 4 * most_frequent(shingles(dense, 4)) / max(1, len(dense))
+        if scores["repeated"] > limits.max_repeated or scores["top"] > limits.max_top:
             return text, scores, "repetition"
         scores["closing"] = closing_share(text)
         if scores["closing"] < limits.min_closing:
             return text, scores, "punctuation"
-        found = self.words.count(text, codes)
-        kinds = Counter(map(self.words.kinds.get, found))  # different words, so no topic decides
-        curly = 0 if "「" in text else min(2, len(CURLY.findall(text)))
-        abroad = kinds[1] + curly + sum(map(text.count, VARIANTS)) - kinds[2]
-        spam = sum(number for word, number in found.items() if self.words.kinds[word] == 3)
-        scores |= {"mainland": 1000 * abroad / min(han, 1000), "spam": 1000 * spam / han}
-        if abroad > 1 and scores["mainland"] > limits.max_mainland:
-            return text, scores, "mainland"
-        if kinds[3] > 1 and scores["spam"] > limits.max_spam:
-            return text, scores, "spam"
+        scores |= self.usage(text, codes, han)
+        for rule in ("mainland", "hongkong", "converted", "spam"):
+            if scores[rule] > getattr(limits, f"max_{rule}"):
+                return text, scores, rule
         return hide_private(text), scores, None
+
+    def usage(self, text: str, codes: np.ndarray, han: int) -> dict[str, float]:
+        """Return how far the wording of a page is from Taiwan's, and how much of it advertises, per
+        1,000 Han. Different words count, so no topic decides, and one word never does. Topics,
+        such as places and institutions, count no more than wording that agrees with them; Taiwan's
+        own words are taken off."""
+        found = self.words.count(text, codes)
+        kinds = Counter(map(self.words.kinds.get, found))
+        curly = 0 if "「" in text else min(2, len(CURLY.findall(text)))
+        mainland = kinds["mainland"] + curly + sum(map(text.count, VARIANTS))
+        mainland += min(mainland, kinds["topic"]) - kinds["taiwan"]
+        hongkong = kinds["hongkong"]
+        hongkong += min(hongkong, kinds["hongkong_topic"]) - kinds["taiwan"]
+        times = Counter()
+        for word, number in found.items():
+            times[self.words.kinds[word]] += number
+        spam = times["spam"] - 2 * times["report"] if kinds["spam"] > 1 else 0
+        few = 1000 / min(han, 1000)
+        return {
+            "mainland": few * mainland if mainland > 1 else 0.0,
+            "hongkong": few * hongkong if hongkong > 2 else 0.0,
+            "converted": few * kinds["converted"] if kinds["converted"] > 2 else 0.0,
+            "spam": 1000 * max(0, spam) / han}
 
 
 def lead_bytes(text: bytes) -> int:
@@ -763,6 +1052,8 @@ def lead_bytes(text: bytes) -> int:
 def clean_lines(text: str) -> str:
     """Return the lines that are prose, headings or verse; menus, footers and notices go."""
     lines = [line for line in map(" ".join, map(str.split, text.splitlines())) if line]
+    if sum(" --> " in line for line in lines) > 3:
+        lines = [line for line in lines if not TIMING.fullmatch(line)]
     kinds = [line_kind(line) for line in lines]
     if {"furniture", "table", "short"}.intersection(kinds):
         drop_links(lines, kinds)
@@ -844,6 +1135,8 @@ def line_kind(line: str) -> str:
     if sentence and not foreign:
         card = len(line) < 120 and "。" not in line and len(PLACEHOLDER.findall(hide_private(line)))
         return "furniture" if card > 1 else "prose"
+    if line.startswith("- ") and not menu and HAN.search(line):
+        return "prose"  # an item of a list in an article, as trafilatura and Markdown mark it
     items = SEPARATORS.split(line)
     if hide_private(line) != line or (menu and len(items) > 1):
         return "furniture"
@@ -869,10 +1162,8 @@ def block_lines(
     verse = []
     for is_short, run in groupby(zip(lines, kinds, strict=True), lambda pair: pair[1] == "short"):
         run = [line for line, _ in run]
-        letters = "".join(run)
-        grammar = sum(char in FUNCTION_WORDS for char in letters) >= 0.06 * len(letters)
-        if is_short and 3 < len(run) == len(set(run)) and len(letters) >= 5 * len(run) and grammar:
-            verse += run  # verse and talk have grammar, menus only names
+        if is_short and is_verse(run):
+            verse += run
     if verse:
         return verse
     if not before_prose:
@@ -883,12 +1174,16 @@ def block_lines(
 
 
 def hide_private(text: str) -> str:
-    """Put placeholders in the place of e-mail and IP addresses, national ids and phone numbers."""
-    if "@" in text:
-        text = EMAIL.sub("[EMAIL]", text)
-    if NUMBER.search(text):
-        text = NATIONAL_ID.sub("[ID]", IP_ADDRESS.sub("[IP]", text))
-        text = PHONE.sub("[PHONE]", text)
+    """Put placeholders in the place of e-mail and IP addresses, national ids and phone numbers,
+    full-width ones too: they are sought where full-width characters are ASCII."""
+    if not (NUMBER.search(text) or "@" in text or "＠" in text):
+        return text
+    plain = text.translate(HALF_WIDTH)
+    for pattern, placeholder in PRIVATE:
+        if spans := [match.span() for match in pattern.finditer(plain)]:
+            for start, end in reversed(spans):
+                text = text[:start] + placeholder + text[end:]
+            plain = text.translate(HALF_WIDTH)
     return text
 
 
@@ -903,12 +1198,43 @@ def distinct_share(hashes: np.ndarray) -> float:
     return 1 - np.count_nonzero(hashes[1:] == hashes[:-1]) / max(1, len(hashes))
 
 
+def is_language(line: str) -> bool:
+    """Whether a line is language rather than code: it holds Han, or no sign of code."""
+    return bool(HAN.search(line)) or not CODE.search(line)
+
+
+def most_frequent(hashes: np.ndarray) -> int:
+    """Return how often the most frequent hash is there, 0 if each is there once."""
+    hashes = np.sort(hashes)
+    starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1], [True]]))
+    most = int(np.diff(starts).max(initial=0))
+    return most if most > 3 else 0
+
+
 def closing_share(text: str) -> float:
-    """Return the share of characters that stand in lines which end like a sentence, or hold the
-    end of one, as in mail and boards, where each line has the same width."""
-    lines = text.split("\n")
-    closed = sum(len(line) for line in lines if line.endswith(CLOSING) or "。" in line)
+    """Return the share of characters in lines that end like a sentence, hold the end of one, run on
+    after a comma, as in mail, on boards and in verse, or are verse without any mark; code counts
+    neither way, and what is cut with ... is an excerpt."""
+    lines = [line for line in text.split("\n") if is_language(line)]
+    closed = 0
+    for ends, run in groupby(lines, is_closed):
+        run = list(run)
+        if ends or (is_verse(run) and sum(map(len, run)) <= 20 * len(run)):
+            closed += sum(map(len, run))
     return closed / max(1, sum(map(len, lines)))
+
+
+def is_closed(line: str) -> bool:
+    """Whether a line ends like a sentence or holds the end of one."""
+    cut_short = len(line) > 15 and line.endswith(("...", "…"))
+    return bool(ENDED.search(line)) or (line.endswith(CLOSING) and not cut_short)
+
+
+def is_verse(lines: list[str]) -> bool:
+    """Whether short lines are verse or talk: these have grammar, menus only names."""
+    letters = "".join(lines)
+    grammar = sum(char in FUNCTION_WORDS for char in letters) >= 0.06 * len(letters)
+    return 3 < len(lines) == len(set(lines)) and len(letters) >= 5 * len(lines) and grammar
 
 
 def shingles(codes: np.ndarray, size: int) -> np.ndarray:
@@ -943,7 +1269,7 @@ def blocks() -> SimpleNamespace:
     from datatrove.pipeline.base import PipelineStep
     from datatrove.pipeline.dedup import MinhashDedupSignature
     from datatrove.pipeline.filters.base_filter import BaseFilter
-    from datatrove.pipeline.readers import JsonlReader, ParquetReader
+    from datatrove.pipeline.readers import ParquetReader
     from datatrove.pipeline.readers.base import BaseDiskReader
     from datatrove.utils.logging import logger
 
@@ -965,22 +1291,25 @@ def blocks() -> SimpleNamespace:
             self.tally.save()
 
         def read_file(self, filepath: str):
-            def damage(kind: str) -> None:
+            def damage(kind: str, row: int | None = None) -> None:
+                self.tally.read += 1
                 self.tally.damage[kind] += 1
-                logger.warning(f"{filepath}: {kind}")
+                logger.warning(f"{filepath}{f', row {row}' if row else ''}: {kind}")
 
-            pages = self.read_rows if filepath.endswith(ROW_ENDINGS) else self.read_crawl
+            crawl = re.search(r"\.(wet|warc)(\.\w+)?$", filepath)
+            pages = self.read_crawl if crawl else self.read_rows
             try:
                 for page in pages(filepath, damage):
                     text, name = page.pop("text"), page.pop("id")
                     if text:
                         yield Document(text, str(name), metadata=page | {"tally": self.tally})
+                    else:
+                        self.tally.count(page["refused"] or "han", 0)
             except Exception as error:
                 if "://" in filepath:  # the network's fault: the task fails, and runs again
                     what = f"{filepath} ({type(error).__name__}: {error})"
                     raise ConnectionError(what) from error
-                ours = not isinstance(error, (OSError, EOFError, ValueError, zlib.error))
-                if ours or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 damage(f"unreadable file ({type(error).__name__})")
             self.tally.files += 1
@@ -991,20 +1320,31 @@ def blocks() -> SimpleNamespace:
                 yield from read_pages(stream, self.tally, damage, self.judge)
 
         def read_rows(self, path: str, damage: Callable) -> Iterator[dict]:
-            folder, _, name = path.rpartition("/")
-            reader = ParquetReader if path.endswith(".parquet") else JsonlReader
-            found = False
-            for row in reader(folder).read_file(name):
-                found = True
-                known = {name: row.metadata.get(name) for name in ("url", "date")}
-                page = row.text.encode("utf-8", errors="replace")
-                refused = self.judge.refuse_bytes(page)
-                if refused and not self.judge.limits.save_rejected:
-                    self.tally.count(refused, len(page))
+            limits = self.judge.limits
+            columns = (limits.text_column,) if limits.text_column else TEXT_COLUMNS
+            with fsspec.open(path, "rb") as stream:
+                if path.endswith(".parquet"):
+                    rows = parquet_rows(stream, limits.text_column, damage)
                 else:
-                    yield known | {"text": row.text, "id": row.id, "refused": refused}
-            if not found:
-                damage("no row with a column text")
+                    rows = jsonl_rows(stream, damage)
+                for number, row in rows:
+                    given = next((row[name] for name in columns if row.get(name) is not None), None)
+                    text = as_text(given)
+                    if text is None:
+                        what = "without a text" if given is None else "whose text is no string"
+                        damage(f"row {what}", number)
+                        continue
+                    self.tally.read += 1
+                    page = text.encode("utf-8", "replace")
+                    refused = self.judge.refuse_bytes(page)
+                    if refused and not limits.save_rejected:
+                        self.tally.count(refused, len(page))
+                        continue
+                    name = row.get("id")
+                    name = as_text(name) if isinstance(name, str | bytes) else None
+                    yield {
+                        "text": text, "id": name or f"{path}:{number}", "refused": refused,
+                        "url": as_label(row.get("url")), "date": as_label(row.get("date"))}
 
     class Verdicts(BaseFilter):
         """Cleans a page, scores it and refuses it by the first rule that it breaks."""
@@ -1012,7 +1352,8 @@ def blocks() -> SimpleNamespace:
         name = "Luojiu verdicts"
 
         def __init__(self, judge: Judge, url_filter, exclusion_writer):
-            super().__init__(exclusion_writer, batch_size=100)  # its tables stay in the cache
+            super().__init__(exclusion_writer)
+            self.batch_size = 100  # its tables stay in the cache
             self.judge, self.url_filter = judge, url_filter
 
         def run(self, data, rank: int = 0, world_size: int = 1):
@@ -1250,7 +1591,7 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
     from datatrove.executor import LocalPipelineExecutor
 
     # every stage has workers of its own; they start from a process that has these imported
-    heavy = "fastwarc.warc fsspec isal pandas pyarrow.parquet tqdm transformers.hf_argparser"
+    heavy = "fsspec isal pandas pyarrow.parquet tqdm transformers.hf_argparser"
     heavy += " datatrove.executor datatrove.pipeline.dedup datatrove.pipeline.readers"
     heavy += " datatrove.pipeline.filters datatrove.pipeline.writers"
     multiprocess.set_forkserver_preload(heavy.split())
@@ -1301,7 +1642,8 @@ def sum_tallies(folder: Path, pattern: str = "*.json") -> Tally:
     for path in sorted(folder.glob(pattern)):
         part = json.loads(path.read_text())
         total.files += part["files"]
-        for name in ("pages", "bytes", "damage"):
+        total.read += part["read"]
+        for name in ("pages", "bytes", "damage", "others"):
             getattr(total, name).update(part[name])
     return total
 
@@ -1388,16 +1730,16 @@ def crawl_files(crawl: str) -> list[str]:
 
 def expand_input(given: str) -> list[str]:
     """Return the files that one --input names: a file, a folder, a glob, or a URL."""
-    expected = f"expected files that end in {', '.join(ENDINGS)}"
+    expected = f"expected {', '.join((*KINDS, '.parquet'))}, plain or with .gz, .zst, .xz or .bz2"
     remote = "://" in given
     try:
         system, path = fsspec.core.url_to_fs(given)
-        if any(sign in given for sign in "*?["):
-            names = sorted(system.glob(path))
-        elif system.isdir(path):
-            names = sorted(name for name in system.ls(path, detail=False) if name.endswith(ENDINGS))
+        if system.isdir(path):
+            names = read_folder(given, system.ls(path, detail=True))
+        elif system.exists(path):  # a name with [1] in it is a name first
+            names = [path]
         else:
-            names = [path] if system.exists(path) else []
+            names = sorted(system.glob(path)) if any(sign in given for sign in "*?[") else []
     except Exception as error:  # each file system of fsspec raises its own
         remedy = "check the address and the network"
         if given.startswith("s3://"):
@@ -1410,10 +1752,28 @@ def expand_input(given: str) -> list[str]:
         raise UserError(f"--input {given}: {what}; {expected}; check the {remedy}")
     for name in names:
         if not name.endswith(ENDINGS):
-            raise UserError(f"--input {given}: {name} has another ending; {expected}; rename it")
+            remedy = 'write other text as JSON lines, {"text": "..."} for each document'
+            raise UserError(f"--input {given}: {name} is of another kind; {expected}; {remedy}")
     if names == [path] and remote:
         return [given]
     return [system.unstrip_protocol(name) if remote else name for name in names]
+
+
+def read_folder(given: str, entries: list[dict]) -> list[str]:
+    """Return the files of a folder that can be read; say what it holds besides."""
+    names = sorted(entry["name"] for entry in entries if entry["type"] == "file")
+    chosen = [name for name in names if name.endswith(ENDINGS)]
+    others = [name.rpartition("/")[2] for name in names if not name.endswith(ENDINGS)]
+    folders = [entry["name"] for entry in entries if entry["type"] != "file"]
+    others += [name.rpartition("/")[2] + "/" for name in folders]
+    others = [name for name in others if not name.startswith(".")]
+    if others:
+        first = [name.rpartition("/")[2] for name in chosen[:5]]
+        more = f" and {len(chosen) - 5} more" if len(chosen) > 5 else ""
+        print(
+            f"--input {given}: reads {', '.join(first)}{more}; does not read"
+            f" {', '.join(others[:9])} (folders and other kinds of files)")
+    return chosen
 
 
 @contextmanager
@@ -1431,6 +1791,10 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
         except BlockingIOError as error:
             what = "another run is writing here; expected none; wait for it or choose another"
             raise UserError(f"{where} {what}") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(f"warning: {where} its file system has no locks; start no second run there")
         names = [name if "://" in name else os.path.relpath(name, output) for name in files]
         settings = {k: v for k, v in asdict(args).items() if k not in HERE_ONLY} | {"files": names}
         if not known.exists():
@@ -1486,8 +1850,16 @@ def publish(args: Arguments, work: Path, turn: int) -> dict:
         tally = sum_tallies(place / "tally", f"{rule}_*")
         left_after[f"{rule}_duplicate"] = (tally.pages["kept"], tally.bytes["kept"])
     left_after["target"] = (pages, size)
+    refused = {rule: judged.pages[rule] for rule in list(RULES)[:-3] if rule != "lines"}
+    stages = [judged.pages["kept"], *(left_after[rule][0] for rule in list(RULES)[-3:])]
+    refused |= {rule: stages[at] - stages[at + 1] for at, rule in enumerate(list(RULES)[-3:])}
+    account = {
+        "read": judged.read, "kept": pages, "refused": refused,
+        "damaged": dict(sorted(judged.damage.items())),
+        "no_page": dict(sorted(judged.others.items()))}
     return {
-        "files": judged.files, "pages": pages, "characters": characters, "bytes": size,
+        "files": judged.files, "account": account,
+        "pages": pages, "characters": characters, "bytes": size,
         "left_after": {rule: {"pages": p, "bytes": b} for rule, (p, b) in left_after.items()},
         "damage": dict(sorted(judged.damage.items()))}
 
@@ -1497,7 +1869,7 @@ def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
     write_whole(Path(args.output_dir, "stats.json"), json.dumps(results, indent=2))
     write_whole(Path(args.output_dir, "README.md"), card(args, results))
     draw_funnel(results["left_after"], Path(args.picture))
-    packages = ("datatrove", "fastwarc", "isal", "numpy", "opencc", "pyarrow", "resiliparse")
+    packages = ("datatrove", "isal", "numpy", "opencc", "pyarrow", "resiliparse", "trafilatura")
     run = {
         "script": "filter_cc.py", "arguments": asdict(args),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
@@ -1508,6 +1880,12 @@ def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
         print(f"{rule:16} {left['pages']:>12,} pages {left['bytes']:>16,} bytes left")
     for kind, times in results["damage"].items():
         print(f"damage: {kind}: {times:,} (named in {work}/logs)")
+    account = results["account"]
+    print(
+        f"{account['read']:,} records or rows read: {account['kept']:,} kept,"
+        f" {sum(account['refused'].values()):,} refused by a rule,"
+        f" {sum(account['damaged'].values()):,} damaged,"
+        f" {sum(account['no_page'].values()):,} no pages ({', '.join(account['no_page']) or '-'})")
     if not results["pages"]:
         counts = [counts["pages"] for counts in results["left_after"].values()]
         rule = max(range(len(RULES)), key=lambda at: counts[at] - counts[at + 1])
@@ -1576,6 +1954,8 @@ for Common Crawl its terms of use apply: https://commoncrawl.org/terms-of-use
 def main(argv: list[str] | None = None) -> None:
     """Filter web pages into a corpus."""
     args = parse_args(argv)
+    args.output_dir, args.picture = map(os.path.expanduser, (args.output_dir, args.picture))
+    args.input = [name if "://" in name else os.path.expanduser(name) for name in args.input]
     check(args)
     files = list_inputs(args)
     with claimed(args, files) as work:

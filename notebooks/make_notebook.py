@@ -145,9 +145,9 @@ if "WORK" not in globals():
     WORK = Path("luojiu").resolve()
 WORK.mkdir(exist_ok=True)
 os.chdir(WORK)
-if not Path("data/sample/tiny-llama/tokenizer_config.json").exists():
+if not Path("data/filter").exists():
     with tarfile.open(fileobj=io.BytesIO(base64.b64decode(ARCHIVE)), mode="r:xz") as tar:
-        tar.extractall("data/sample", filter="data")
+        tar.extractall("data", filter="data")
 sys.path.insert(0, "data/sample")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 if not Path("data/sample/tiny-llama/model.safetensors").exists():
@@ -294,11 +294,13 @@ Colab. `main(["--help"])` lists all options of a script."""
 
 
 def pack_sample() -> str:
-    """Return the sample in base64: the pages, what packs them, and the tiny Llama's maker."""
+    """Return in base64 the sample (the pages, what packs them, the tiny Llama's maker) and the word
+    lists of filter_cc.py."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz", preset=9) as tar:
-        folder = ROOT / "data" / "sample"
-        for path in sorted([*folder.glob("*.py"), *folder.glob("pages/*.txt")]):
+        folder = ROOT / "data"
+        chosen = ("sample/*.py", "sample/pages/*.txt", "filter/*.txt")
+        for path in sorted(path for pattern in chosen for path in folder.glob(pattern)):
             entry = tarfile.TarInfo(str(path.relative_to(folder)))  # no date, no owner
             entry.size = path.stat().st_size
             tar.addfile(entry, io.BytesIO(path.read_bytes()))

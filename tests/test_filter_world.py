@@ -1,0 +1,254 @@
+"""filter_cc.py on what others send: odd rows, types and compressions; HTML, encodings and headers
+as servers send them; the account that closes; usage and topic."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import random
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from test_filter_cc import (
+    ENGLISH,
+    LETTER,
+    RECIPE,
+    different,
+    judge,
+    members,
+    read,
+    record,
+    rows,
+    run_here,
+)
+
+from filter_cc import hide_private, jsonl_rows
+
+assert judge  # the fixture is used by its name
+
+
+# --- Files as others send them -------------------------------------------------------------------
+
+
+def lines_of(*objects) -> bytes:
+    return b"".join(
+        (one if isinstance(one, bytes) else json.dumps(one).encode()) + b"\n" for one in objects)
+
+
+def account_of(folder) -> dict:
+    account = json.loads((folder / "out" / "stats.json").read_text())["account"]
+    fates = sum(sum(account[kind].values()) for kind in ("refused", "damaged", "no_page"))
+    assert account["read"] == account["kept"] + fates
+    return account
+
+
+def test_an_odd_row_is_damaged_alone(tmp_path):
+    texts = different(6, seed=11)
+    good = [{"text": t, "id": None, "date": 20240501 + i, "url": [1]} for i, t in enumerate(texts)]
+    bad = [
+        42, ["text"], {"text": 1}, {"text": ["a"]}, {"text": None}, {"body": texts[0]},
+        b'{"text": "cut',
+        json.dumps({"text": texts[0]}, ensure_ascii=False).encode("big5hkscs")]
+    (tmp_path / "odd.jsonl").write_bytes(lines_of(*good[:3], *bad, b"", b"\r", *good[3:]))
+    run_here(tmp_path, "--input", tmp_path / "odd.jsonl")
+    account = account_of(tmp_path)
+    assert account["kept"] == 6
+    assert account["read"] == 14
+    assert sum(account["damaged"].values()) == 8
+    assert len({row["id"] for row in rows(tmp_path)}) == 6
+    assert {row["date"] for row in rows(tmp_path)} == {str(20240501 + i) for i in range(6)}
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "large_binary", "dictionary"])
+def test_parquet_text_of_every_type_is_read(tmp_path, kind):
+    texts = different(3, seed=12)
+    column = pa.array(texts)
+    if kind == "dictionary":
+        column = column.dictionary_encode()
+    else:
+        column = column.cast(getattr(pa, kind)())
+    when = pa.array([0, 10**15, None], pa.timestamp("us"))
+    table = pa.table({"content": column, "date": when, "extra": [{"a": 1}, None, {"a": 2}]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    run_here(tmp_path, "--input", tmp_path / "rows.parquet")
+    assert sorted(row["text"] for row in rows(tmp_path)) == sorted(texts)
+    account_of(tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".jsonl.xz", ".jsonl.bz2", ".json.gz", ".ndjson.zst", ".json"])
+def test_rows_in_every_compression_are_read(tmp_path, ending):
+    pack = {
+        "xz": lzma.compress, "bz2": bz2.compress, "gz": gzip.compress,
+        "zst": lambda data: zstandard.compress(data[:900]) + zstandard.compress(data[900:])}
+    data = lines_of(*({"text": text} for text in different(3, seed=13)))
+    (tmp_path / f"rows{ending}").write_bytes(pack.get(ending.split(".")[-1], bytes)(data))
+    run_here(tmp_path, "--input", tmp_path / f"rows{ending}")
+    assert account_of(tmp_path)["kept"] == 3
+
+
+def test_a_folder_says_what_it_holds_besides(tmp_path, capsys):
+    folder = tmp_path / "in"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "notes.txt").write_text("x")
+    (folder / "新聞[1].jsonl").write_bytes(lines_of({"text": different(1, seed=14)[0]}))
+    run_here(tmp_path, "--input", folder)
+    said = capsys.readouterr().out
+    assert "deeper/" in said and "notes.txt" in said
+    assert account_of(tmp_path)["kept"] == 1
+    (tmp_path / "again").mkdir()
+    run_here(tmp_path / "again", "--input", folder / "新聞[1].jsonl")  # a name before a glob
+    assert account_of(tmp_path / "again")["kept"] == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_account_closes_over_fuzzed_json_lines(seed):
+    """250 inputs a seed: bytes changed, cut out, or put in. Every line is a row or damaged."""
+    draw = random.Random(seed)
+    whole = lines_of(*({"text": text, "id": "x"} for text in [*different(3, seed=15), ENGLISH]))
+    for _ in range(250):
+        damaged = Counter()
+        data = spoil(draw, whole)
+        found = list(jsonl_rows(io.BytesIO(data), lambda kind, row, to=damaged: to.update([kind])))
+        lines = [line.removeprefix(b"\xef\xbb\xbf").strip() for line in data.split(b"\n")]
+        assert len(found) + damaged.total() == len([line for line in lines if line])
+
+
+@pytest.mark.parametrize("kind", ["wet", "warc"])
+def test_the_account_closes_over_fuzzed_records(judge, kind):
+    """250 inputs each; `read` asserts that every record read has one fate."""
+    draw = random.Random(kind)
+    texts = different(3, seed=16)
+    if kind == "wet":
+        records = [record(f"r{at}", text) for at, text in enumerate([*texts, ENGLISH])]
+    else:
+        records = [answer(article(text).encode()) for text in texts]
+        records.append(answer(b"GIF89a", "HTTP/1.1 200 OK\r\nContent-Type: image/gif"))
+    whole = [members(*records), b"".join(records)]
+    for at in range(250):
+        read(judge, spoil(draw, whole[at % 2]))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_account_closes_over_fuzzed_parquet(tmp_path, seed):
+    draw = random.Random(seed)
+    table = pa.table({"text": [*different(3, seed=17), ENGLISH, None], "date": [1, 2, 3, 4, 5]})
+    paths = []
+    for at in range(50):
+        path = tmp_path / f"{at}.parquet"
+        pq.write_table(table, path, row_group_size=2)
+        if at:
+            path.write_bytes(spoil(draw, path.read_bytes()))
+        paths.append(path)
+    run_here(tmp_path, "--input", *paths, "--tasks", 1)
+    account = account_of(tmp_path)
+    assert account["kept"] >= 3 and account["damaged"]
+
+
+def spoil(draw: random.Random, whole: bytes) -> bytes:
+    data = bytearray(whole)
+    for _ in range(draw.randint(1, 5)):
+        at = draw.randrange(len(data))
+        data[at : at + draw.choice((0, 1, 40))] = draw.randbytes(draw.choice((0, 1, 9)))
+    return bytes(data)
+
+
+# --- HTML as servers send it ---------------------------------------------------------------------
+
+
+HTML = "HTTP/1.1 200 OK\r\nContent-Type: text/html"
+
+
+def answer(body: bytes, head: str = HTML, **headers) -> bytes:
+    block = head.encode() + b"\r\n\r\n" + body
+    return record("page", block, WARC_Type="response", **headers)
+
+
+def article(paragraphs: str = LETTER) -> str:
+    return (
+        "<html><head><title>一封信</title></head><body><nav><a href='/'>首頁</a></nav>"
+        f"<article><h1>一封信</h1><p>{paragraphs}</p></article></body></html>")
+
+
+def page_of(judge, body: bytes, **kinds) -> str:
+    pages, _ = read(judge, answer(body, **kinds))
+    return pages[0]["text"] if pages else ""
+
+
+@pytest.mark.parametrize("head", [
+    "HTTP/2 200\r\nContent-Type: text/html",
+    "HTTP/1.1 200 OK\r\ncontent-type: TEXT/HTML; Charset=UTF-8",
+    "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nTransfer-Encoding: chunked",
+    "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: gzip",
+    "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: br",
+    "HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=bogus-7", "HTTP/1.0 200\r\nServer: x"])
+def test_a_body_is_read_whatever_its_header_says(judge, head):
+    assert LETTER[:60] in page_of(judge, article().encode(), head=head)
+
+
+def test_chunks_and_compression_are_undone(judge):
+    body = article().encode()
+    head = "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
+    parts = [body[at : at + 700] for at in range(0, len(body), 700)] + [b""]
+    chunked = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+    assert LETTER[:60] in page_of(judge, chunked, head=head + "Transfer-Encoding: chunked")
+    packed = gzip.compress(body)
+    assert LETTER[:60] in page_of(judge, packed, head=head + "Content-Encoding: gzip")
+
+
+@pytest.mark.parametrize(("label", "codec"), [
+    ("big5", "big5hkscs"), ("x-x-big5", "big5hkscs"), ("BIG5-HKSCS", "big5hkscs"),
+    ("gb2312", "gb18030"),
+    ("utf-8", "utf-8"), ("iso-8859-1", "utf-8"), ("bogus", "big5hkscs")])
+def test_encodings_are_read_as_browsers_do(judge, label, codec):
+    text = LETTER + "恒春的碁盤和堃哥、喆弟。"
+    meta = "<meta charset=big5>" if label == "bogus" else ""
+    body = article(meta + text).encode(codec)
+    kept = page_of(judge, body, head=f"{HTML}; charset={label}")
+    assert "恒春的碁盤和堃哥、喆弟" in kept and LETTER[:60] in kept
+
+
+def test_a_stray_byte_costs_one_character(judge):
+    body = article(LETTER[:100] + "＠" + LETTER[100:]).encode("big5hkscs")
+    body = body.replace("＠".encode("big5hkscs"), b"\xa9")
+    kept = page_of(judge, body, head=f"{HTML}; charset=big5")
+    assert LETTER[:100] in kept and LETTER[101:200] in kept
+
+
+@pytest.mark.parametrize(("markup", "expected"), [
+    ("這種藥<strong>不</strong>可以和牛奶一起吃。", "這種藥不可以和牛奶一起吃。"),
+    ("發燒<a href='#'>、</a>咳嗽<i>和</i>喉嚨痛。", "發燒、咳嗽和喉嚨痛。"),
+    ("<ruby>漢<rp>(</rp><rt>ㄏㄢˋ</rt></ruby><ruby>字<rt>ㄗˋ</ruby>的讀音。", "漢字的讀音。"),
+    ("<span class='drop'>從</span>前有一座山。", "從前有一座山。")])
+def test_inline_elements_of_one_character_stay(judge, markup, expected):
+    assert expected in page_of(judge, article(f"{LETTER}</p><p>{markup}").encode())
+
+
+def test_a_list_in_an_article_stays(judge):
+    items = "<ul class='x'><li>去骨雞腿 兩隻</li><li>黑麻油 三大匙</li></ul>"
+    text = page_of(judge, article(f"{RECIPE}</p>{items}<p>{LETTER}").encode())
+    assert "去骨雞腿" in judge.verdict(text)[0]
+
+
+def test_a_page_in_numeric_references_is_read(judge):
+    references = "".join(f"&#{ord(char)};" for char in LETTER)
+    assert LETTER[:60] in page_of(judge, article(references).encode())
+
+
+def test_full_width_personal_data_become_placeholders():
+    text = "電話０９１２－３４５－６７８，信箱ａｂ＠ｃ．ｔｗ，身分證Ａ１２３４５６７８９。"
+    assert hide_private(text) == "電話[PHONE]，信箱[EMAIL]，身分證[ID]。"
+
+
+def test_usage_is_judged_not_the_topic(judge):
+    crime = (
+        "警方昨天查獲一處線上博弈機房，逮捕八人。檢方指出，賭客在網站上下注百家樂和老虎機，儲值後卻無法出金。"
+        "被害人說，他向當舖借錢翻本，最後只好報案。法官判決主嫌有期徒刑三年。")
+    news = LETTER + "\n" + crime
+    assert judge.verdict(news)[2] is None
+    china = "陸媒報導，今年高考人數創新高，央企與國企招考減少，農民工返鄉，發改委說明微信的新規定。"
+    china = LETTER + "\n" + china
+    assert judge.verdict(china)[2] is None
