@@ -39,13 +39,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from io import BytesIO
 from itertools import chain
 from math import log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -60,7 +60,7 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-INITS = ("mean_subtoken", "mean", "random")
+INITS = ("mean_subtoken", "mean", "random")  # --eval_loss measures these and the run's own
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
 SIMPLIFIED_SHARE = 0.1  # above it, a corpus is said to be Simplified
@@ -130,9 +130,16 @@ class Arguments:
     vocab_size: int = option(61388, "Pieces of the new tokenizer, the base's included.")
     output_dir: str = option("outputs/extended", "Folder for tokenizer, model and report.")
     picture: str = option("pictures/vocab.png", "Where to draw the report.")
-    init: Literal["mean_subtoken", "mean", "random"] = option(
-        "mean_subtoken", "New rows: the mean of the base's rows that spell the piece, the mean of "
-        "all rows (Hewitt 2021), or normal noise of the config's initializer_range.")
+    init: Literal[
+        "mean_subtoken", "first_subtoken", "last_subtoken", "weighted_subtoken", "mean",
+        "multivariate", "random"] = option(
+        "mean_subtoken", "New rows, from the base's rows that spell the piece: their mean, the "
+        "first, the last, or weights that double towards the last (in the head: the first); or "
+        "the mean of all rows (Hewitt 2021), a normal draw with their mean and covariance, or "
+        "normal noise of the config's initializer_range.")
+    init_head: str | None = option(None, "The same for the head's rows alone; None: as --init.")
+    match_norms: bool = option(
+        False, "Scale every new row to the mean norm of the base's rows of the same matrix.")
     eval_text: str | None = option(
         None, "Text to report on (file or folder); None: 2%% held out of the corpus.")
     eval_loss: Literal["auto", "yes", "no"] = option(
@@ -172,6 +179,8 @@ def check(args: Arguments) -> None:
     if len(args.corpus_weight) != count or not all(0 < w <= 1e6 for w in args.corpus_weight):
         wanted = "expected one number above 0, a million at most, for each --corpus"
         raise UserError(f"--corpus_weight {args.corpus_weight}: {wanted}")
+    if args.init_head not in (None, *(known := get_args(Arguments.__annotations__["init"]))):
+        raise UserError(f"--init_head {args.init_head}: expected one of {', '.join(known)}")
     if args.max_chars < 1000:
         raise UserError(f"--max_chars {args.max_chars}: expected 1000 or more")
     if not 0 <= args.seed < 2**32:
@@ -295,8 +304,8 @@ def find_shards(folder: Path, given: str) -> dict[Path, dict[str, tuple[int, str
         names = set(load_json(index, given).get("weight_map", {}).values())
     for path in (folder / name for name in sorted(names)):
         if not path.is_file():
-            pickled = sorted(folder.glob("*.bin"))
-            wrong = f"its weights are in {pickled[0].name}" if pickled else f"{path.name} is missing"
+            pickled = [file.name for file in folder.glob("*.bin")]
+            wrong = f"its weights are in {pickled[0]}" if pickled else f"{path.name} is missing"
             raise UserError(
                 f"{given}: {wrong}; expected *.safetensors; {AGAIN}, or convert .bin files: python "
                 "-c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained("
@@ -647,21 +656,40 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, i
 # --- The model -----------------------------------------------------------------------------------
 
 
-def new_rows(name: str, matrix, spelling: list[list[int]], init: str, std: float, seed: int) -> Any:
-    """Rows (N, H) for the N new pieces of the matrix (V, H), computed in fp32. mean_subtoken: the
-    mean of the rows that spell the piece, so it starts amid its parts. mean: the mean of all rows,
-    so that no new piece outweighs the old ones (Hewitt, 2021)."""
+def new_rows(
+    name: str, matrix, spelling: list[list[int]], init: str, std: float, seed: int,
+    match_norms: bool = False,
+) -> Any:
+    """Rows (N, H) for the N new pieces of the matrix (V, H), computed in fp32.
+
+    A piece's input row stands where the base would read its last spelling row, its output row where
+    the base would predict the first; so weighted_subtoken leans to the last in the embedding and to
+    the first in the head. mean: no new piece outweighs the old ones (Hewitt, 2021).
+    """
     import torch
-    rows = matrix.new_empty(len(spelling), matrix.shape[1])
-    if init == "mean_subtoken":
-        for row, ids in zip(rows, spelling, strict=True):
-            row[:] = matrix[ids].float().mean(0)
-    elif init == "mean":
-        total = sum(block.double().sum(0) for block in matrix.split(1024))  # little at a time
-        rows[:] = total / len(matrix)
-    else:
-        generator = torch.Generator().manual_seed(2 * seed + (name == HEAD))  # not twice the same
-        rows[:] = std * torch.randn(rows.shape, generator=generator)
+    rows, parts = matrix.new_empty(len(spelling), matrix.shape[1]), matrix.split(1024)
+    mean = (sum(part.double().sum(0) for part in parts) / len(matrix)).float()  # (H,)
+    norm = sum(part.float().norm(dim=1).sum() for part in parts) / len(matrix)
+    generator = torch.Generator().manual_seed(2 * seed + (name == HEAD))  # not twice the same
+    for first in range(0, len(rows), 1024):  # little at a time
+        block = mean.repeat(len(rows[first : first + 1024]), 1)  # (B, H)
+        if init.endswith("_subtoken"):
+            for row, ids in zip(block, spelling[first:], strict=False):
+                ids = {"first": ids[:1], "last": ids[-1:]}.get(init.removesuffix("_subtoken"), ids)
+                place = torch.arange(len(ids)) * (log(2) if init == "weighted_subtoken" else 0.0)
+                weights = torch.softmax(-place if name == HEAD else place, 0)
+                row[:] = weights @ matrix[ids].float()
+        elif init == "random":
+            block = std * torch.randn(block.shape, generator=generator)
+        elif init == "multivariate":
+            # Standard normal numbers times the V centred rows have V times the rows' covariance:
+            # no (H, H) matrix to decompose, which may be singular.
+            for part in parts:
+                z = torch.randn(len(block), len(part), generator=generator)
+                block += z @ (part.float() - mean) / len(matrix) ** 0.5
+        if match_norms:
+            block *= norm / block.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        rows[first : first + 1024] = block
     return rows
 
 
@@ -729,15 +757,17 @@ def measure(model, texts: list[str]) -> dict[str, float]:
     return {"characters_per_token": chars / len(ids), "byte_token_share": spelled / len(ids)}
 
 
-def starting_losses(folder: Path, base, model, texts: list[str], rows_of, eval_loss: str) -> dict:
+def starting_losses(folder: Path, base, model, texts: list[str], rows_of, args: Arguments) -> dict:
     """Bits per character (which compares across tokenizers, as loss per token does not) before any
-    training: the base with its own tokenizer, then every --init. Empty where the model is too large
-    for this machine, see --eval_loss."""
+    training: the base with its own tokenizer, then INITS and this run's. Empty where the model is
+    too large for this machine, see --eval_loss."""
     import torch
     from transformers import AutoModelForCausalLM
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size
-    if eval_loss == "no" or (eval_loss == "auto" and not gpu and size > CPU_LOSS_BYTES):
+    own = args.init if args.init_head in (None, args.init) else f"{args.init}, {args.init_head}"
+    own += ", norms matched" * args.match_norms
+    if args.eval_loss == "no" or (args.eval_loss == "auto" and not gpu and size > CPU_LOSS_BYTES):
         return {}
     print("measuring the loss before training for each --init", flush=True)
     dtype, device = ("auto", "cuda") if gpu else (torch.float32, "cpu")
@@ -748,9 +778,10 @@ def starting_losses(folder: Path, base, model, texts: list[str], rows_of, eval_l
     bos, old, new = base.trainer_spec.bos_id, len(base.pieces), len(model.pieces)
     with torch.inference_mode():
         losses = {"base": bits_per_character(llama, processor(base), texts, bos, old)}
-        for init in INITS:
+        for init in dict.fromkeys((*INITS, own)):
+            rule = {} if init == own else {"init": init, "match_norms": False}
             for name, matrix in matrices.items():
-                matrix[old:] = rows_of(name, matrix[:old].cpu(), init=init)
+                matrix[old:] = rows_of(name, matrix[:old].cpu(), **rule)
             losses[init] = bits_per_character(llama, processor(model), texts, bos, new)
     return losses
 
@@ -809,7 +840,8 @@ def already_done(output: Path, record: dict) -> bool:
         raise UserError(f"{given}: extend_vocab.py did not make it; pass a new or empty folder")
     if now["overwrite"]:
         return False
-    before = (then.get("arguments") or {}) | {name: now[name] for name in ("overwrite", "picture")}
+    before = asdict(Arguments()) | (then.get("arguments") or {})
+    before |= {name: now[name] for name in ("overwrite", "picture")}
     differing = [f"--{name}" for name in now if now[name] != before.get(name)]
     differing += ["the files it reads"] if record["inputs"] != then.get("inputs") else []
     if differing:
@@ -892,7 +924,12 @@ def main(argv: list[str] | None = None) -> None:
     model, replaced = merge_pieces(base, candidates, args.vocab_size)
     spelling = spellings(base, [piece.piece for piece in model.pieces][len(base.pieces) :])
     std = config.get("initializer_range", 0.02)
-    rows_of = partial(new_rows, spelling=spelling, init=args.init, std=std, seed=args.seed)
+    inits = {EMBEDDING: args.init, HEAD: args.init_head or args.init}
+
+    def rows_of(name: str, matrix, **changes) -> Any:
+        rule = {"init": inits[name], "match_norms": args.match_norms} | changes
+        return new_rows(name, matrix, spelling, std=std, seed=args.seed, **rule)
+
     report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
     report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
     report["replaced_pieces"] = len(replaced)
@@ -903,7 +940,7 @@ def main(argv: list[str] | None = None) -> None:
         resize_model(folder, base_folder, shards, rows_of, len(spelling))
         save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         texts = sample(report_texts, LOSS_CHARS, args.seed)
-        losses = starting_losses(folder, base, model, texts, rows_of, args.eval_loss)
+        losses = starting_losses(folder, base, model, texts, rows_of, args)
         report["bits_per_character_before_training"] = losses
         record |= {"versions": {name: version(name) for name in PACKAGES}, "results": report}
         save_json(folder / "run.json", record)

@@ -407,6 +407,65 @@ def smallest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
 
 
+@pytest.mark.parametrize("name", [script.EMBEDDING, script.HEAD])
+@pytest.mark.parametrize("init", ["first", "last", "weighted"])
+def test_rows_from_the_spelling_by_plain_formulas(init, name):
+    """weighted: 1, 2, 4, ... towards the last row; in the head towards the first."""
+    torch.manual_seed(3)
+    matrix, chance = torch.randn(41, 13), random.Random(3)
+    spelling = [chance.choices(range(41), k=count) for count in range(1, 49)]
+    rows = script.new_rows(name, matrix, spelling, f"{init}_subtoken", 0.02, 0)
+    for row, ids in zip(rows, spelling, strict=True):
+        if init == "weighted":
+            order = ids[::-1] if name == script.HEAD else ids
+            weighted = sum(2**place * matrix[i].double() for place, i in enumerate(order))
+            expected = weighted / (2 ** len(ids) - 1)
+        else:
+            expected = matrix[ids[0] if init == "first" else ids[-1]].double()
+        torch.testing.assert_close(row.double(), expected, rtol=0, atol=2e-6)
+
+
+def test_multivariate_has_the_mean_and_covariance_of_the_rows():
+    """Even of fewer rows than columns, whose covariance no Cholesky decomposition takes."""
+    for count in (200, 5):
+        torch.manual_seed(4)
+        matrix = torch.randn(count, 7) @ torch.randn(7, 7) + torch.arange(7)
+        rows = script.new_rows(script.HEAD, matrix, [[0]] * 60_001, "multivariate", 0.02, 0)
+        scale = matrix.var(0).max().item()
+        found, expected = torch.cov(rows.T), torch.cov(matrix.T, correction=0)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.03 * scale)
+        torch.testing.assert_close(rows.mean(0), matrix.mean(0), rtol=0, atol=0.03 * scale**0.5)
+    again = script.new_rows(script.HEAD, matrix, [[0]] * 60_001, "multivariate", 0.02, 1)
+    assert not torch.equal(rows, again)
+
+
+@pytest.mark.parametrize("init", ["mean_subtoken", "last_subtoken", "mean", "random"])
+def test_matched_norms_are_the_old_rows_mean_norm(init):
+    torch.manual_seed(5)
+    matrix = 3 * torch.randn(1051, 9)
+    plain, rows = (
+        script.new_rows(script.HEAD, matrix, [[0, 5], [1050]] * 3, init, 0.02, 0, match)
+        for match in (False, True))
+    wanted = matrix.double().norm(dim=1).mean().float()
+    torch.testing.assert_close(rows.norm(dim=1), wanted.expand(6), rtol=1e-5, atol=0)
+    ratio = rows.norm(dim=1) / plain.norm(dim=1)
+    torch.testing.assert_close(plain * ratio[:, None], rows, rtol=1e-5, atol=1e-6)  # direction kept
+
+
+def test_each_matrix_by_its_own_rule(base, corpus, tmp_path):
+    more = ["--init", "last_subtoken", "--init_head", "first_subtoken", "--eval_loss", "yes"]
+    script.main(options(base, corpus, *more))
+    old, new = weights(base), weights(tmp_path / "outputs" / "extended")
+    pieces = [piece.piece for piece in proto(tmp_path / "outputs" / "extended").pieces][BASE_SIZE:]
+    spelling = script.spellings(proto(base), pieces)
+    for name, place in ((script.EMBEDDING, -1), (script.HEAD, 0)):
+        expected = old[name][[ids[place] for ids in spelling]]
+        assert torch.equal(new[name][BASE_SIZE:], expected)
+    results = json.loads(Path("outputs/extended/run.json").read_text())["results"]
+    losses = results["bits_per_character_before_training"]
+    assert set(losses) == {"base", *script.INITS, "last_subtoken, first_subtoken"}
+
+
 def test_mean_is_the_mean_of_all_rows_and_random_has_the_configs_width():
     torch.manual_seed(2)
     matrix = torch.randn(1501, 7)
@@ -529,6 +588,7 @@ def test_bits_per_character_equal_a_plain_loop(base):
         ("--vocab_size", "359", "expected more than the base's 359"),
         ("--vocab_size", "900", "or more, for the base's 359 pieces"),
         ("--vocab_size", "99999999999", "less than 10 million"),
+        ("--init_head", "best", "expected one of mean_subtoken, first_subtoken"),
         ("--seed", "-1", "expected 0 to 4294967295"),
         ("--max_chars", "3", "expected 1000 or more"),
         ("--output_dir", "ascii.txt", "extend_vocab.py did not make it"),
