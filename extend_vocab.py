@@ -67,6 +67,7 @@ SIMPLIFIED_SHARE = 0.1  # above it, a corpus is said to be Simplified
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
 PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch", "opencc")
 AGAIN = "copy or download it again"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system without locks
 FOREIGN = {".DS_Store", ".ipynb_checkpoints"}  # what a file manager or Jupyter leaves in a folder
 
 # Characters without a glyph: controls, soft hyphen, zero-width, line and paragraph separators,
@@ -857,7 +858,7 @@ def save_json(path: Path, content: dict) -> None:
 
 
 @contextmanager
-def built_aside(output: Path) -> Iterator[Path]:
+def build_aside(output: Path) -> Iterator[Path]:
     """A hidden folder beside the output, which takes its place when all is well and is removed when
     not. A lock keeps a second run out; what a killed run left, the next one takes over."""
     shown, output = f"--output_dir {output}", output.resolve()  # beside what a link leads to
@@ -875,7 +876,13 @@ def built_aside(output: Path) -> Iterator[Path]:
             leaving.callback(os.close, lock)  # the last step, when all is tidy
             held = False
             with suppress(BlockingIOError, FileNotFoundError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in NO_LOCKS:
+                        raise
+                    print(f"warning: {shown}: this file system has no locks; start no second run "
+                          "into the same folder", file=sys.stderr)
                 held = os.path.samestat(os.fstat(lock), partial.stat())  # not renamed by now
             if not held:
                 remedy = "wait for it, or pass another folder"
@@ -933,7 +940,7 @@ def main(argv: list[str] | None = None) -> None:
     report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
     report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
     report["replaced_pieces"] = len(replaced)
-    with built_aside(output) as folder:
+    with build_aside(output) as folder:
         write_tokenizer(folder, base_folder, model)
         texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, texts, args.seed)

@@ -1,5 +1,6 @@
 """extend_vocab.py: ids kept, pieces alive, runtimes agreed, rows exact, refusals clear."""
 
+import errno
 import hashlib
 import json
 import random
@@ -18,7 +19,6 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import extend_vocab as script
-import merge_lora
 
 BASE_SIZE, NEW_SIZE = 359, 6239  # odd on purpose; 5,401 characters and some 400 words are new
 HIDDEN = 36
@@ -775,7 +775,7 @@ def test_killed_between_the_two_renames_gives_the_earlier_result_back(tmp_path):
     (outputs / ".extended.old" / "run.json").write_text("{}")
     (outputs / ".extended.partial").mkdir()
     (outputs / ".extended.partial" / "config.json").write_text("{}")
-    with pytest.raises(ZeroDivisionError), script.built_aside(outputs / "extended") as folder:
+    with pytest.raises(ZeroDivisionError), script.build_aside(outputs / "extended") as folder:
         assert not list(folder.iterdir())
         raise ZeroDivisionError
     assert [path.name for path in outputs.iterdir()] == ["extended"]
@@ -784,20 +784,41 @@ def test_killed_between_the_two_renames_gives_the_earlier_result_back(tmp_path):
 
 def test_a_second_run_is_refused_and_does_no_harm(tmp_path):
     output = tmp_path / "extended"
-    with script.built_aside(output) as folder:
+    with script.build_aside(output) as folder:
         (folder / "config.json").write_text("{}")
-        with pytest.raises(script.UserError, match="another run"), script.built_aside(output):
+        with pytest.raises(script.UserError, match="another run"), script.build_aside(output):
             pass
     assert (output / "config.json").is_file()
-    with script.built_aside(output):  # the lock is let go of, though the process lives on
+    with script.build_aside(output):  # the lock is let go of, though the process lives on
         pass
     assert not list(output.iterdir())
+
+
+@pytest.mark.parametrize("number", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_a_warning(number, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(getattr(errno, number), "no locks here")
+
+    monkeypatch.setattr(script.fcntl, "flock", refuse)
+    with script.build_aside(tmp_path / "extended") as folder:
+        (folder / "config.json").write_text("{}")
+    assert (tmp_path / "extended" / "config.json").is_file()
+    assert capsys.readouterr().err.startswith(f"warning: --output_dir {tmp_path / 'extended'}: ")
+
+
+def test_another_failure_of_the_lock_is_no_warning(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(script.fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="output error"), script.build_aside(tmp_path / "extended"):
+        pass
 
 
 def test_an_output_that_is_a_link_stays_one(tmp_path):
     (tmp_path / "disk" / "extended").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "extended")
-    with script.built_aside(tmp_path / "link") as folder:
+    with script.build_aside(tmp_path / "link") as folder:
         (folder / "config.json").write_text("{}")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "link" / "config.json").is_file()
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["config.json"]
@@ -807,7 +828,7 @@ def test_an_output_that_is_a_link_stays_one(tmp_path):
 def test_a_file_in_the_way_is_named(place, tmp_path):
     (tmp_path / place.split("/")[0]).write_text("mine")
     output = tmp_path / place.replace(".extended.partial", "extended")
-    with pytest.raises(script.UserError, match="is in the way"), script.built_aside(output):
+    with pytest.raises(script.UserError, match="is in the way"), script.build_aside(output):
         pass
     assert (tmp_path / place.split("/")[0]).read_text() == "mine"
 
@@ -859,7 +880,7 @@ def test_the_lock_ends_with_main(end, base, corpus, tmp_path, monkeypatch):
         patch.setattr(script, "prove", interrupted)
         with pytest.raises((SystemExit, MemoryError)):
             script.main(options(base, corpus))
-    with script.built_aside(tmp_path / "outputs" / "extended"):
+    with script.build_aside(tmp_path / "outputs" / "extended"):
         pass
 
 
@@ -920,19 +941,16 @@ def test_our_count_of_dead_pieces_is_the_published_one(shared_data):
     assert len(script.dead_pieces(model, 32_000)) == 657
 
 
-@pytest.mark.parametrize("module", [script, merge_lora], ids=["extend_vocab", "merge_lora"])
-def test_a_folder_that_another_run_has_just_put_in_place_is_not_written(
-    module, tmp_path, monkeypatch
-):
+def test_a_folder_that_another_run_has_just_put_in_place_is_not_written(tmp_path, monkeypatch):
     """Between making the folder and locking it, another run locked, filled and renamed it."""
-    flock = module.fcntl.flock
+    flock = script.fcntl.flock
 
     def late(lock, how):
         (tmp_path / ".out.partial").rename(tmp_path / "out")
         flock(lock, how)
 
-    monkeypatch.setattr(module.fcntl, "flock", late)
-    refused = pytest.raises(module.UserError, match="another run is writing it")
-    with refused, module.built_aside(tmp_path / "out"):
+    monkeypatch.setattr(script.fcntl, "flock", late)
+    refused = pytest.raises(script.UserError, match="another run is writing it")
+    with refused, script.build_aside(tmp_path / "out"):
         pass
     assert (tmp_path / "out").is_dir()
