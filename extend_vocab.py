@@ -35,16 +35,17 @@ import shutil
 import sys
 import urllib.request
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from io import BytesIO
 from itertools import chain
 from math import log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -59,12 +60,22 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-INITS = ("mean_subtoken", "mean", "random")
+INITS = ("mean_subtoken", "mean", "random")  # --eval_loss measures these and the run's own
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
+SIMPLIFIED_SHARE = 0.1  # above it, a corpus is said to be Simplified
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
 PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch", "opencc")
 AGAIN = "copy or download it again"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system without locks
+FOREIGN = {".DS_Store", ".ipynb_checkpoints"}  # what a file manager or Jupyter leaves in a folder
+
+# Characters without a glyph: controls, soft hyphen, zero-width, line and paragraph separators,
+# directions, variation selectors, tags. No new piece holds one.
+INVISIBLE = (
+    "\x00-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u2028-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff")
+QUOTES = dict(zip(map(ord, "“”‘’"), "「」『』", strict=True))  # as Taiwan prints them
 
 # Level 1 of Big5: what Taiwan's schools and newspapers use; lead bytes A4 to C6, C6 up to 7E.
 BIG5_LEVEL_1 = [
@@ -119,9 +130,17 @@ class Arguments:
         "help": "How many times each --corpus counts, in its order; none: 1 each."})
     vocab_size: int = option(61388, "Pieces of the new tokenizer, the base's included.")
     output_dir: str = option("outputs/extended", "Folder for tokenizer, model and report.")
-    init: Literal["mean_subtoken", "mean", "random"] = option(
-        "mean_subtoken", "New rows: the mean of the base's rows that spell the piece, the mean of "
-        "all rows (Hewitt 2021), or normal noise of the config's initializer_range.")
+    picture: str = option("pictures/vocab.png", "Where to draw the report.")
+    init: Literal[
+        "mean_subtoken", "first_subtoken", "last_subtoken", "weighted_subtoken", "mean",
+        "multivariate", "random"] = option(
+        "mean_subtoken", "New rows, from the base's rows that spell the piece: their mean, the "
+        "first, the last, or weights that double towards the last (in the head: the first); or "
+        "the mean of all rows (Hewitt 2021), a normal draw with their mean and covariance, or "
+        "normal noise of the config's initializer_range.")
+    init_head: str | None = option(None, "The same for the head's rows alone; None: as --init.")
+    match_norms: bool = option(
+        False, "Scale every new row to the mean norm of the base's rows of the same matrix.")
     eval_text: str | None = option(
         None, "Text to report on (file or folder); None: 2%% held out of the corpus.")
     eval_loss: Literal["auto", "yes", "no"] = option(
@@ -148,12 +167,21 @@ def parse_args(argv: list[str] | None) -> Arguments:
 
 
 def check(args: Arguments) -> None:
-    """Refuse what can be refused before anything is read."""
+    """Expand ~ in every path; refuse what can be refused before anything is read."""
+    args.corpus = [os.path.expanduser(name) for name in args.corpus]
+    for name in ("base_model", "output_dir", "picture", "eval_text"):
+        if getattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+    if Path(args.picture).suffix not in (".png", ".pdf", ".svg"):
+        expected = "expected a file that ends in .png, .pdf or .svg"
+        raise UserError(f"--picture {args.picture}: {expected}")
     count = len(args.corpus)
     args.corpus_weight = args.corpus_weight or [1.0] * count
     if len(args.corpus_weight) != count or not all(0 < w <= 1e6 for w in args.corpus_weight):
         wanted = "expected one number above 0, a million at most, for each --corpus"
         raise UserError(f"--corpus_weight {args.corpus_weight}: {wanted}")
+    if args.init_head not in (None, *(known := get_args(Arguments.__annotations__["init"]))):
+        raise UserError(f"--init_head {args.init_head}: expected one of {', '.join(known)}")
     if args.max_chars < 1000:
         raise UserError(f"--max_chars {args.max_chars}: expected 1000 or more")
     if not 0 <= args.seed < 2**32:
@@ -247,6 +275,10 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     if not all(rules):
         rest = "no normalisation, a prefix space and no user-defined pieces"
         raise UserError(f"{given}: its tokenizer.model is another kind; {expected}: {rest}")
+    piece, times = Counter(piece.piece for piece in base.pieces).most_common(1)[0]
+    if times > 1:
+        wrong = f"its tokenizer.model holds the piece {piece!r} {times} times"
+        raise UserError(f"{given}: {wrong}; expected every piece once; {AGAIN}")
     if not size < args.vocab_size < 10**7:
         wanted = f"expected more than the base's {size} and less than 10 million"
         raise UserError(f"--vocab_size {args.vocab_size}: {wanted}")
@@ -273,9 +305,12 @@ def find_shards(folder: Path, given: str) -> dict[Path, dict[str, tuple[int, str
         names = set(load_json(index, given).get("weight_map", {}).values())
     for path in (folder / name for name in sorted(names)):
         if not path.is_file():
+            pickled = [file.name for file in folder.glob("*.bin")]
+            wrong = f"its weights are in {pickled[0]}" if pickled else f"{path.name} is missing"
             raise UserError(
-                f"{given}: {path.name} is missing; {AGAIN}, or, where it has .bin files only, load "
-                "it with AutoModelForCausalLM and save_pretrained(new folder)")
+                f"{given}: {wrong}; expected *.safetensors; {AGAIN}, or convert .bin files: python "
+                "-c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained("
+                f"'{folder}', dtype='auto').save_pretrained('{folder}')\"")
         try:
             with safe_open(path, "np") as file:  # it holds the header against the file's size
                 inside = {n: file.get_slice(n) for n in {EMBEDDING, HEAD}.intersection(file.keys())}
@@ -308,35 +343,72 @@ def fetch_hongloumeng(path: Path) -> None:
 
 
 def find_texts(name: str, option: str) -> list[Path]:
-    """The text files that a --corpus or --eval_text names."""
-    path = Path(name)
-    if name == HONGLOUMENG and not path.exists():
+    """The text files that a --corpus or --eval_text names. What else a folder holds is named."""
+    path, files, others = Path(name), [], []
+    if name == HONGLOUMENG and not os.path.lexists(path):
         fetch_hongloumeng(path)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in files if file.is_file() and file.suffix in TEXT_SUFFIXES]
+    refuse_dead_link(path, option)
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        reason = reason_not_to_read(file, inside=file != path)
+        if reason is None:
+            files.append(file)
+        elif file != path:
+            others.append(f"{file.name} ({reason})")
     if not files:
         first = path.parts[:2] == ("data", "cc_filtered") and not path.exists()
         remedy = "run python filter_cc.py first" if first else "name such a file or folder"
         wanted = f"expected {', '.join(TEXT_SUFFIXES)} or a folder of them"
-        raise UserError(f"{option} {name}: no text there; {wanted}; {remedy}")
+        found = f"; it holds {', '.join(others[:3])}" if others else ""
+        raise UserError(f"{option} {name}: no text there{found}; {wanted}; {remedy}")
+    if others:
+        more = f" and {len(others) - 9} more" if len(others) > 9 else ""
+        print(f"{option} {name}: not read: {', '.join(others[:9])}{more}", flush=True)
     return files
 
 
+def refuse_dead_link(path: Path, option: str) -> None:
+    """A link to a file or folder is as good as that; one that leads nowhere is a mistake."""
+    if path.is_symlink() and not path.exists():
+        wrong = f"a link to {os.readlink(path)}, which is not there"
+        raise UserError(f"{option} {path}: {wrong}; make it or remove the link")
+
+
+def reason_not_to_read(file: Path, inside: bool) -> str | None:
+    """Why a file is no text of ours; inside a folder, a hidden file is some program's own."""
+    if inside and file.name.startswith("."):
+        return "hidden"
+    if file.is_dir():
+        return "a folder"
+    if not file.exists():
+        return "a link that leads nowhere" if file.is_symlink() else "missing"
+    if file.suffix.lower() not in TEXT_SUFFIXES:
+        return f"not {', '.join(TEXT_SUFFIXES)}"
+    return None if file.is_file() else "not a regular file"
+
+
 def documents(path: Path, option: str) -> Iterator[str]:
-    """The documents of one file: lines of a .txt, the `text` of each record of the others."""
+    """The documents of one file: lines of a .txt, the `text` of each record of the others; none
+    that is blank. An error names the line or row."""
     import pyarrow.parquet
+    kind, place = path.suffix.lower(), 0
     try:
         with path.open("rb") as file:
-            if path.suffix == ".parquet":
+            rows = file
+            if kind == ".parquet":
                 batches = pyarrow.parquet.ParquetFile(file).iter_batches(256, columns=["text"])
-                texts = (text for batch in batches for text in batch["text"].to_pylist())
-            elif path.suffix == ".jsonl":
-                texts = (json.loads(line)["text"] for line in file)
-            else:
-                texts = (line.decode().rstrip("\r\n") for line in file)
-            yield from (text for text in texts if text and text.strip())
+                rows = (text for batch in batches for text in batch["text"].to_pylist())
+            for text in rows:
+                place += 1
+                if isinstance(text, bytes):  # a line, or a row of a binary column
+                    text = text.decode("utf-8-sig").rstrip("\r\n")
+                if kind == ".jsonl":
+                    text = json.loads(text)["text"] if text.strip() else None
+                if text is not None and text.strip():
+                    text.encode()  # fails at a lone surrogate, which JSON can spell
+                    yield text
     except (ValueError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
-        wrong = f"cannot be read ({type(error).__name__}: {str(error)[:100]})"
+        at = f"{'row' if kind == '.parquet' else 'line'} {place} " if place else ""
+        wrong = f"{at}cannot be read ({type(error).__name__}: {str(error)[:100]})"
         wanted = "UTF-8 text, or JSON Lines or Parquet with a column named text"
         raise UserError(f"{option} {path}: {wrong}; expected {wanted}") from error
 
@@ -346,6 +418,7 @@ def read_corpora(args: Arguments, files: dict[str, list[Path]]) -> tuple[list, l
     train, held_out = [], []
     for name, weight in zip(args.corpus, args.corpus_weight, strict=True):
         paths, chars = random.Random(args.seed).sample(files[name], len(files[name])), 0
+        first = len(train)
         for number, text in enumerate(t for path in paths for t in documents(path, "--corpus")):
             if args.eval_text is None and number % HELD_OUT == HELD_OUT - 1:
                 held_out.append(text)
@@ -355,6 +428,11 @@ def read_corpora(args: Arguments, files: dict[str, list[Path]]) -> tuple[list, l
             if chars >= args.max_chars:
                 break
         print(f"corpus {name}: {chars:,} characters, weight {weight:g}", flush=True)
+        share = simplified_share(sample([t for _, t in train[first:]], REPORT_CHARS, args.seed))
+        if share > SIMPLIFIED_SHARE:
+            print(f"warning: --corpus {name}: {share:.0%} of the characters that the two scripts "
+                  "write differently are Simplified; expected Traditional Chinese; convert it with "
+                  "OpenCC (s2tw), or leave it out", file=sys.stderr, flush=True)
     if args.eval_text is not None:
         held_out = [t for path in files[args.eval_text] for t in documents(path, "--eval_text")]
         if not held_out:
@@ -373,20 +451,34 @@ def sample(texts: list[str], chars: int, seed: int) -> list[str]:
     return chosen
 
 
+def simplified_share(texts: list[str]) -> float:
+    """Of the characters that the two scripts write differently, the share in Simplified form.
+    Forms that Big5 holds as well (后, 里, 台) say nothing."""
+    from opencc import OpenCC
+    to_simplified, to_traditional = (OpenCC(name).convert for name in ("t2s", "s2t"))
+    simplified = traditional = 0
+    for sign, count in Counter(chain.from_iterable(texts)).items():
+        if to_simplified(sign) != sign:
+            traditional += count
+        elif to_traditional(sign) != sign and not sign.encode("big5", "ignore"):
+            simplified += count
+    return simplified / max(1, simplified + traditional)
+
+
 @cache
 def taiwan_forms() -> dict[int, str]:
-    """Variant glyphs and how Taiwan writes them. Characters of Big5 level 1 stay: OpenCC would turn
-    the everyday 污 of 污染 into 汙."""
+    """Variant glyphs and curly quotes, and how Taiwan writes them. Characters of Big5 level 1 stay:
+    OpenCC would turn the everyday 污 of 污染 into 汙."""
     import opencc
     ideographs = set(map(chr, chain(range(0x3400, 0xA000), range(0xF900, 0xFB00))))
     convert = opencc.OpenCC("t2tw").convert
-    return {ord(sign): convert(sign) for sign in ideographs.difference(BIG5_LEVEL_1)}
+    return QUOTES | {ord(sign): convert(sign) for sign in ideographs.difference(BIG5_LEVEL_1)}
 
 
 def segments(text: str) -> Iterator[str]:
-    """What pieces may come from, in Taiwan's glyphs: runs without ASCII signs, short enough for the
-    trainer (its positions have 16 bits)."""
-    for run in re.split(rf"[!-~\x00-\x1f\x7f{SPACE}]+", text.translate(taiwan_forms())):
+    """What pieces may come from, in Taiwan's glyphs: runs without ASCII or invisible signs, short
+    enough for the trainer (its positions have 16 bits)."""
+    for run in re.split(rf"[!-~{INVISIBLE}{SPACE}]+", text.translate(taiwan_forms())):
         yield from filter(str.strip, (run[i : i + 1000] for i in range(0, len(run), 1000)))
 
 
@@ -483,6 +575,11 @@ def dead_pieces(model, start: int) -> list[str]:
     return [p for i, (p, ids) in enumerate(zip(pieces, found, strict=True)) if ids != [start + i]]
 
 
+def special_pieces(model) -> list[str]:
+    """The pieces that no text spells: <unk> and every control piece."""
+    return [p.piece for p in model.pieces if p.type in (p.UNKNOWN, p.CONTROL)]
+
+
 def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     """tokenizer.model for SentencePiece's runtimes, tokenizer.json and its settings for the others.
 
@@ -508,7 +605,7 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     tokenizer.decoder = decoders.Sequence([
         decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
         decoders.Strip(" ", left=1, right=0)])
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (unk, bos, eos)])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special_pieces(model)])
 
     path = base_folder / "tokenizer_config.json"
     old = load_json(path, f"--base_model {base_folder}") if path.is_file() else {}
@@ -537,7 +634,8 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, i
     new = [piece.piece.replace(SPACE, " ") for piece in model.pieces][size:]
     texts = HARD_TEXTS + texts + ["".join(chance.choices(new, k=20)) for _ in range(1000)]
     texts += [piece * 3 for piece in chance.sample(new, min(1000, len(new)))]
-    texts = [text for text in texts if not re.search(rf"{SPACE}|<unk>|</?s>", text)]
+    left_out = "|".join(map(re.escape, [SPACE, *special_pieces(model)]))
+    texts = [text for text in texts if not re.search(left_out, text)]
     ours, theirs = processor(model), AutoTokenizer.from_pretrained(folder)
     ids, old_ids = ours.encode(texts), processor(base).encode(texts)
     their_ids = theirs(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -559,21 +657,40 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, i
 # --- The model -----------------------------------------------------------------------------------
 
 
-def new_rows(name: str, matrix, spelling: list[list[int]], init: str, std: float, seed: int) -> Any:
-    """Rows (N, H) for the N new pieces of the matrix (V, H), computed in fp32. mean_subtoken: the
-    mean of the rows that spell the piece, so it starts amid its parts. mean: the mean of all rows,
-    so that no new piece outweighs the old ones (Hewitt, 2021)."""
+def new_rows(
+    name: str, matrix, spelling: list[list[int]], init: str, std: float, seed: int,
+    match_norms: bool = False,
+) -> Any:
+    """Rows (N, H) for the N new pieces of the matrix (V, H), computed in fp32.
+
+    A piece's input row stands where the base would read its last spelling row, its output row where
+    the base would predict the first; so weighted_subtoken leans to the last in the embedding and to
+    the first in the head. mean: no new piece outweighs the old ones (Hewitt, 2021).
+    """
     import torch
-    rows = matrix.new_empty(len(spelling), matrix.shape[1])
-    if init == "mean_subtoken":
-        for row, ids in zip(rows, spelling, strict=True):
-            row[:] = matrix[ids].float().mean(0)
-    elif init == "mean":
-        total = sum(block.double().sum(0) for block in matrix.split(1024))  # little at a time
-        rows[:] = total / len(matrix)
-    else:
-        generator = torch.Generator().manual_seed(2 * seed + (name == HEAD))  # not twice the same
-        rows[:] = std * torch.randn(rows.shape, generator=generator)
+    rows, parts = matrix.new_empty(len(spelling), matrix.shape[1]), matrix.split(1024)
+    mean = (sum(part.double().sum(0) for part in parts) / len(matrix)).float()  # (H,)
+    norm = sum(part.float().norm(dim=1).sum() for part in parts) / len(matrix)
+    generator = torch.Generator().manual_seed(2 * seed + (name == HEAD))  # not twice the same
+    for first in range(0, len(rows), 1024):  # little at a time
+        block = mean.repeat(len(rows[first : first + 1024]), 1)  # (B, H)
+        if init.endswith("_subtoken"):
+            for row, ids in zip(block, spelling[first:], strict=False):
+                ids = {"first": ids[:1], "last": ids[-1:]}.get(init.removesuffix("_subtoken"), ids)
+                place = torch.arange(len(ids)) * (log(2) if init == "weighted_subtoken" else 0.0)
+                weights = torch.softmax(-place if name == HEAD else place, 0)
+                row[:] = weights @ matrix[ids].float()
+        elif init == "random":
+            block = std * torch.randn(block.shape, generator=generator)
+        elif init == "multivariate":
+            # Standard normal numbers times the V centred rows have V times the rows' covariance:
+            # no (H, H) matrix to decompose, which may be singular.
+            for part in parts:
+                z = torch.randn(len(block), len(part), generator=generator)
+                block += z @ (part.float() - mean) / len(matrix) ** 0.5
+        if match_norms:
+            block *= norm / block.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        rows[first : first + 1024] = block
     return rows
 
 
@@ -591,7 +708,7 @@ def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of, more: i
         with target.open("rb") as file:
             total += target.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
     for name in ("generation_config.json", "*.jinja", "LICENSE*", "USE_POLICY*"):
-        for path in base_folder.glob(name):
+        for path in filter(Path.is_file, base_folder.glob(name)):
             shutil.copyfile(path, folder / path.name)
     if (base_folder / INDEX).is_file():
         index = load_json(base_folder / INDEX, f"--base_model {base_folder}")
@@ -641,15 +758,17 @@ def measure(model, texts: list[str]) -> dict[str, float]:
     return {"characters_per_token": chars / len(ids), "byte_token_share": spelled / len(ids)}
 
 
-def starting_losses(folder: Path, base, model, texts: list[str], rows_of, eval_loss: str) -> dict:
+def starting_losses(folder: Path, base, model, texts: list[str], rows_of, args: Arguments) -> dict:
     """Bits per character (which compares across tokenizers, as loss per token does not) before any
-    training: the base with its own tokenizer, then every --init. Empty where the model is too large
-    for this machine, see --eval_loss."""
+    training: the base with its own tokenizer, then INITS and this run's. Empty where the model is
+    too large for this machine, see --eval_loss."""
     import torch
     from transformers import AutoModelForCausalLM
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size
-    if eval_loss == "no" or (eval_loss == "auto" and not gpu and size > CPU_LOSS_BYTES):
+    own = args.init if args.init_head in (None, args.init) else f"{args.init}, {args.init_head}"
+    own += ", norms matched" * args.match_norms
+    if args.eval_loss == "no" or (args.eval_loss == "auto" and not gpu and size > CPU_LOSS_BYTES):
         return {}
     print("measuring the loss before training for each --init", flush=True)
     dtype, device = ("auto", "cuda") if gpu else (torch.float32, "cpu")
@@ -660,9 +779,10 @@ def starting_losses(folder: Path, base, model, texts: list[str], rows_of, eval_l
     bos, old, new = base.trainer_spec.bos_id, len(base.pieces), len(model.pieces)
     with torch.inference_mode():
         losses = {"base": bits_per_character(llama, processor(base), texts, bos, old)}
-        for init in INITS:
+        for init in dict.fromkeys((*INITS, own)):
+            rule = {} if init == own else {"init": init, "match_norms": False}
             for name, matrix in matrices.items():
-                matrix[old:] = rows_of(name, matrix[:old].cpu(), init=init)
+                matrix[old:] = rows_of(name, matrix[:old].cpu(), **rule)
             losses[init] = bits_per_character(llama, processor(model), texts, bos, new)
     return losses
 
@@ -701,7 +821,7 @@ def show(report: dict, text: str, model, picture: Path) -> None:
         axis.bar_label(drawn, fmt="%.2f")
         axis.set_title(title)
         axis.spines[["top", "right"]].set_visible(False)
-    picture.parent.mkdir(exist_ok=True)
+    picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=150)
 
 
@@ -710,7 +830,10 @@ def show(report: dict, text: str, model, picture: Path) -> None:
 
 def already_done(output: Path, record: dict) -> bool:
     """Whether the output is this very run, finished; anything else in its place is refused."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    refuse_dead_link(output, "--output_dir")
+    if not output.exists():
+        return False
+    if output.is_dir() and all(path.name in FOREIGN for path in output.iterdir()):
         return False
     given, path, now = f"--output_dir {output}", output / "run.json", record["arguments"]
     then = load_json(path, given) if path.is_file() else {}
@@ -718,7 +841,8 @@ def already_done(output: Path, record: dict) -> bool:
         raise UserError(f"{given}: extend_vocab.py did not make it; pass a new or empty folder")
     if now["overwrite"]:
         return False
-    before = (then.get("arguments") or {}) | {"overwrite": False}
+    before = asdict(Arguments()) | (then.get("arguments") or {})
+    before |= {name: now[name] for name in ("overwrite", "picture")}
     differing = [f"--{name}" for name in now if now[name] != before.get(name)]
     differing += ["the files it reads"] if record["inputs"] != then.get("inputs") else []
     if differing:
@@ -734,7 +858,7 @@ def save_json(path: Path, content: dict) -> None:
 
 
 @contextmanager
-def built_aside(output: Path) -> Iterator[Path]:
+def build_aside(output: Path) -> Iterator[Path]:
     """A hidden folder beside the output, which takes its place when all is well and is removed when
     not. A lock keeps a second run out; what a killed run left, the next one takes over."""
     shown, output = f"--output_dir {output}", output.resolve()  # beside what a link leads to
@@ -752,7 +876,13 @@ def built_aside(output: Path) -> Iterator[Path]:
             leaving.callback(os.close, lock)  # the last step, when all is tidy
             held = False
             with suppress(BlockingIOError, FileNotFoundError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in NO_LOCKS:
+                        raise
+                    print(f"warning: {shown}: this file system has no locks; start no second run "
+                          "into the same folder", file=sys.stderr)
                 held = os.path.samestat(os.fstat(lock), partial.stat())  # not renamed by now
             if not held:
                 remedy = "wait for it, or pass another folder"
@@ -801,23 +931,28 @@ def main(argv: list[str] | None = None) -> None:
     model, replaced = merge_pieces(base, candidates, args.vocab_size)
     spelling = spellings(base, [piece.piece for piece in model.pieces][len(base.pieces) :])
     std = config.get("initializer_range", 0.02)
-    rows_of = partial(new_rows, spelling=spelling, init=args.init, std=std, seed=args.seed)
+    inits = {EMBEDDING: args.init, HEAD: args.init_head or args.init}
+
+    def rows_of(name: str, matrix, **changes) -> Any:
+        rule = {"init": inits[name], "match_norms": args.match_norms} | changes
+        return new_rows(name, matrix, spelling, std=std, seed=args.seed, **rule)
+
     report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
     report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
     report["replaced_pieces"] = len(replaced)
-    with built_aside(output) as folder:
+    with build_aside(output) as folder:
         write_tokenizer(folder, base_folder, model)
         texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, texts, args.seed)
         resize_model(folder, base_folder, shards, rows_of, len(spelling))
         save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         texts = sample(report_texts, LOSS_CHARS, args.seed)
-        losses = starting_losses(folder, base, model, texts, rows_of, args.eval_loss)
+        losses = starting_losses(folder, base, model, texts, rows_of, args)
         report["bits_per_character_before_training"] = losses
         record |= {"versions": {name: version(name) for name in PACKAGES}, "results": report}
         save_json(folder / "run.json", record)
-        show(report, report_texts[0], model, Path("pictures/vocab.png"))
-    print(f"wrote {output} and pictures/vocab.png; next: python train_pt.py")
+        show(report, report_texts[0], model, Path(args.picture))
+    print(f"wrote {output} and {args.picture}; next: python train_pt.py")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a pasted notebook cell only defines
