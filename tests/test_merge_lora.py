@@ -553,7 +553,7 @@ def test_missing_models_say_what_to_run(pair, capsys, tmp_path):
     edit(base / "config.json", quantization_config={"load_in_4bit": True})
     assert "it is quantised" in refusal(capsys, adapter, "--base_model", base)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    assert "no adapter_model.safetensors" in refusal(capsys, adapter)
+    assert "adapter_model.bin; expected adapter_model.safetensors" in refusal(capsys, adapter)
 
 
 def test_unfinished_training_points_to_its_last_checkpoint(pair, capsys):
@@ -616,6 +616,219 @@ def test_texts_that_cannot_be_read(pair, capsys):
     Path("latin").write_bytes(b"\xff\xfe\xfd")
     assert "expected a UTF-8 text" in refusal(capsys, pair[1], "--verify", "latin")
     assert "expected a UTF-8 text" in refusal(capsys, pair[1], "--verify", "nowhere")
+
+
+# --- An adapter that is not whole, and what travels with it --------------------------------------
+
+
+def drop(folder: Path, wanted) -> None:
+    """Remove the tensors whose name fits."""
+    path = folder / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if not wanted(n)}, path)
+
+
+ROWS_OF_BOTH = {"embed_tokens": NEW_ROWS, "lm_head": NEW_ROWS}
+TRUNCATED = {  # what the adapter promises, what is lost of it, what the line names
+    "everything": ({}, "", ["holds no tensors", "14 of 14", "0.mlp.down_proj (LoRA"]),
+    "a layer": ({}, "layers.1.", ["7 of 14", "model.layers.1."]),
+    "one pair": ({}, "0.mlp.up_proj.", ["1 of 14", "model.layers.0.mlp.up_proj (LoRA"]),
+    "a pattern's": ({"target_modules": ".*_proj"}, "k_proj", ["2 of 14", "1.self_attn.k_proj"]),
+    "all-linear's": (
+        {"target_modules": "all-linear"}, "v_proj", ["2 of 14", "1.self_attn.v_proj"]),
+    "the chosen layer's": (
+        {"layers_to_transform": [1], "layers_pattern": "layers"}, "q_proj",
+        ["1 of 7", "1.self_attn.q_proj"]),
+    "another rank's": ({"rank_pattern": {"down_proj": 9}}, "down_proj", ["2 of 14", "down_proj"]),
+    "embedding and head": (
+        {"modules_to_save": ["embed_tokens", "lm_head"]}, "embed_tokens",
+        ["1 of 16", "model.embed_tokens (modules_to_save)"]),
+    "a norm": ({"modules_to_save": NORMS}, "model.norm", ["1 of 19", "model.norm (modules_to"]),
+    "new rows": (
+        {"trainable_token_indices": ROWS_OF_BOTH}, "lm_head",
+        ["1 of 16", "lm_head (trainable_token_indices)"]),
+    "a whole block": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}, "1.mlp.up_proj",
+        ["1 of 8", "model.layers.1.mlp.up_proj (modules_to_save)"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRUNCATED)
+def test_an_adapter_that_lacks_what_it_promises_is_refused(tmp_path, capsys, case):
+    promise, lost, names = TRUNCATED[case]
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", **promise)
+    assert_same_bits(merge(adapter), peft_merge(base, adapter))
+    drop(adapter, lambda name: lost in name)
+    capsys.readouterr()
+    line = refusal(capsys, adapter)
+    for words in ("adapter_model.safetensors is not whole", *names):
+        assert words in line
+
+
+def test_layers_that_are_not_promised_are_named(pair, capsys):
+    """PEFT leaves them out with a warning."""
+    edit(pair[1] / "adapter_config.json", layers_to_transform=[0])
+    line = refusal(capsys, pair[1])
+    assert "7 have LoRA that adapter_config.json does not promise: model.layers.1." in line
+
+
+@pytest.mark.parametrize("place", ["run.json", "metadata", "luojiu_quantization", "quantization"])
+def test_4bit_settings_travel_with_the_adapter(qlora, place, capsys):
+    adapter = qlora[1]
+    expected = merge(adapter)
+    (adapter / "run.json").rename("kept.json")
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "device": "cpu",
+                "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    path = adapter / "adapter_model.safetensors"
+    if place == "run.json":
+        Path("kept.json").rename(adapter / "run.json")
+    elif place == "metadata":
+        metadata = {"luojiu_quantization": json.dumps(settings)}
+        save_file(load_file(path), path, metadata=metadata)
+    else:
+        edit(adapter / "adapter_config.json", **{place: settings})
+    ours = merge(adapter)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_settings_that_are_not_known_are_one_warning(qlora, capsys):
+    base, adapter = qlora
+    (adapter / "run.json").unlink()
+    assert_same_bits(merge(adapter), peft_merge(base, adapter))
+    said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: ")]
+    assert len(said) == 1 and "4 bits" in said[0] and "--merge_into dequantized" in said[0]
+    path = adapter / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"luojiu_quantization": '{"load_in_4bit": false}'})
+    merge(adapter)
+    merge(adapter, "--merge_into", "dequantized")
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ("{", "expected a JSON object"), ("[4]", "expected a JSON object"),
+    ('{"bnb_4bit_quant_type": "int4"}', "quant_type is int4; expected nf4 or fp4")])
+def test_settings_that_cannot_be_read(pair, capsys, settings, words):
+    path = pair[1] / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"luojiu_quantization": settings})
+    assert words in refusal(capsys, pair[1])
+
+
+def test_paths_with_a_tilde_are_one_place(qlora, monkeypatch):
+    base, adapter = qlora
+    monkeypatch.setenv("HOME", str(base.parent))
+    (base.parent / "text").write_text("春天的早晨", encoding="utf-8")
+    merge_lora.main([
+        "--adapter", "~/adapter", "--base_model=~/base", "--output_dir", "~/out", "--device", "cpu",
+        "--verify", "~/text"])
+    expected, ours = merge(adapter), read(base.parent / "out")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    assert not Path("~").exists()
+    edit(adapter / "adapter_config.json", base_model_name_or_path="~/base")
+    (adapter / "run.json").unlink()
+    assert merge(adapter)
+
+
+def test_a_link_is_a_place(pair, tmp_path, capsys):
+    (tmp_path / "disk").mkdir()
+    Path("merged").symlink_to(tmp_path / "disk")
+    before = merge(pair[1])
+    assert Path("merged").is_symlink() and before.keys() == read(tmp_path / "disk").keys()
+    shutil.rmtree(tmp_path / "disk")
+    line = refusal(capsys, pair[1])
+    assert f"--output_dir merged: a link to {tmp_path / 'disk'}, which is not there" in line
+    Path("merged").unlink()
+    Path("merged").symlink_to("merged")  # a link to itself
+    assert "--output_dir merged: a link to merged" in refusal(capsys, pair[1])
+    Path("here").symlink_to(pair[1])
+    assert merge(Path("here"), "--output_dir", "elsewhere") == {}
+    assert read(Path("elsewhere")).keys() == before.keys()
+
+
+def test_pickled_weights_and_how_to_convert_them(pair, capsys):
+    """The adapter's command is run as it is printed."""
+    import shlex
+
+    base, adapter = pair
+    expected = merge(adapter)
+    path = adapter / "adapter_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    line = refusal(capsys, adapter)
+    command = shlex.split(line.partition("convert them: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    ours = merge(adapter)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    for shard in base.glob("model*"):
+        shard.unlink()
+    assert "no model.safetensors there, nor its index" in refusal(capsys, adapter)
+    (base / "pytorch_model.bin").touch()
+    line = refusal(capsys, adapter)
+    assert f"--base_model {base}: its weights are in pytorch_model.bin" in line
+    assert "save_pretrained" in line
+
+
+def test_a_base_that_has_moved_is_named_by_the_adapter(pair, capsys):
+    base, adapter = pair
+    base.rename(base.with_name("moved"))
+    line = refusal(capsys, adapter)
+    assert f"--adapter {adapter}: it names {base} as its base" in line
+    assert "pass the model with --base_model" in line
+    line = refusal(capsys, adapter, "--base_model", "m")
+    assert "it names" not in line and "--base_model m: no such folder" in line
+    assert merge(adapter, "--base_model", base.with_name("moved"))
+
+
+def test_an_adapters_own_tokenizer_is_blamed(pair, capsys):
+    adapter = pair[1]
+    merge(adapter)
+    made = json.loads(Path("merged/tokenizer.json").read_text())
+    added = {"id": ROWS, "content": "<one more>", "special": False}
+    made["added_tokens"].append(added)
+    (adapter / "tokenizer.json").write_text(json.dumps(made))
+    line = refusal(capsys, adapter)
+    assert f"--adapter {adapter}: " in line and f"added tokens {ROWS + 1}" in line
+    assert "or remove" in line
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(pair, capsys, monkeypatch, number):
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(merge_lora.fcntl, "flock", flock)
+    assert merge(pair[1])
+    assert "warning: --output_dir merged: this file system has no locks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_the_lock_ends_with_main(pair, monkeypatch, wrong):
+    """As in a notebook, where the process goes on."""
+    def stop(*args):
+        raise wrong
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_lora, "write_weights", stop)
+        with pytest.raises((SystemExit, RuntimeError)):
+            merge(pair[1])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(pair[1]), "--output_dir",
+         "merged"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_merged_model_tells_what_was_new_in_it(pair):
+    base, adapter = pair
+    (base / "run.json").write_text('{"results": {"base_vocab_size": 977}}')
+    merge(adapter)
+    assert json.loads(Path("merged/run.json").read_text())["results"]["base_vocab_size"] == 977
+    second = make_adapter(Path("merged").resolve(), base.parent / "second")
+    merge(second, "--output_dir", "again")
+    assert json.loads(Path("again/run.json").read_text())["results"]["base_vocab_size"] == 977
+    (base / "run.json").unlink()
+    (adapter / "run.json").write_text('{"settings": {"first_new_row": 976}}')
+    merge(adapter)
+    assert json.loads(Path("merged/run.json").read_text())["results"]["base_vocab_size"] == 976
 
 
 # --- A full disk, a kill -------------------------------------------------------------------------
