@@ -127,6 +127,12 @@ class Arguments:
         "else the GPU if there is one.")
     dtype: Literal["bf16", "fp16", "fp32"] | None = option(
         None, "Number format of all merged weights; None: the base's.")
+    chat_model: str | None = option(
+        None, "A chat model that was trained from the same base, folder or hub id: merged + "
+        "chat_scale x (chat - base), a chat vector (Huang et al. 2024); None: none.")
+    chat_scale: float = option(1.0, "How much of the chat vector is added.")
+    chat_embeddings: bool = option(
+        False, "Add it to embedding and head too, on the rows of the pieces that both models have.")
     max_shard_size: float = option(5.0, "Largest safetensors file in GB; more makes another file.")
     verify: str | None = field(default=None, metadata={"nargs": "?", "const": PASSAGE, "help":
         "UTF-8 text on which to compare base + adapter with the merged model (mean KL, bits per "
@@ -154,13 +160,17 @@ def parse_args(argv: list[str] | None) -> Arguments:
 def check(args: Arguments) -> None:
     """Expand ~ in every path; refuse what can be refused before anything is read."""
     args.adapter = [os.path.expanduser(name) for name in args.adapter]
-    for name in ("base_model", "output_dir", "verify"):
+    for name in ("base_model", "output_dir", "verify", "chat_model"):
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     if not args.max_shard_size > 0:
         raise UserError(f"--max_shard_size {args.max_shard_size}: expected a number of GB above 0")
     if args.verify_tokens < 2:
         raise UserError(f"--verify_tokens {args.verify_tokens}: expected 2 or more")
+    if not 0 < args.chat_scale <= 10:
+        raise UserError(f"--chat_scale {args.chat_scale}: expected a number above 0, to 10")
+    if args.chat_embeddings and not args.chat_model:
+        raise UserError("--chat_embeddings true: expected a chat model; pass --chat_model")
     if args.verify and len(args.adapter) > 1:
         raise UserError("--verify: one adapter expected, not several; PEFT does not average them")
     if args.push_to_hub and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", args.push_to_hub):
@@ -475,6 +485,9 @@ class Part:
     dtype: str  # of the merged tensor, as safetensors writes it
     changes: list[Change]  # one for each adapter, of which the mean is taken
     nf4: dict | None = None  # the settings of the 4-bit copy that holds the source; None: as it is
+    chat: Stored | None = None  # the chat model's tensor, and how much of chat - base is added
+    chat_scale: float = 1.0
+    shared: list[int] | None = None  # on which rows; None: on all
 
     @property
     def replaced(self) -> bool:
@@ -686,6 +699,64 @@ def choose_base(parts: dict[str, Part], args: Arguments, adapters: list[Adapter]
     return nf4
 
 
+def read_pieces(folder: Path, shown: str) -> dict[str, int]:
+    """A tokenizer's pieces and their ids."""
+    from sentencepiece import SentencePieceProcessor
+    try:
+        if not (folder / "tokenizer.json").is_file():
+            model = SentencePieceProcessor(str(folder / "tokenizer.model"))
+            return {model.id_to_piece(i): i for i in range(model.vocab_size())}
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+        return tokenizer["model"]["vocab"] | added
+    except Exception as error:
+        wrong = "no tokenizer.model or tokenizer.json that can be read"
+        raise UserError(f"{shown}: {wrong}; copy the tokenizer's files there") from error
+
+
+def lay_chat_over(args: Arguments, parts: dict[str, Part], base: Path, config: dict) -> Path | None:
+    """Enter the chat model's tensors into the plan: it must be the base, trained further."""
+    import torch
+    if not args.chat_model:
+        return None
+    shown, folder = f"--chat_model {args.chat_model}", find_model(args.chat_model, "--chat_model")
+    theirs, other = load_json(folder / "config.json", shown), "pass a chat model of the same base"
+    if theirs.get("quantization_config"):
+        raise UserError(f"{shown}: it is quantised; pass the 16-bit model that it was made from")
+    for key in ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        if key in theirs and key in config and theirs[key] != config[key]:
+            wrong = f"{key} is {theirs[key]}; expected {config[key]}, as in the base"
+            raise UserError(f"{shown}: {wrong}; {other}")
+    chat, ends = read_tensors(folder, shown), {EMBEDDING, HEAD}
+    chat = {name: tensor for name, tensor in chat.items() if not name.endswith("inv_freq")}
+    for name in sorted((parts.keys() | chat.keys()) - ends):
+        has, due = (name in models and (models[name].shape if models is chat
+                    else parts[name].source.shape) for models in (chat, parts))
+        if has != due:
+            wrong = f"{name} is {has or 'missing'}; expected {due or 'no such tensor'}"
+            raise UserError(f"{shown}: {wrong}, as in the base; {other}")
+    pieces, ours = read_pieces(folder, shown), read_pieces(base, f"--base_model {base}")
+    shared = sorted(i for piece, i in pieces.items() if ours.get(piece) == i)
+    if len(shared) < 0.9 * len(pieces):
+        wrong = f"{len(shared)} of its {len(pieces)} pieces have the same ids in the base"
+        raise UserError(f"{shown}: {wrong}; expected nearly all; {other}")
+    matrix = next(part for name, part in parts.items()
+                  if len(part.source.shape) == 2 and name not in ends)
+    blocks = (t.block(*t.blocks()[0]).float().view(-1) for t in (chat[matrix.name], matrix.source))
+    if (alike := torch.cosine_similarity(*blocks, dim=0).item()) < 0.5:  # of strangers it is near 0
+        wrong = f"{matrix.name} has a cosine of {alike:.2f} to the base's; expected above 0.5"
+        raise UserError(f"{shown}: {wrong}: it was not trained from this base; {other}")
+    for name, part in parts.items():
+        part.chat_scale = args.chat_scale
+        if name not in ends:
+            part.chat = chat[name]
+        elif args.chat_embeddings:
+            part.chat, part.shared = chat.get(name, chat.get(EMBEDDING)), shared
+            if part.chat is None or part.chat.shape[1:] != part.source.shape[1:]:
+                raise UserError(f"{shown}: {name} is missing or has another width; {other}")
+    return folder
+
+
 def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Every tensor that a Llama of this config has. (Transformers would tell too, by an empty
     model, but loading what makes one takes as long as merging a gigabyte.)"""
@@ -779,6 +850,20 @@ def apply_change(change: Change, like: Stored) -> Callable[..., "Tensor"]:
     return apply
 
 
+def add_chat(part: Part, begin: int, end: int, rows: "Tensor") -> "Tensor":
+    """Rows + scale x (chat - base) in fp32; the base is as it is on disk, also for a 4-bit one."""
+    end = min(end, part.source.rows, part.chat.rows)
+    if end <= begin:
+        return rows
+    vector = part.chat.block(begin, end).float() - part.source.block(begin, end).float()
+    rows = rows.float()
+    if part.shared is None:
+        return rows.add_(vector, alpha=part.chat_scale)
+    shared = [i - begin for i in part.shared if begin <= i < end]
+    rows[shared] += part.chat_scale * vector[shared]
+    return rows
+
+
 def merged(part: Part) -> Iterator["Tensor"]:
     """The merged tensor, block by block, rounded once."""
     import torch
@@ -792,8 +877,11 @@ def merged(part: Part) -> Iterator["Tensor"]:
     for (begin, end), source in zip(blocks, sources, strict=True):
         rows = changes[0](begin, end, source)
         if len(changes) > 1:
-            rows = rows.float() + sum(apply(begin, end, source) for apply in changes[1:])
+            others = (apply(begin, end, source).float() for apply in changes[1:])
+            rows = rows.float() + sum(others)
             rows /= len(changes)
+        if part.chat:
+            rows = add_chat(part, begin, end, rows)
         rows = out[: end - begin].copy_(rows)
         if not finite(rows):
             wrong = f"{part.name} goes beyond the range of {DTYPES[part.dtype]}"
@@ -880,6 +968,24 @@ def copy_rest(adapters: list[Adapter], base: Path, folder: Path, config: dict) -
     return adapters[0].shown if of_adapter else f"--base_model {base}"
 
 
+def copy_chat(chat: Path, folder: Path, shown: str) -> None:
+    """The chat model's terms, its generation config and its chat template, which messages need."""
+    for name in ("generation_config.json", "chat_template.jinja", "LICENSE*", "USE_POLICY*"):
+        for path in chat.glob(name):
+            shutil.copyfile(path, folder / path.name)
+    settings, made = chat / "tokenizer_config.json", folder / "chat_template.jinja"
+    if (chat / made.name).is_file():
+        return
+    template = load_json(settings, shown).get("chat_template") if settings.is_file() else None
+    if isinstance(template, list):  # several, by name
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    if template:
+        made.write_text(template, encoding="utf-8")
+    else:
+        print(f"warning: {shown}: it has no chat template; the merged model takes no messages; "
+              f"add {made.name} to it", file=sys.stderr)
+
+
 def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
     """See that tokenizer.model, tokenizer.json and embedding agree; return the number of tokens."""
     from sentencepiece import SentencePieceProcessor
@@ -913,7 +1019,7 @@ def write_papers(folder: Path, args: Arguments, base: Path, facts: dict[str, obj
         "script": "merge_lora.py", "arguments": asdict(args),
         "versions": {name: version(name) for name in packages}, "results": facts,
         "base": {"model_name_or_path": str(base), "fingerprint": fingerprint(base)}})
-    table = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    table = "\n".join(f"- {key}: {value}" for key, value in facts.items() if value is not None)
     (folder / "README.md").write_text(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
         "A LoRA adapter merged into its base by `merge_lora.py` of 落九 (Luojiu). The terms of the "
@@ -1066,17 +1172,22 @@ def main(argv: list[str] | None = None) -> None:
     base, config, stored = find_base(args, adapters)
     parts = make_plan(args, stored, adapters, config)
     nf4 = choose_base(parts, args, adapters)
+    chat = lay_chat_over(args, parts, base, config)
     check_shapes(parts, stored, config, f"--base_model {base}")
     output, nbytes = Path(args.output_dir), sum(part.nbytes for part in parts.values())
-    check_output(output, [base, *(adapter.folder for adapter in adapters)], nbytes)
+    inputs = [base, *(adapter.folder for adapter in adapters), *([chat] if chat else [])]
+    check_output(output, inputs, nbytes)
     with build_aside(output) as folder:
         tokenizer_from = copy_rest(adapters, base, folder, config)
         tokens = check_tokenizer(folder, config["vocab_size"], tokenizer_from)
+        if chat:
+            copy_chat(chat, folder, f"--chat_model {args.chat_model}")
         write_weights(folder, parts, args.max_shard_size * 1e9)
         facts = {
             "adapter": "mean of " * (len(adapters) > 1)
             + "; ".join(f"{adapter.folder}, rank {adapter.lora['r']}" for adapter in adapters),
             "base": f"{base}, {'quantised and dequantised' if nf4 else 'as it is'}",
+            "chat vector": f"{chat}, times {args.chat_scale}" if chat else None,
             "weights": f"{len(parts)} tensors, {nbytes / 1e9:.2f} GB",
             "vocabulary": f"{config['vocab_size']} rows, {tokens} tokens",
             "base_vocab_size": base_vocab_size(base, adapters[0])}

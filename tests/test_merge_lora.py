@@ -284,6 +284,182 @@ def test_widths_that_bitsandbytes_misreads_are_refused(tmp_path, capsys):
     assert "no multiple of bitsandbytes' blocks" in line and "--merge_into original" in line
 
 
+# --- The mean of several, and a chat vector ------------------------------------------------------
+
+
+def as_if_rounded_once(ours: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Half a unit in the last place of a float64 result, and what fp32 adds to it."""
+    exact32 = exact.float()
+    spacing = exact.abs().clamp(min=1e-30).log2().floor().exp2() * torch.finfo(ours.dtype).eps
+    room = spacing.double() / 2 + 1e-6 * exact.abs().max()
+    return bool(((ours.double() - exact).abs() <= room).all()) and ours.shape == exact32.shape
+
+
+@pytest.mark.parametrize("case", ["all linear layers", "as train_pt.py", "DoRA", "rsLoRA"])
+def test_several_adapters_are_the_mean_of_their_merged_weights(tmp_path, case):
+    base = make_base(tmp_path / "base")
+    names = [make_adapter(base, tmp_path / name, **CASES[case]) for name in ("a", "b", "c")]
+    for number, adapter in enumerate(names):
+        path = adapter / "adapter_model.safetensors"
+        noise = torch.Generator().manual_seed(number)
+        tensors = load_file(path)
+        save_file({
+            n: t + 0.1 * torch.randn(t.shape, generator=noise).to(t.dtype)
+            for n, t in tensors.items()}, path)
+    singles = [dict(merge(name, "--dtype", "fp32")) for name in names]
+    ours = merge(names[0], "--adapter", *names)
+    for name, tensor in ours.items():
+        mean = sum(single[name].double() for single in singles) / 3
+        assert as_if_rounded_once(tensor, mean), name
+    for name, tensor in read(base).items():  # what no adapter changes stays as it was
+        if all(torch.equal(single[name].to(tensor.dtype), tensor) for single in singles):
+            assert torch.equal(ours[name], tensor), name
+    alone = merge(names[0])
+    again = merge(names[0], "--adapter", *4 * [names[0]])
+    assert all(torch.equal(alone[name], tensor) for name, tensor in again.items())
+
+
+def test_adapters_that_cannot_be_averaged(tmp_path, capsys):
+    base, other = make_base(tmp_path / "base"), make_base(tmp_path / "other")
+    first = make_adapter(base, tmp_path / "a")
+    line = refusal(capsys, first, "--adapter", first, make_adapter(other, tmp_path / "b"))
+    assert f"its base is {other}" in line and "--base_model" in line
+    assert "--verify: one adapter expected" in refusal(
+        capsys, first, "--adapter", first, first, "--verify")
+    assert "--adapter gone" in refusal(capsys, first, "--adapter", first, "gone")
+
+
+def make_chat(base: Path, folder: Path, dtype=torch.bfloat16) -> Path:
+    """The base, trained further on something else."""
+    shutil.copytree(base, folder)
+    noise = torch.Generator().manual_seed(7)
+    for path in folder.glob("*.safetensors"):
+        tensors = {
+            n: (t + 0.01 * torch.randn(t.shape, generator=noise)).to(dtype)
+            for n, t in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
+    edit(folder / "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
+    return folder
+
+
+ENDS = {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["as train_pt.py", "DoRA"])
+def test_a_chat_vector_is_the_plain_formula_rounded_once(tmp_path, case, dtype, scale):
+    base = make_base(tmp_path / "base", dtype)
+    adapter = make_adapter(base, tmp_path / "adapter", **CASES[case])
+    chat = make_chat(base, tmp_path / "chat")
+    merge(adapter, "--dtype", "fp32", "--output_dir", "plain")
+    plain, before, after = read(Path("plain")), read(base), read(chat)
+    rounded = merge(adapter)
+    for embeddings in ("false", "true"):
+        ours = merge(
+            adapter, "--chat_model", chat, "--chat_scale", scale, "--chat_embeddings", embeddings)
+        for name, tensor in ours.items():
+            exact = plain[name].double() + scale * (after[name].double() - before[name].double())
+            if name in ENDS and embeddings == "false":
+                assert torch.equal(tensor, rounded[name]), name
+            else:
+                assert as_if_rounded_once(tensor, exact), name
+    assert Path("merged/chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
+    assert json.loads(Path("merged/generation_config.json").read_text())["temperature"] == 0.6
+    from transformers import AutoTokenizer
+
+    messages = [{"role": "user", "content": "春天"}]
+    said = AutoTokenizer.from_pretrained("merged").apply_chat_template(messages, tokenize=False)
+    assert said == "春天"
+
+
+def test_a_chat_model_of_fewer_rows_changes_only_those_that_both_have(tmp_path):
+    """The base has 40 new pieces; the chat model's tokenizer has 960 of the 1,000, and a pad."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", **CASES["as train_pt.py"])
+    rounded = merge(adapter)
+    chat = make_chat(base, tmp_path / "chat")
+    made = json.loads(Path("merged/tokenizer.json").read_text())
+    made["model"]["vocab"] = {p: i for p, i in made["model"]["vocab"].items() if i < 960}
+    pad = {"id": 960, "content": "<pad>", "special": True}
+    (chat / "tokenizer.json").write_text(json.dumps(made | {"added_tokens": [pad]}))
+    (chat / "tokenizer.model").unlink()
+    for name in ENDS:
+        edit_tensor_exactly(chat, name, lambda t: t[:961])
+    edit(chat / "config.json", vocab_size=961)
+    ours = merge(adapter, "--chat_model", chat, "--chat_embeddings")
+    for name in ENDS:
+        changed = (ours[name] != rounded[name]).any(1)
+        assert changed[:960].all() and not changed[960:].any(), name
+
+
+def edit_tensor_exactly(folder: Path, name: str, change) -> None:
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name] = change(tensors[name]).contiguous()
+            save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_chat_models_that_do_not_belong_to_the_base(pair, tmp_path, capsys):
+    base, adapter = pair
+    chat = make_chat(base, tmp_path / "chat")
+
+    def line(*options) -> str:
+        return refusal(capsys, adapter, "--chat_model", chat, *options)
+
+    assert "--chat_scale 0.0: expected" in line("--chat_scale", "0.0")
+    said = refusal(capsys, adapter, "--chat_embeddings")
+    assert "--chat_embeddings true" in said and "--chat_model" in said
+    assert "--chat_model gone: no such folder" in refusal(capsys, adapter, "--chat_model", "gone")
+    assert "which is read, lies in it" in line("--output_dir", chat)
+    edit(chat / "config.json", num_attention_heads=4)
+    assert "num_attention_heads is 4; expected 5" in line()
+    edit(chat / "config.json", num_attention_heads=5, quantization_config={"bits": 4})
+    assert "it is quantised" in line()
+    edit(chat / "config.json", quantization_config=None)
+    whole = read(chat)
+    edit_tensor_exactly(chat, "model.norm.weight", lambda t: t[:59])
+    assert "model.norm.weight is (59,); expected (60,), as in the base" in line()
+    edit_tensor(chat, "model.norm.weight", lambda t: None)
+    assert "model.norm.weight is missing; expected (60,)" in line()
+    shutil.rmtree(chat)
+    make_chat(base, chat)
+    assert whole.keys() == read(chat).keys()
+    for name in whole:
+        edit_tensor_exactly(chat, name, lambda t: torch.randn_like(t))
+    said = line()
+    assert "not trained from this base" in said and "--chat_model" in said
+    merge(adapter)
+    made = json.loads(Path("merged/tokenizer.json").read_text())
+    made["model"]["vocab"] = {p: (i + 1) % ROWS for p, i in made["model"]["vocab"].items()}
+    made["added_tokens"] = []
+    (chat / "tokenizer.json").write_text(json.dumps(made))
+    assert "0 of its 1000 pieces have the same ids" in line()
+
+
+def test_a_chat_model_without_a_template_is_a_warning(pair, tmp_path, capsys):
+    chat = make_chat(pair[0], tmp_path / "chat")
+    edit(chat / "tokenizer_config.json", chat_template=None)
+    merge(pair[1], "--chat_model", chat)
+    assert "it has no chat template" in capsys.readouterr().err
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    edit(chat / "tokenizer_config.json", chat_template=named)
+    merge(pair[1], "--chat_model", chat)
+    assert Path("merged/chat_template.jinja").read_text() == "y"
+
+
+def test_a_chat_vector_on_a_4bit_base_is_of_the_base_on_disk(qlora, tmp_path):
+    base, adapter = qlora
+    plain = merge(adapter, "--dtype", "fp32")
+    chat = make_chat(base, tmp_path / "chat")
+    ours, before, after = merge(adapter, "--chat_model", chat), read(base), read(chat)
+    for name in ours.keys() - ENDS:
+        exact = plain[name].double() + after[name].double() - before[name].double()
+        assert as_if_rounded_once(ours[name], exact), name
+
+
 # --- A usable model ------------------------------------------------------------------------------
 
 
