@@ -881,6 +881,17 @@ def test_settings_that_are_not_known_are_one_warning(qlora, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+def test_it_says_where_it_quantises_and_where_the_adapter_was_trained(qlora, capsys, monkeypatch):
+    adapter = qlora[1]
+    for device, words in (("cpu", "trained on cpu"), ("cuda", "trained on cuda; few values of 10")):
+        record = {"quantization": merge_lora.NF4 | {"device": device}}
+        (adapter / "run.json").write_text(json.dumps(record))
+        merge(adapter, "--device", "cpu")
+        assert f"quantising on cpu; the adapter was {words}" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cuda: PyTorch sees no GPU here" in refusal(capsys, adapter, "--device", "cuda")
+
+
 @pytest.mark.parametrize(("settings", "words"), [
     ("{", "expected a JSON object"), ("[4]", "expected a JSON object"),
     ('{"bnb_4bit_quant_type": "int4"}', "quant_type is int4; expected nf4 or fp4")])
