@@ -588,7 +588,11 @@ def make_plan(args: Arguments, base: dict, adapters: list[Adapter], config: dict
     if tied:
         parts.pop(HEAD, None)
     for number, adapter in enumerate(adapters):
-        lay_over(parts, number, adapter, tied)
+        try:
+            lay_over(parts, number, adapter, tied)
+        except re.error as error:
+            wrong = f"adapter_config.json: {error.pattern} is no pattern ({error})"
+            raise UserError(f"{adapter.shown}: {wrong}; expected one as PEFT writes it") from error
     wanted = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
     for part in parts.values():
         part.dtype = wanted.get(args.dtype, part.dtype)
@@ -613,6 +617,10 @@ def lay_over(parts: dict[str, Part], number: int, adapter: Adapter, tied: bool) 
         known = key in KNOWN_FIELDS or not value
         if value not in KNOWN_VALUES[key] if key in KNOWN_VALUES else not known:
             raise UserError(f"{shown}: {key} = {value} {peft}")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(lora.get(key), int | float):
+            wrong = f"adapter_config.json: {key} is {lora.get(key)}; expected a number"
+            raise UserError(f"{shown}: {wrong}; {AGAIN}")
     for name, tensor in adapter.tensors.items():
         if not (match := ADAPTER_NAME.fullmatch(name)):
             raise UserError(f"{shown}: {name} {peft}")

@@ -841,6 +841,41 @@ def test_an_adapter_that_lacks_what_it_promises_is_refused(tmp_path, capsys, cas
         assert words in line
 
 
+@pytest.mark.parametrize("promise", [
+    {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj", "proj"]},
+    {"target_modules": r".*layers\.[1-9]\d*\.self_attn\.[qv]_proj"},
+    {"target_modules": LINEAR, "exclude_modules": ["k_proj", "layers.2.mlp.up_proj"]},
+    {"target_modules": LINEAR, "exclude_modules": ".*mlp.*"},
+    {"target_modules": LINEAR, "layers_to_transform": 1},
+    {"target_modules": LINEAR, "layers_to_transform": [0, 12], "layers_pattern": ["h", "layers"]},
+    {"target_modules": LINEAR, "layers_to_transform": [0], "layers_pattern": "blocks"},
+    {"target_modules": [*LINEAR, "model.layers.2.mlp.up_proj"], "layers_to_transform": [0]},
+    {"target_modules": [*LINEAR, "lm_head"], "modules_to_save": ["mlp", "lm_head"]},
+])  # fmt: skip
+def test_targets_are_those_of_peft(promise):
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    modules = [
+        f"model.layers.{i}.{'mlp' if name in LINEAR[4:] else 'self_attn'}.{name}"
+        for i in (0, 1, 2, 12) for name in LINEAR]
+    config = LoraConfig(**promise)
+    for module in [*modules, "lm_head", "model.embed_tokens", "model.norm"]:
+        theirs = check_target_module_exists(config, module)
+        assert merge_lora.is_target(module, promise) == bool(theirs), module
+
+
+@pytest.mark.parametrize(("field", "value", "words"), [
+    ("r", None, "r is None; expected a number"),
+    ("lora_alpha", "16", "lora_alpha is 16; expected a number"),
+    ("target_modules", "(q_proj", "(q_proj is no pattern"),
+    ("rank_pattern", {"*q_proj": 4}, "*q_proj)$ is no pattern")])
+def test_settings_of_an_adapter_that_make_no_sense(pair, capsys, field, value, words):
+    edit(pair[1] / "adapter_config.json", **{field: value})
+    line = refusal(capsys, pair[1])
+    assert f"--adapter {pair[1]}: " in line and words in line.replace("(.*\\.)?(*", "*")
+
+
 def test_layers_that_are_not_promised_are_named(pair, capsys):
     """PEFT leaves them out with a warning."""
     edit(pair[1] / "adapter_config.json", layers_to_transform=[0])
