@@ -19,10 +19,18 @@ scales each row to its trained length.
 An adapter trained on a 4-bit base (QLoRA, Dettmers et al. 2023) has learned to live with that
 base's rounding. It is merged into what it saw, the base quantised and dequantised: --merge_into.
 
+Whole: all that adapter_config.json promises (target_modules, modules_to_save and
+trainable_token_indices) must be in the file, or the merge is refused.
+
+Several adapters of one base: the mean of their merged weights, in fp32. A chat model of the same
+base: merged + scale * (chat - base), in fp32, a chat vector (Huang et al. 2024). It brings
+instruction following without any instruction data; how well depends on the models.
+
 A run of seconds on any CPU (this command was run, after the demo):
     python merge_lora.py --verify
 The real run:
     python merge_lora.py --dtype bf16
+    python merge_lora.py --dtype bf16 --chat_model meta-llama/Llama-2-7b-chat-hf
 Cost, measured on 2 cores: 3.74 GB in 6.8 s (1.2 times as long as cp -r, 4.1 times faster than PEFT)
 and 0.31 GB of memory; dequantized 34 s and 0.57 GB.
 """
@@ -39,7 +47,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -86,6 +94,11 @@ PASSAGE = (
     "小時，隔壁的阿伯搬出收音機，小孩反而高興，說終於看得見星星。我端著熱豆漿站在騎樓下，看清潔隊把吹落"
     "的樹枝一截一截鋸開，搬上卡車。捷運已經恢復行駛，學校也公布下午照常上課，日子好像什麼都沒發生過；只"
     "有公園那棵倒下的老榕樹，提醒路過的人，夜裡的風有多大。")
+QUANTIZATION = "luojiu_quantization"
+# The key under which train_pt.py writes into the metadata of adapter_model.safetensors how the base
+# was held: JSON with load_in_4bit, bnb_4bit_quant_type, bnb_4bit_use_double_quant and
+# bnb_4bit_compute_dtype (as in BitsAndBytesConfig), and device (cuda or cpu round differently).
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # from file systems without locks
 AGAIN = "copy or download it again"
 INEXACT = "cannot be merged exactly"
 OTHER_MODEL = "is it the adapter of another model? pass its base with --base_model"
@@ -106,17 +119,28 @@ def option(default: Any, text: str) -> Any:
 class Arguments:
     """Every option of the command line; the help text is the documentation."""
 
-    adapter: str = option(
-        "outputs/pt", "The adapter: train_pt.py's output or a checkpoint in it, or a hub id.")
+    adapter: list[str] = field(default_factory=lambda: ["outputs/pt"], metadata={"help":
+        "The adapter: train_pt.py's output or a checkpoint in it, or a hub id; of several, the "
+        "merged weights are averaged (the mean of A and B would be another model)."})
     base_model: str | None = option(
         None, "Model to merge into, folder or hub id; None: the one the adapter names.")
     output_dir: str = option(
         "outputs/merged", "Folder for the merged model; replaces an earlier one once it is whole.")
     merge_into: Literal["dequantized", "original"] | None = option(
         None, "The base as its 4-bit copy holds it, or as it is on disk; None: dequantized if the "
-        "adapter's run.json tells of a 4-bit base, else original.")
+        "adapter tells of a 4-bit base, else original.")
+    device: Literal["cpu", "cuda"] | None = option(
+        None, "Where the base is quantised; CPU and GPU differ in a few values of 10,000; None: "
+        "where the adapter was trained, if this machine has that device and the adapter tells it, "
+        "else the GPU if there is one.")
     dtype: Literal["bf16", "fp16", "fp32"] | None = option(
         None, "Number format of all merged weights; None: the base's.")
+    chat_model: str | None = option(
+        None, "A chat model that was trained from the same base, folder or hub id: merged + "
+        "chat_scale x (chat - base), a chat vector (Huang et al. 2024); None: none.")
+    chat_scale: float = option(1.0, "How much of the chat vector is added.")
+    chat_embeddings: bool = option(
+        False, "Add it to embedding and head too, on the rows of the pieces that both models have.")
     max_shard_size: float = option(5.0, "Largest safetensors file in GB; more makes another file.")
     verify: str | None = field(default=None, metadata={"nargs": "?", "const": PASSAGE, "help":
         "UTF-8 text on which to compare base + adapter with the merged model (mean KL, bits per "
@@ -142,11 +166,21 @@ def parse_args(argv: list[str] | None) -> Arguments:
 
 
 def check(args: Arguments) -> None:
-    """Refuse what can be refused before anything is read."""
+    """Expand ~ in every path; refuse what can be refused before anything is read."""
+    args.adapter = [os.path.expanduser(name) for name in args.adapter]
+    for name in ("base_model", "output_dir", "verify", "chat_model"):
+        if getattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
     if not args.max_shard_size > 0:
         raise UserError(f"--max_shard_size {args.max_shard_size}: expected a number of GB above 0")
     if args.verify_tokens < 2:
         raise UserError(f"--verify_tokens {args.verify_tokens}: expected 2 or more")
+    if not 0 < args.chat_scale <= 10:
+        raise UserError(f"--chat_scale {args.chat_scale}: expected a number above 0, to 10")
+    if args.chat_embeddings and not args.chat_model:
+        raise UserError("--chat_embeddings true: expected a chat model; pass --chat_model")
+    if args.verify and len(args.adapter) > 1:
+        raise UserError("--verify: one adapter expected, not several; PEFT does not average them")
     if args.push_to_hub and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", args.push_to_hub):
         raise UserError(f"--push_to_hub {args.push_to_hub}: expected a repository as user/name")
 
@@ -231,7 +265,7 @@ def fingerprint(folder: Path) -> str:
 
 def find_adapter(name: str) -> Path:
     """The local folder of an adapter; without one, the error says what to run or to pass."""
-    shown, folder = f"--adapter {name}", Path(name).expanduser()
+    shown, folder = f"--adapter {name}", Path(name)
     if not folder.exists() and re.fullmatch(r"(?!outputs/)\w[\w.-]*/\w[\w.-]*", name):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -244,6 +278,12 @@ def find_adapter(name: str) -> Path:
     if missing and steps:
         last = folder / f"checkpoint-{max(steps)}"
         raise UserError(f"{shown}: training is not finished; pass --adapter {last}")
+    if missing == [files[1]] and (folder / "adapter_model.bin").is_file():
+        convert = ("import sys, torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v "
+                   "in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])")
+        raise UserError(
+            f"{shown}: its weights are in adapter_model.bin; expected {files[1]}; convert them: "
+            f"python -c '{convert}' {folder}/adapter_model.bin {folder}/{files[1]}")
     if missing:
         raise UserError(
             f"{shown}: no {missing[0]} there, nor on the hub if that can be reached; expected a "
@@ -308,6 +348,12 @@ def read_tensors(folder: Path, shown: str, file: str = "model.safetensors") -> d
     index, names, tensors = folder / f"{file}.index.json", {file}, {}
     if index.is_file() and not (folder / file).is_file():
         names = set(load_json(index, shown).get("weight_map", {}).values())
+    elif not (folder / file).is_file():
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        wrong = f"its weights are in {pickled[0]}" if pickled else f"no {file} there, nor its index"
+        remedy = ("load it with AutoModelForCausalLM, save it with save_pretrained(new folder) and "
+                  "pass that folder") if pickled else AGAIN
+        raise UserError(f"{shown}: {wrong}; expected safetensors; {remedy}")
     for path in (folder / name for name in sorted(names)):
         try:
             safe_open(path, "np")  # it holds the header against the file's size
@@ -327,22 +373,87 @@ def read_tensors(folder: Path, shown: str, file: str = "model.safetensors") -> d
     return tensors
 
 
-def find_base(args: Arguments, lora: dict, run: dict) -> tuple[Path, dict, dict[str, Stored]]:
-    """The base's folder, config and tensors; it must be the model the adapter was trained on."""
-    name, revision = args.base_model or lora.get("base_model_name_or_path"), lora.get("revision")
-    if not name:
-        raise UserError(f"--adapter {args.adapter}: it names no base; pass --base_model")
-    shown = f"--base_model {name}"
-    if not args.base_model and revision not in (None, "main") and not Path(name).exists():
+@dataclass
+class Adapter:
+    """An adapter as it lies on the disk."""
+
+    folder: Path
+    shown: str  # the option by which it came
+    lora: dict  # adapter_config.json
+    run: dict  # run.json, if it came along
+    tensors: dict[str, Stored]
+    base: str  # as --base_model or the adapter names it
+    quantization: dict | None  # the 4-bit settings of its training; empty: 16 bits; None: not known
+
+
+def read_adapter(name: str, args: Arguments) -> Adapter:
+    """Find an adapter and read what it says of itself and of its base."""
+    folder, shown = find_adapter(name), f"--adapter {name}"
+    lora, record = load_json(folder / "adapter_config.json", shown), folder / "run.json"
+    run = load_json(record, shown) if record.is_file() else {}
+    base = args.base_model or lora.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{shown}: it names no base; pass --base_model")
+    tensors = read_tensors(folder, shown, "adapter_model.safetensors")
+    return Adapter(folder, shown, lora, run, tensors, base, read_quantization(folder, lora, run))
+
+
+def read_quantization(folder: Path, lora: dict, run: dict) -> dict | None:
+    """The 4-bit settings of an adapter's training, from the metadata of its file, from
+    adapter_config.json or from run.json, whichever tells first."""
+    from safetensors import safe_open
+    with safe_open(folder / "adapter_model.safetensors", "np") as file:
+        told = [text for key, text in (file.metadata() or {}).items() if key == QUANTIZATION]
+    told += [lora.pop(key) for key in (QUANTIZATION, "quantization") if key in lora]
+    told += [run["quantization"]] if "quantization" in run else []
+    if not told:
+        return None
+    found = told[0] or {}
+    with suppress(ValueError, TypeError):
+        found = json.loads(found) or {}
+    if not isinstance(found, dict):
+        wrong = f"its 4-bit settings are {found}; expected a JSON object"
+        raise UserError(f"--adapter {folder}: {wrong}; {AGAIN}")
+    if not found or found.get("load_in_4bit") is False:
+        return {}
+    found = {key.removeprefix("bnb_4bit_").removeprefix("use_"): v for key, v in found.items()}
+    settings = NF4 | {key: found[key] for key in (*NF4, "device") if found.get(key) is not None}
+    settings["compute_dtype"] = str(settings["compute_dtype"]).removeprefix("torch.")
+    for key, choices in {"quant_type": ("nf4", "fp4"), "compute_dtype": DTYPES.values()}.items():
+        if settings[key] not in choices:
+            wrong = f"its 4-bit {key} is {settings[key]}; expected {' or '.join(choices)}"
+            raise UserError(f"--adapter {folder}: {wrong}; {AGAIN}")
+    return settings
+
+
+def find_base(args: Arguments, adapters: list[Adapter]) -> tuple[Path, dict, dict[str, Stored]]:
+    """The base's folder, config and tensors; it must be the model the adapters were trained on."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.base != first.base:
+            wrong = f"its base is {other.base}, that of {first.shown} is {first.base}"
+            raise UserError(f"{other.shown}: {wrong}; expected one base; pass it with --base_model")
+    shown, revision = f"--base_model {first.base}", first.lora.get("revision")
+    if not args.base_model and revision not in (None, "main") and not Path(first.base).exists():
         raise UserError(f"{shown}: wanted is revision {revision}; download it and pass its folder")
-    folder = find_model(name, "--base_model")
+    try:
+        folder = find_model(first.base, "--base_model")
+    except UserError as error:
+        if args.base_model:
+            raise
+        named = f"{first.shown}: it names {first.base} as its base"
+        raise UserError(f"{named}; {error}; pass the model with --base_model") from error
     config = load_json(folder / "config.json", shown)
     if config.get("quantization_config"):
         raise UserError(f"{shown}: it is quantised; pass the 16-bit model that it was made from")
-    tensors, trained_on = read_tensors(folder, shown), run.get("base") or {}
-    if trained_on.get("fingerprint") not in (None, fingerprint(folder)):
-        wrong = f"the adapter is of another model, {trained_on['model_name_or_path']} as it was"
-        raise UserError(f"{shown}: {wrong}; pass that one, or train again")
+    tensors, held = read_tensors(folder, shown), fingerprint(folder)
+    for adapter in adapters:
+        trained_on = adapter.run.get("base") or {}
+        if trained_on.get("fingerprint") not in (None, held):
+            wrong = f"the adapter is of another model, {trained_on['model_name_or_path']} as it was"
+            raise UserError(
+                f"{shown}: {wrong}; pass that one, or train again; if you know that this one "
+                "belongs to it, pass a copy of the adapter's folder without run.json")
     if EMBEDDING not in tensors:
         raise UserError(f"{shown}: no {EMBEDDING} in it; expected a Llama or a model like it")
     # Old checkpoints hold inv_freq buffers, which models now compute.
@@ -353,23 +464,44 @@ def find_base(args: Arguments, lora: dict, run: dict) -> tuple[Path, dict, dict[
 
 
 @dataclass
-class Part:
-    """One tensor of the merged model: a source, and what the adapter does to it."""
+class Change:
+    """What one adapter does to a tensor of the base; as it is made, nothing."""
 
-    name: str
-    source: Stored  # the base's tensor, or the adapter's where that has the whole
-    dtype: str  # of the merged tensor, as safetensors writes it
+    whole: Stored | None = None  # takes the place of the base's tensor
     a: Stored | None = None  # (r, in)
     b: Stored | None = None  # (out, r)
     scaling: float = 1.0
     magnitude: Stored | None = None  # DoRA: (out,)
-    new: Stored | None = None  # rows that take the place of the source's,
+    new: Stored | None = None  # rows that take the place of the base's,
     indices: list[int] = field(default_factory=list)  # and where they go
+
+
+@dataclass
+class Part:
+    """One tensor of the merged model: the base's, changed by each adapter."""
+
+    name: str
+    source: Stored  # the base's tensor
+    dtype: str  # of the merged tensor, as safetensors writes it
+    changes: list[Change]  # one for each adapter, of which the mean is taken
     nf4: dict | None = None  # the settings of the 4-bit copy that holds the source; None: as it is
+    chat: Stored | None = None  # the chat model's tensor, and how much of chat - base is added
+    chat_scale: float = 1.0
+    shared: list[int] | None = None  # on which rows; None: on all
+
+    @property
+    def replaced(self) -> bool:
+        """Nothing of the base is left."""
+        return all(change.whole for change in self.changes)
+
+    @property
+    def like(self) -> Stored:
+        """A tensor of the merged one's shape."""
+        return next((change.whole for change in self.changes if change.whole), self.source)
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.source.shape) * SIZES[self.dtype]
+        return math.prod(self.like.shape) * SIZES[self.dtype]
 
 
 def setting(patterns: dict | None, module: str, default: Any) -> Any:
@@ -378,94 +510,258 @@ def setting(patterns: dict | None, module: str, default: Any) -> Any:
     return next(fits, default)
 
 
-def make_plan(args: Arguments, base: dict, adapter: dict, lora: dict, config: dict) -> dict:
-    """Lay the adapter over the base; the config follows where the adapter or --dtype changes it.
-    What cannot be merged exactly is refused by name."""
-    shown, peft = f"--adapter {args.adapter}", f"{INEXACT} here; use PEFT's merge_and_unload"
+def token_indices(lora: dict) -> dict[str, list[int]]:
+    rows = lora.get("trainable_token_indices") or {}
+    return {"embed_tokens": rows} if isinstance(rows, list) else rows
+
+
+def is_target(module: str, lora: dict) -> bool:
+    """Whether adapter_config.json puts LoRA on a module, by PEFT's rules."""
+
+    def named(names: list[str] | str | None) -> bool:  # a string is a pattern of the whole name
+        if isinstance(names, str):
+            return bool(re.fullmatch(names, module))
+        return any(f".{module}".endswith(f".{name}") for name in names or [])
+
+    targets, layers = lora.get("target_modules"), lora.get("layers_to_transform")
+    saved = "|".join(lora.get("modules_to_save") or [])
+    if named(lora.get("exclude_modules")):
+        return False
+    if saved and re.match(rf"(^|.*\.)({saved})($|\..*)", module):
+        return False
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return module.endswith("_proj")
+    if isinstance(targets, str) or layers in (None, []) or module in (targets or []):
+        return named(targets)
+    patterns = lora.get("layers_pattern") or [r"[^.]*"]
+    patterns = "|".join([patterns] if isinstance(patterns, str) else patterns)
+    layer = re.match(rf".*?\.(?:{patterns})\.(\d+)\.", f".{module}")
+    chosen = [layers] if isinstance(layers, int) else layers
+    return named(targets) and bool(layer) and int(layer[1]) in chosen
+
+
+def check_whole(parts: dict[str, Part], number: int, adapter: Adapter) -> None:
+    """All that adapter_config.json promises is there, and no LoRA that it does not promise. Any
+    other adapter would be merged in part, without a word."""
+    lora, promised, missing, foreign = adapter.lora, 0, [], []
+    saved, rows = tuple(lora.get("modules_to_save") or []), tuple(token_indices(lora))
+    for name, part in parts.items():
+        module, _, leaf = name.rpartition(".")
+        parents = [module[:match.start()] for match in re.finditer(r"\.|$", module)]
+        change, matrix = part.changes[number], leaf == "weight" and len(part.like.shape) == 2
+        for wanted, there, by in (
+            (matrix and is_target(module, lora), change.a, "LoRA by target_modules"),
+            (bool(saved) and any(parent.endswith(saved) for parent in parents), change.whole,
+             "modules_to_save"),
+            (matrix and bool(rows) and module.endswith(rows), change.new,
+             "trainable_token_indices")):
+            promised += wanted
+            if wanted and not there:
+                missing.append(f"{module} ({by})")
+        if change.a and lora.get("target_modules") and not is_target(module, lora):
+            foreign.append(module)
+    for found, wrong in (
+        (missing, f"{len(missing)} of {promised} that adapter_config.json promises are missing"),
+        (foreign, f"{len(foreign)} have LoRA that adapter_config.json does not promise")):
+        if found or not adapter.tensors:
+            wrong = wrong if adapter.tensors else f"the file holds no tensors; {wrong}"
+            names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            raise UserError(f"{adapter.shown}: adapter_model.safetensors is not whole: {wrong}: "
+                            f"{names}; save it again from the trained model or pass a checkpoint")
+
+
+def make_plan(args: Arguments, base: dict, adapters: list[Adapter], config: dict) -> dict:
+    """Lay the adapters over the base; the config follows where they or --dtype change it. What
+    cannot be merged exactly is refused by name."""
+    tied = config.get("tie_word_embeddings", HEAD not in base)
+    parting = {parts_tied(adapter.lora) for adapter in adapters}
+    if tied and len(parting) > 1:
+        wrong = "they differ in modules_to_save on the tied embedding and head"
+        raise UserError(f"--adapter {' '.join(args.adapter)}: {wrong}; merge them one by one")
+    parts = {
+        name: Part(name, tensor, tensor.dtype, [Change() for _ in adapters])
+        for name, tensor in base.items()}
+    if tied and True in parting:
+        tied = config["tie_word_embeddings"] = False
+        source = base[EMBEDDING]
+        parts.setdefault(HEAD, Part(HEAD, source, source.dtype, [Change() for _ in adapters]))
+    if tied:
+        parts.pop(HEAD, None)
+    for number, adapter in enumerate(adapters):
+        try:
+            lay_over(parts, number, adapter, tied)
+        except re.error as error:
+            wrong = f"adapter_config.json: {error.pattern} is no pattern ({error})"
+            raise UserError(f"{adapter.shown}: {wrong}; expected one as PEFT writes it") from error
+    wanted = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+    for part in parts.values():
+        part.dtype = wanted.get(args.dtype, part.dtype)
+    if parts[EMBEDDING].like is not parts[EMBEDDING].source:
+        config["vocab_size"] = parts[EMBEDDING].like.rows  # which may have grown
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[parts[EMBEDDING].dtype]
+    return parts
+
+
+def parts_tied(lora: dict) -> bool:
+    """PEFT trains copies of tied embedding and head, which part, unless told to keep them tied."""
+    saved = tuple(f".{module}.weight" for module in lora.get("modules_to_save") or [])
+    named = any(f".{name}".endswith(saved) for name in (EMBEDDING, HEAD))
+    return named and not lora.get("ensure_weight_tying")
+
+
+def lay_over(parts: dict[str, Part], number: int, adapter: Adapter, tied: bool) -> None:
+    """Enter one adapter's tensors into the plan, and see that none is missing."""
+    lora, shown = adapter.lora, adapter.shown
+    peft = f"{INEXACT} here; use PEFT's merge_and_unload"
     for key, value in ({"peft_type": None} | lora).items():
         known = key in KNOWN_FIELDS or not value
         if value not in KNOWN_VALUES[key] if key in KNOWN_VALUES else not known:
             raise UserError(f"{shown}: {key} = {value} {peft}")
-    parts = {name: Part(name, tensor, tensor.dtype) for name, tensor in base.items()}
-    tied = config.get("tie_word_embeddings", HEAD not in base)
-    saved = tuple(f".{module}.weight" for module in lora.get("modules_to_save") or [])
-    if tied and any(f".{name}".endswith(saved) for name in (EMBEDDING, HEAD)):
-        # PEFT trained copies of its own: the two part, unless it was told to keep them tied
-        tied = config["tie_word_embeddings"] = bool(lora.get("ensure_weight_tying"))
-        parts.setdefault(HEAD, Part(HEAD, base[EMBEDDING], base[EMBEDDING].dtype))
-    if tied:
-        parts.pop(HEAD, None)
-    rows = lora.get("trainable_token_indices")
-    rows = {"embed_tokens": rows} if isinstance(rows, list) else rows
-
-    for name, tensor in adapter.items():
+    for key in ("r", "lora_alpha"):
+        if not isinstance(lora.get(key), int | float):
+            wrong = f"adapter_config.json: {key} is {lora.get(key)}; expected a number"
+            raise UserError(f"{shown}: {wrong}; {AGAIN}")
+    for name, tensor in adapter.tensors.items():
         if not (match := ADAPTER_NAME.fullmatch(name)):
             raise UserError(f"{shown}: {name} {peft}")
         module, kind = match.groups()
         target = f"{module}.bias" if kind == "bias" else f"{module}.weight"
         whole = kind in ("weight", "base_layer.weight", "bias")
-        if tied and target == HEAD and whole and f"base_model.model.{EMBEDDING}" in adapter:
+        if tied and target == HEAD and whole and f"base_model.model.{EMBEDDING}" in adapter.tensors:
             continue  # the embedding once more
         if tied and (target == HEAD or (target == EMBEDDING and kind.startswith("lora"))):
             raise UserError(f"{shown}: {name} changes one of two tied matrices, which {INEXACT}")
         if target not in parts:
             raise UserError(f"{shown}: {name} is not in the base; {OTHER_MODEL}")
-        part = parts[target]
+        change = parts[target].changes[number]
         if whole:
-            part.source = tensor
-            if target == EMBEDDING:
-                config["vocab_size"] = tensor.rows  # which may have grown
+            change.whole = tensor
         elif kind == "token_adapter.trainable_tokens_delta":
-            part.new, part.indices = tensor, setting(rows, module, [])
+            change.new, change.indices = tensor, setting(token_indices(lora), module, [])
         else:
-            setattr(part, {"lora_A": "a", "lora_B": "b"}.get(kind[:6], "magnitude"), tensor)
-    wanted = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+            setattr(change, {"lora_A": "a", "lora_B": "b"}.get(kind[:6], "magnitude"), tensor)
     for part in parts.values():
-        finish_part(part, lora, shown)
-        part.dtype = wanted.get(args.dtype, part.dtype)
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[parts[EMBEDDING].dtype]
-    return parts
+        finish_change(part, part.changes[number], lora, shown)
+    check_whole(parts, number, adapter)
 
 
-def finish_part(part: Part, lora: dict, shown: str) -> None:
+def finish_change(part: Part, change: Change, lora: dict, shown: str) -> None:
     """Set the scaling, and see that the shapes and settings of adapter and base go together."""
-    shape, module, wrong = part.source.shape, part.name.removesuffix(".weight"), None
-    found = [tensor and tensor.shape for tensor in (part.a, part.b, part.magnitude)]
+    module, wrong = part.name.removesuffix(".weight"), None
+    shape = (change.whole or part.source).shape
+    found = [tensor and tensor.shape for tensor in (change.a, change.b, change.magnitude)]
+    if shape != part.like.shape:
+        wrong = f"the adapters have {part.like.shape} and {shape}; expected one shape"
     if any(found):
         rank = setting(lora.get("rank_pattern"), module, lora["r"])
         alpha = setting(lora.get("alpha_pattern"), module, lora["lora_alpha"])
-        part.scaling = alpha / (math.sqrt(rank) if lora.get("use_rslora") else rank)
+        change.scaling = alpha / (math.sqrt(rank) if lora.get("use_rslora") else rank)
         due = [(rank, shape[-1]), (shape[0], rank), shape[:1] if lora.get("use_dora") else None]
         if len(shape) != 2 or found != due:
             wrong = f"A, B and magnitude are {found}; expected {due}; {OTHER_MODEL}"
-    if part.new:
-        due = (len(set(part.indices)), *shape[1:])
-        if part.a:
+    if change.new:
+        due = (len(set(change.indices)), *shape[1:])
+        if change.a:
             wrong = f"LoRA and trainable_token_indices on one matrix, which {INEXACT}"
-        elif part.new.shape != due or len(part.indices) != due[0]:
-            wrong = f"the new rows are {part.new.shape}; expected {due} by their indices"
-        elif max(part.indices) >= shape[0]:
-            wrong = (f"a new row {max(part.indices)}; the base has {shape[0]}; pass the extended "
+        elif change.new.shape != due or len(change.indices) != due[0]:
+            wrong = f"the new rows are {change.new.shape}; expected {due} by their indices"
+        elif max(change.indices) >= shape[0]:
+            wrong = (f"a new row {max(change.indices)}; the base has {shape[0]}; pass the extended "
                      "model with --base_model, or run python extend_vocab.py first")
     if wrong:
         raise UserError(f"{shown}: {module}: {wrong}")
 
 
-def choose_base(parts: dict[str, Part], args: Arguments, trained: dict | None) -> dict | None:
+def choose_base(parts: dict[str, Part], args: Arguments, adapters: list[Adapter]) -> dict | None:
     """Mark what a 4-bit base holds in 4 bits and return its settings; None: the base as it is."""
+    import torch
+    trained = adapters[0].quantization
+    for other in adapters[1:]:
+        if other.quantization != trained and not args.merge_into:
+            wrong = f"trained on {other.quantization}, {adapters[0].shown} on {trained}"
+            raise UserError(f"{other.shown}: {wrong}; expected one base; say it with --merge_into")
+    if trained is None and not args.merge_into:
+        print(f"warning: {adapters[0].shown}: it does not tell whether it was trained in 4 bits; "
+              "merged into the base as it is; if it was (QLoRA), pass --merge_into dequantized",
+              file=sys.stderr)
     if (args.merge_into or ("dequantized" if trained else "original")) == "original":
         return None
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" != here:
+        raise UserError("--device cuda: PyTorch sees no GPU here; expected one; pass --device cpu")
     nf4 = NF4 | (trained or {})
+    trained_on = nf4.pop("device", None) or "an unknown device"
+    nf4["device"] = args.device or ("cpu" if trained_on == "cpu" else here)
+    print(f"quantising on {nf4['device']}; the adapter was trained on {trained_on}"
+          + ("" if trained_on == nf4["device"] else "; few values of 10,000 may differ"))
     skipped = {"lm_head", "embed_tokens", *(nf4["skip_modules"] or [])}
     for part in parts.values():
-        shape, of_adapter = part.source.shape, part.source.path.name == "adapter_model.safetensors"
-        if len(shape) != 2 or of_adapter or skipped & {*part.name.split(".")}:
+        shape = part.source.shape
+        if len(shape) != 2 or part.replaced or skipped & {*part.name.split(".")}:
             continue
         if shape[1] % nf4["blocksize"]:  # 0.50's CPU kernel gives wrong values for, e.g., 96
             wrong = f"{part.name} has rows of {shape[1]}, no multiple of bitsandbytes' blocks"
             raise UserError(f"--merge_into dequantized: {wrong}; pass --merge_into original")
         part.nf4 = nf4
     return nf4
+
+
+def read_pieces(folder: Path, shown: str) -> dict[str, int]:
+    """A tokenizer's pieces and their ids."""
+    from sentencepiece import SentencePieceProcessor
+    try:
+        if not (folder / "tokenizer.json").is_file():
+            model = SentencePieceProcessor(str(folder / "tokenizer.model"))
+            return {model.id_to_piece(i): i for i in range(model.vocab_size())}
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+        return tokenizer["model"]["vocab"] | added
+    except Exception as error:
+        wrong = "no tokenizer.model or tokenizer.json that can be read"
+        raise UserError(f"{shown}: {wrong}; copy the tokenizer's files there") from error
+
+
+def lay_chat_over(args: Arguments, parts: dict[str, Part], base: Path, config: dict) -> Path | None:
+    """Enter the chat model's tensors into the plan: it must be the base, trained further."""
+    import torch
+    if not args.chat_model:
+        return None
+    shown, folder = f"--chat_model {args.chat_model}", find_model(args.chat_model, "--chat_model")
+    theirs, other = load_json(folder / "config.json", shown), "pass a chat model of the same base"
+    if theirs.get("quantization_config"):
+        raise UserError(f"{shown}: it is quantised; pass the 16-bit model that it was made from")
+    for key in ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        if key in theirs and key in config and theirs[key] != config[key]:
+            wrong = f"{key} is {theirs[key]}; expected {config[key]}, as in the base"
+            raise UserError(f"{shown}: {wrong}; {other}")
+    chat, ends = read_tensors(folder, shown), {EMBEDDING, HEAD}
+    chat = {name: tensor for name, tensor in chat.items() if not name.endswith("inv_freq")}
+    for name in sorted((parts.keys() | chat.keys()) - ends):
+        has, due = (name in models and (models[name].shape if models is chat
+                    else parts[name].source.shape) for models in (chat, parts))
+        if has != due:
+            wrong = f"{name} is {has or 'missing'}; expected {due or 'no such tensor'}"
+            raise UserError(f"{shown}: {wrong}, as in the base; {other}")
+    pieces, ours = read_pieces(folder, shown), read_pieces(base, f"--base_model {base}")
+    shared = sorted(i for piece, i in pieces.items() if ours.get(piece) == i)
+    if len(shared) < 0.9 * len(pieces):
+        wrong = f"{len(shared)} of its {len(pieces)} pieces have the same ids in the base"
+        raise UserError(f"{shown}: {wrong}; expected nearly all; {other}")
+    matrix = next(part for name, part in parts.items()
+                  if len(part.source.shape) == 2 and name not in ends)
+    blocks = (t.block(*t.blocks()[0]).float().view(-1) for t in (chat[matrix.name], matrix.source))
+    if (alike := torch.cosine_similarity(*blocks, dim=0).item()) < 0.5:  # of strangers it is near 0
+        wrong = f"{matrix.name} has a cosine of {alike:.2f} to the base's; expected above 0.5"
+        raise UserError(f"{shown}: {wrong}: it was not trained from this base; {other}")
+    for name, part in parts.items():
+        part.chat_scale = args.chat_scale
+        if name not in ends:
+            part.chat = chat[name]
+        elif args.chat_embeddings:
+            part.chat, part.shared = chat.get(name, chat.get(EMBEDDING)), shared
+            if part.chat is None or part.chat.shape[1:] != part.source.shape[1:]:
+                raise UserError(f"{shown}: {name} is missing or has another width; {other}")
+    return folder
 
 
 def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -494,7 +790,7 @@ def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 def check_shapes(parts: dict[str, Part], base: dict[str, Stored], config: dict, shown: str) -> None:
     """Every tensor that the config asks for is there, in its shape, and no other. For a family
     other than Llama the base's tensors stand for the config, but for the vocabulary."""
-    found = {name: part.source.shape for name, part in parts.items()}
+    found = {name: part.like.shape for name, part in parts.items()}
     expected = {name: base.get(name, base[EMBEDDING]).shape for name in found}
     for name in found.keys() & {EMBEDDING, HEAD}:
         expected[name] = (config.get("vocab_size"), *expected[name][1:])
@@ -518,7 +814,7 @@ def dequantized(tensor: Stored, nf4: dict) -> Iterator["Tensor"]:
     import bitsandbytes.functional as bnb
     loaded_as = getattr(torch, nf4["compute_dtype"])  # as train_pt.py loads what it quantises
     settings = {"blocksize": nf4["blocksize"], "quant_type": nf4["quant_type"]}
-    blocks = (tensor.block(*bounds).to(loaded_as) for bounds in tensor.blocks())
+    blocks = (tensor.block(*bounds).to(nf4["device"], loaded_as) for bounds in tensor.blocks())
     packed = [bnb.quantize_4bit(block, **settings) for block in blocks]
     scales = torch.cat([state.absmax for _, state in packed])
     if nf4["double_quant"]:
@@ -527,37 +823,73 @@ def dequantized(tensor: Stored, nf4: dict) -> Iterator["Tensor"]:
         scales += mean
     for values, state in packed:
         state.absmax, scales = scales.tensor_split([len(state.absmax)])
-        yield bnb.dequantize_4bit(values, state)
+        yield bnb.dequantize_4bit(values, state).cpu()
+
+
+def apply_change(change: Change, like: Stored) -> Callable[..., "Tensor"]:
+    """A function from a block of the base's rows to these rows as one adapter has them."""
+    import torch
+    if change.a:
+        a = change.a.block(0, change.a.rows).float()  # (r, in)
+        # Room that all blocks share: asking the system for new memory each time takes longer.
+        room = torch.empty((max(end - begin for begin, end in like.blocks()), like.shape[-1]))
+    if change.magnitude:
+        magnitude = change.magnitude.block(0, change.magnitude.rows).float().view(-1, 1)  # (out, 1)
+    if change.new:
+        position = torch.full((like.rows,), -1)  # which new row goes where; -1: none
+        position[change.indices] = torch.arange(len(change.indices))
+
+    def apply(begin: int, end: int, rows: "Tensor") -> "Tensor":
+        if change.whole:
+            rows = change.whole.block(begin, end)
+        if change.a:
+            delta = torch.mm(change.b.block(begin, end).float(), a, out=room[: end - begin])
+            rows = delta.mul_(change.scaling).add_(rows)
+        if change.magnitude:
+            rows = magnitude[begin:end] / torch.linalg.norm(rows, dim=1, keepdim=True) * rows
+        if change.new and (hit := position[begin:end] >= 0).any():
+            which = position[begin:end][hit]
+            first, last = int(which.min()), int(which.max())
+            rows = rows.to(torch.float32, copy=True)
+            rows[hit] = change.new.block(first, last + 1)[which - first].float()
+        return rows
+
+    return apply
+
+
+def add_chat(part: Part, begin: int, end: int, rows: "Tensor") -> "Tensor":
+    """Rows + scale x (chat - base) in fp32; the base is as it is on disk, also for a 4-bit one."""
+    end = min(end, part.source.rows, part.chat.rows)
+    if end <= begin:
+        return rows
+    vector = part.chat.block(begin, end).float() - part.source.block(begin, end).float()
+    rows = rows.float()
+    if part.shared is None:
+        return rows.add_(vector, alpha=part.chat_scale)
+    shared = [i - begin for i in part.shared if begin <= i < end]
+    rows[shared] += part.chat_scale * vector[shared]
+    return rows
 
 
 def merged(part: Part) -> Iterator["Tensor"]:
-    """The merged tensor, block by block."""
+    """The merged tensor, block by block, rounded once."""
     import torch
-    source, blocks = part.source, part.source.blocks()
-    # Rooms that all blocks share: asking the system for new memory each time takes longer.
-    room = torch.empty((max(end - begin for begin, end in blocks), source.shape[-1]))
-    out = torch.empty(room.shape, dtype=getattr(torch, DTYPES[part.dtype]))
-    sources = (source.block(*bounds) for bounds in blocks)
+    blocks, like = part.like.blocks(), part.like
+    sizes = (max(end - begin for begin, end in blocks), like.shape[-1])
+    out = torch.empty(sizes, dtype=getattr(torch, DTYPES[part.dtype]))
+    sources = (None if part.replaced else part.source.block(*bounds) for bounds in blocks)
     if part.nf4:
-        sources = dequantized(source, part.nf4)
-    if part.a:
-        a = part.a.block(0, part.a.rows).float()  # (r, in)
-    if part.magnitude:
-        magnitude = part.magnitude.block(0, part.magnitude.rows).float().view(-1, 1)  # (out, 1)
-    if part.new:
-        position = torch.full((source.rows,), -1)  # which new row goes where; -1: none
-        position[part.indices] = torch.arange(len(part.indices))
-    for (begin, end), rows in zip(blocks, sources, strict=True):
-        if part.a:
-            delta = torch.mm(part.b.block(begin, end).float(), a, out=room[: end - begin])
-            rows = delta.mul_(part.scaling).add_(rows)
-        if part.magnitude:
-            rows = magnitude[begin:end] / torch.linalg.norm(rows, dim=1, keepdim=True) * rows
+        sources = dequantized(part.source, part.nf4)
+    changes = [apply_change(change, like) for change in part.changes]
+    for (begin, end), source in zip(blocks, sources, strict=True):
+        rows = changes[0](begin, end, source)
+        if len(changes) > 1:
+            others = (apply(begin, end, source).float() for apply in changes[1:])
+            rows = rows.float() + sum(others)
+            rows /= len(changes)
+        if part.chat:
+            rows = add_chat(part, begin, end, rows)
         rows = out[: end - begin].copy_(rows)
-        if part.new and (hit := position[begin:end] >= 0).any():
-            which = position[begin:end][hit]
-            first, last = int(which.min()), int(which.max())
-            rows[hit] = part.new.block(first, last + 1)[which - first].to(rows.dtype)
         if not finite(rows):
             wrong = f"{part.name} goes beyond the range of {DTYPES[part.dtype]}"
             raise UserError(f"--dtype: {wrong}; pass --dtype bf16 or fp32")
@@ -577,7 +909,7 @@ def write_weights(folder: Path, parts: dict[str, Part], limit: float) -> None:
         name = f"model-{i:05}-of-{len(shards):05}" if len(shards) > 1 else "model"
         header, size = {"__metadata__": {"format": "pt"}}, 0
         for part in shard:
-            header[part.name] = {"dtype": part.dtype, "shape": part.source.shape}
+            header[part.name] = {"dtype": part.dtype, "shape": part.like.shape}
             header[part.name]["data_offsets"] = [size, size := size + part.nbytes]
             index[part.name] = f"{name}.safetensors"
         text = json.dumps(header).encode()
@@ -619,9 +951,19 @@ def save_json(path: Path, content: dict) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def copy_rest(adapter: Path, base: Path, folder: Path, config: dict) -> None:
+def base_vocab_size(base: Path, adapter: Adapter) -> int | None:
+    """How many pieces the vocabulary had before it was extended: train_pt.py trains the rows from
+    there on, also when the merged model becomes a base."""
+    record = base / "run.json"
+    run = load_json(record, f"--base_model {base}") if record.is_file() else {}
+    return ((run.get("results") or {}).get("base_vocab_size")
+            or (adapter.run.get("settings") or {}).get("first_new_row"))
+
+
+def copy_rest(adapters: list[Adapter], base: Path, folder: Path, config: dict) -> str:
     """Tokenizer (the adapter's files over the base's), generation config and terms (Llama 2's
-    licence travels with its weights), byte for byte."""
+    licence travels with its weights), byte for byte. Return whose tokenizer it is."""
+    adapter, own = adapters[0].folder, ("tokenizer.json", "tokenizer.model")
     of_base = ["generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*", *TOKENIZER_FILES]
     for source, names in ((base, of_base), (adapter, TOKENIZER_FILES)):
         for path in (path for name in names for path in source.glob(name)):
@@ -629,6 +971,26 @@ def copy_rest(adapter: Path, base: Path, folder: Path, config: dict) -> None:
     if not (folder / "generation_config.json").is_file():
         ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
         save_json(folder / "generation_config.json", ids)
+    of_adapter = any((adapter / name).is_file() for name in own)
+    return adapters[0].shown if of_adapter else f"--base_model {base}"
+
+
+def copy_chat(chat: Path, folder: Path, shown: str) -> None:
+    """The chat model's terms, its generation config and its chat template, which messages need."""
+    for name in ("generation_config.json", "chat_template.jinja", "LICENSE*", "USE_POLICY*"):
+        for path in chat.glob(name):
+            shutil.copyfile(path, folder / path.name)
+    settings, made = chat / "tokenizer_config.json", folder / "chat_template.jinja"
+    if (chat / made.name).is_file():
+        return
+    template = load_json(settings, shown).get("chat_template") if settings.is_file() else None
+    if isinstance(template, list):  # several, by name
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    if template:
+        made.write_text(template, encoding="utf-8")
+    else:
+        print(f"warning: {shown}: it has no chat template; the merged model takes no messages; "
+              f"add {made.name} to it", file=sys.stderr)
 
 
 def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
@@ -643,14 +1005,17 @@ def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
             AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(made))
         tokenizer = json.loads(made.read_text(encoding="utf-8"))
     except Exception as error:
-        wrong = "no tokenizer.model or tokenizer.json that can be read, nor with the adapter"
+        wrong = "no tokenizer.model or tokenizer.json that can be read, with base or adapter"
         raise UserError(f"{shown}: {wrong}; copy the tokenizer's files there") from error
     count = len(tokenizer["model"]["vocab"])
     tokens = max([count, *(token["id"] + 1 for token in tokenizer.get("added_tokens", []))])
     if pieces not in ("no", count) or not rows - 512 <= tokens <= rows:  # some round the rows up
+        remedy = "copy the tokenizer of this model there"
+        if shown.startswith("--adapter"):
+            remedy += ", or remove its tokenizer's files to take those of the base"
         raise UserError(
             f"{shown}: tokenizer.model has {pieces} pieces, tokenizer.json {count} and with added "
-            f"tokens {tokens}, the embedding {rows} rows; copy the tokenizer of this model there")
+            f"tokens {tokens}, the embedding {rows} rows; {remedy}")
     return tokens
 
 
@@ -661,7 +1026,7 @@ def write_papers(folder: Path, args: Arguments, base: Path, facts: dict[str, obj
         "script": "merge_lora.py", "arguments": asdict(args),
         "versions": {name: version(name) for name in packages}, "results": facts,
         "base": {"model_name_or_path": str(base), "fingerprint": fingerprint(base)}})
-    table = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    table = "\n".join(f"- {key}: {value}" for key, value in facts.items() if value is not None)
     (folder / "README.md").write_text(
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
         "A LoRA adapter merged into its base by `merge_lora.py` of 落九 (Luojiu). The terms of the "
@@ -674,6 +1039,9 @@ def write_papers(folder: Path, args: Arguments, base: Path, facts: dict[str, obj
 def check_output(output: Path, inputs: list[Path], nbytes: int) -> None:
     """Refuse to replace a folder that is not ours, and to begin what the disk cannot hold."""
     shown = f"--output_dir {output}"
+    if output.is_symlink() and not output.exists():
+        wrong = f"a link to {os.readlink(output)}, which is not there"
+        raise UserError(f"{shown}: {wrong}; make that folder or remove the link")
     for folder in inputs:
         if folder.resolve().is_relative_to(output.resolve()):
             raise UserError(f"{shown}: {folder}, which is read, lies in it; pass another folder")
@@ -689,7 +1057,7 @@ def check_output(output: Path, inputs: list[Path], nbytes: int) -> None:
 
 
 @contextmanager
-def built_aside(output: Path) -> Iterator[Path]:
+def build_aside(output: Path) -> Iterator[Path]:
     """A hidden folder beside the output, which takes its place when all is well and is removed when
     not. A lock keeps a second run out; what a killed run left, the next one takes over."""
     shown, output = f"--output_dir {output}", output.resolve()  # beside what a link leads to
@@ -707,7 +1075,13 @@ def built_aside(output: Path) -> Iterator[Path]:
             leaving.callback(os.close, lock)  # the last step, when all is tidy
             held = False
             with suppress(BlockingIOError, FileNotFoundError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in NO_LOCKS:
+                        raise
+                    print(f"warning: {shown}: this file system has no locks; start no second run "
+                          "into the same folder", file=sys.stderr)
                 held = os.path.samestat(os.fstat(lock), partial.stat())  # not renamed by now
             if not held:
                 remedy = "wait for it, or pass another folder"
@@ -745,12 +1119,13 @@ def read_passage(verify: str | None) -> str:
     raise UserError(f"--verify {verify}: nothing to read; expected a UTF-8 text file")
 
 
-def compare(args: Arguments, base: Path, adapter: Path, nf4: dict | None, text: str) -> dict:
+def compare(args: Arguments, base: Path, adapter: Adapter, nf4: dict | None, text: str) -> dict:
     """Mean KL divergence from base + adapter (PEFT, in 4 bits if so trained) to the merged model,
     and both models' bits per character, -log2 p(text) / characters."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    nf4 = NF4 | adapter.quantization if adapter.quantization else nf4
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.output_dir)
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.verify_tokens]  # (1, T)
@@ -771,7 +1146,7 @@ def compare(args: Arguments, base: Path, adapter: Path, nf4: dict | None, text: 
     model = AutoModelForCausalLM.from_pretrained(base, **options)
     if model.config.vocab_size != ours.shape[1]:
         model.resize_token_embeddings(ours.shape[1], mean_resizing=False)
-    trained = log_probabilities(PeftModel.from_pretrained(model, adapter))
+    trained = log_probabilities(PeftModel.from_pretrained(model, adapter.folder))
     bits = [-p.gather(1, ids[0, 1:, None]).sum().item() / math.log(2) for p in (ours, trained)]
     kl = (trained.exp() * (trained - ours)).sum(-1).mean().item()
     names = ("mean KL", "bits per character", "of base + adapter")
@@ -800,31 +1175,35 @@ def main(argv: list[str] | None = None) -> None:
     args, began = parse_args(argv), time.time()
     check(args)
     text = read_passage(args.verify)
-    adapter, shown = find_adapter(args.adapter), f"--adapter {args.adapter}"
-    lora = load_json(adapter / "adapter_config.json", shown)
-    run = load_json(adapter / "run.json", shown) if (adapter / "run.json").is_file() else {}
-    base, config, stored = find_base(args, lora, run)
-    tensors = read_tensors(adapter, shown, "adapter_model.safetensors")
-    parts = make_plan(args, stored, tensors, lora, config)
-    nf4 = choose_base(parts, args, run.get("quantization"))
+    adapters = [read_adapter(name, args) for name in args.adapter]
+    base, config, stored = find_base(args, adapters)
+    parts = make_plan(args, stored, adapters, config)
+    nf4 = choose_base(parts, args, adapters)
+    chat = lay_chat_over(args, parts, base, config)
     check_shapes(parts, stored, config, f"--base_model {base}")
     output, nbytes = Path(args.output_dir), sum(part.nbytes for part in parts.values())
-    check_output(output, [adapter, base], nbytes)
-    with built_aside(output) as folder:
-        copy_rest(adapter, base, folder, config)
-        tokens = check_tokenizer(folder, config["vocab_size"], f"--base_model {base}")
+    inputs = [base, *(adapter.folder for adapter in adapters), *([chat] if chat else [])]
+    check_output(output, inputs, nbytes)
+    with build_aside(output) as folder:
+        tokenizer_from = copy_rest(adapters, base, folder, config)
+        tokens = check_tokenizer(folder, config["vocab_size"], tokenizer_from)
+        if chat:
+            copy_chat(chat, folder, f"--chat_model {args.chat_model}")
         write_weights(folder, parts, args.max_shard_size * 1e9)
         facts = {
-            "adapter": f"{adapter}, rank {lora['r']}",
+            "adapter": "mean of " * (len(adapters) > 1)
+            + "; ".join(f"{adapter.folder}, rank {adapter.lora['r']}" for adapter in adapters),
             "base": f"{base}, {'quantised and dequantised' if nf4 else 'as it is'}",
+            "chat vector": f"{chat}, times {args.chat_scale}" if chat else None,
             "weights": f"{len(parts)} tensors, {nbytes / 1e9:.2f} GB",
-            "vocabulary": f"{config['vocab_size']} rows, {tokens} tokens"}
+            "vocabulary": f"{config['vocab_size']} rows, {tokens} tokens",
+            "base_vocab_size": base_vocab_size(base, adapters[0])}
         write_papers(folder, args, base, facts)
         save_json(folder / "config.json", config)  # last: without it no one takes it for a model
     if args.verify:
-        facts |= compare(args, base, adapter, run.get("quantization") or nf4, text)
+        facts |= compare(args, base, adapters[0], nf4, text)
         write_papers(output, args, base, facts)
-    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
+    print("\n".join(f"{key}: {value}" for key, value in facts.items() if value is not None))
     print(f"merged into {output} in {time.time() - began:.1f} s", flush=True)
     if args.push_to_hub:
         push(output, args.push_to_hub)

@@ -284,6 +284,182 @@ def test_widths_that_bitsandbytes_misreads_are_refused(tmp_path, capsys):
     assert "no multiple of bitsandbytes' blocks" in line and "--merge_into original" in line
 
 
+# --- The mean of several, and a chat vector ------------------------------------------------------
+
+
+def as_if_rounded_once(ours: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Half a unit in the last place of a float64 result, and what fp32 adds to it."""
+    exact32 = exact.float()
+    spacing = exact.abs().clamp(min=1e-30).log2().floor().exp2() * torch.finfo(ours.dtype).eps
+    room = spacing.double() / 2 + 1e-6 * exact.abs().max()
+    return bool(((ours.double() - exact).abs() <= room).all()) and ours.shape == exact32.shape
+
+
+@pytest.mark.parametrize("case", ["all linear layers", "as train_pt.py", "DoRA", "rsLoRA"])
+def test_several_adapters_are_the_mean_of_their_merged_weights(tmp_path, case):
+    base = make_base(tmp_path / "base")
+    names = [make_adapter(base, tmp_path / name, **CASES[case]) for name in ("a", "b", "c")]
+    for number, adapter in enumerate(names):
+        path = adapter / "adapter_model.safetensors"
+        noise = torch.Generator().manual_seed(number)
+        tensors = load_file(path)
+        save_file({
+            n: t + 0.1 * torch.randn(t.shape, generator=noise).to(t.dtype)
+            for n, t in tensors.items()}, path)
+    singles = [dict(merge(name, "--dtype", "fp32")) for name in names]
+    ours = merge(names[0], "--adapter", *names)
+    for name, tensor in ours.items():
+        mean = sum(single[name].double() for single in singles) / 3
+        assert as_if_rounded_once(tensor, mean), name
+    for name, tensor in read(base).items():  # what no adapter changes stays as it was
+        if all(torch.equal(single[name].to(tensor.dtype), tensor) for single in singles):
+            assert torch.equal(ours[name], tensor), name
+    alone = merge(names[0])
+    again = merge(names[0], "--adapter", *4 * [names[0]])
+    assert all(torch.equal(alone[name], tensor) for name, tensor in again.items())
+
+
+def test_adapters_that_cannot_be_averaged(tmp_path, capsys):
+    base, other = make_base(tmp_path / "base"), make_base(tmp_path / "other")
+    first = make_adapter(base, tmp_path / "a")
+    line = refusal(capsys, first, "--adapter", first, make_adapter(other, tmp_path / "b"))
+    assert f"its base is {other}" in line and "--base_model" in line
+    assert "--verify: one adapter expected" in refusal(
+        capsys, first, "--adapter", first, first, "--verify")
+    assert "--adapter gone" in refusal(capsys, first, "--adapter", first, "gone")
+
+
+def make_chat(base: Path, folder: Path, dtype=torch.bfloat16) -> Path:
+    """The base, trained further on something else."""
+    shutil.copytree(base, folder)
+    noise = torch.Generator().manual_seed(7)
+    for path in folder.glob("*.safetensors"):
+        tensors = {
+            n: (t + 0.01 * torch.randn(t.shape, generator=noise)).to(dtype)
+            for n, t in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
+    edit(folder / "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
+    return folder
+
+
+ENDS = {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["as train_pt.py", "DoRA"])
+def test_a_chat_vector_is_the_plain_formula_rounded_once(tmp_path, case, dtype, scale):
+    base = make_base(tmp_path / "base", dtype)
+    adapter = make_adapter(base, tmp_path / "adapter", **CASES[case])
+    chat = make_chat(base, tmp_path / "chat")
+    merge(adapter, "--dtype", "fp32", "--output_dir", "plain")
+    plain, before, after = read(Path("plain")), read(base), read(chat)
+    rounded = merge(adapter)
+    for embeddings in ("false", "true"):
+        ours = merge(
+            adapter, "--chat_model", chat, "--chat_scale", scale, "--chat_embeddings", embeddings)
+        for name, tensor in ours.items():
+            exact = plain[name].double() + scale * (after[name].double() - before[name].double())
+            if name in ENDS and embeddings == "false":
+                assert torch.equal(tensor, rounded[name]), name
+            else:
+                assert as_if_rounded_once(tensor, exact), name
+    assert Path("merged/chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
+    assert json.loads(Path("merged/generation_config.json").read_text())["temperature"] == 0.6
+    from transformers import AutoTokenizer
+
+    messages = [{"role": "user", "content": "春天"}]
+    said = AutoTokenizer.from_pretrained("merged").apply_chat_template(messages, tokenize=False)
+    assert said == "春天"
+
+
+def test_a_chat_model_of_fewer_rows_changes_only_those_that_both_have(tmp_path):
+    """The base has 40 new pieces; the chat model's tokenizer has 960 of the 1,000, and a pad."""
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", **CASES["as train_pt.py"])
+    rounded = merge(adapter)
+    chat = make_chat(base, tmp_path / "chat")
+    made = json.loads(Path("merged/tokenizer.json").read_text())
+    made["model"]["vocab"] = {p: i for p, i in made["model"]["vocab"].items() if i < 960}
+    pad = {"id": 960, "content": "<pad>", "special": True}
+    (chat / "tokenizer.json").write_text(json.dumps(made | {"added_tokens": [pad]}))
+    (chat / "tokenizer.model").unlink()
+    for name in ENDS:
+        edit_tensor_exactly(chat, name, lambda t: t[:961])
+    edit(chat / "config.json", vocab_size=961)
+    ours = merge(adapter, "--chat_model", chat, "--chat_embeddings")
+    for name in ENDS:
+        changed = (ours[name] != rounded[name]).any(1)
+        assert changed[:960].all() and not changed[960:].any(), name
+
+
+def edit_tensor_exactly(folder: Path, name: str, change) -> None:
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name] = change(tensors[name]).contiguous()
+            save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_chat_models_that_do_not_belong_to_the_base(pair, tmp_path, capsys):
+    base, adapter = pair
+    chat = make_chat(base, tmp_path / "chat")
+
+    def line(*options) -> str:
+        return refusal(capsys, adapter, "--chat_model", chat, *options)
+
+    assert "--chat_scale 0.0: expected" in line("--chat_scale", "0.0")
+    said = refusal(capsys, adapter, "--chat_embeddings")
+    assert "--chat_embeddings true" in said and "--chat_model" in said
+    assert "--chat_model gone: no such folder" in refusal(capsys, adapter, "--chat_model", "gone")
+    assert "which is read, lies in it" in line("--output_dir", chat)
+    edit(chat / "config.json", num_attention_heads=4)
+    assert "num_attention_heads is 4; expected 5" in line()
+    edit(chat / "config.json", num_attention_heads=5, quantization_config={"bits": 4})
+    assert "it is quantised" in line()
+    edit(chat / "config.json", quantization_config=None)
+    whole = read(chat)
+    edit_tensor_exactly(chat, "model.norm.weight", lambda t: t[:59])
+    assert "model.norm.weight is (59,); expected (60,), as in the base" in line()
+    edit_tensor(chat, "model.norm.weight", lambda t: None)
+    assert "model.norm.weight is missing; expected (60,)" in line()
+    shutil.rmtree(chat)
+    make_chat(base, chat)
+    assert whole.keys() == read(chat).keys()
+    for name in whole:
+        edit_tensor_exactly(chat, name, lambda t: torch.randn_like(t))
+    said = line()
+    assert "not trained from this base" in said and "--chat_model" in said
+    merge(adapter)
+    made = json.loads(Path("merged/tokenizer.json").read_text())
+    made["model"]["vocab"] = {p: (i + 1) % ROWS for p, i in made["model"]["vocab"].items()}
+    made["added_tokens"] = []
+    (chat / "tokenizer.json").write_text(json.dumps(made))
+    assert "0 of its 1000 pieces have the same ids" in line()
+
+
+def test_a_chat_model_without_a_template_is_a_warning(pair, tmp_path, capsys):
+    chat = make_chat(pair[0], tmp_path / "chat")
+    edit(chat / "tokenizer_config.json", chat_template=None)
+    merge(pair[1], "--chat_model", chat)
+    assert "it has no chat template" in capsys.readouterr().err
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    edit(chat / "tokenizer_config.json", chat_template=named)
+    merge(pair[1], "--chat_model", chat)
+    assert Path("merged/chat_template.jinja").read_text() == "y"
+
+
+def test_a_chat_vector_on_a_4bit_base_is_of_the_base_on_disk(qlora, tmp_path):
+    base, adapter = qlora
+    plain = merge(adapter, "--dtype", "fp32")
+    chat = make_chat(base, tmp_path / "chat")
+    ours, before, after = merge(adapter, "--chat_model", chat), read(base), read(chat)
+    for name in ours.keys() - ENDS:
+        exact = plain[name].double() + after[name].double() - before[name].double()
+        assert as_if_rounded_once(ours[name], exact), name
+
+
 # --- A usable model ------------------------------------------------------------------------------
 
 
@@ -553,7 +729,7 @@ def test_missing_models_say_what_to_run(pair, capsys, tmp_path):
     edit(base / "config.json", quantization_config={"load_in_4bit": True})
     assert "it is quantised" in refusal(capsys, adapter, "--base_model", base)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    assert "no adapter_model.safetensors" in refusal(capsys, adapter)
+    assert "adapter_model.bin; expected adapter_model.safetensors" in refusal(capsys, adapter)
 
 
 def test_unfinished_training_points_to_its_last_checkpoint(pair, capsys):
@@ -616,6 +792,265 @@ def test_texts_that_cannot_be_read(pair, capsys):
     Path("latin").write_bytes(b"\xff\xfe\xfd")
     assert "expected a UTF-8 text" in refusal(capsys, pair[1], "--verify", "latin")
     assert "expected a UTF-8 text" in refusal(capsys, pair[1], "--verify", "nowhere")
+
+
+# --- An adapter that is not whole, and what travels with it --------------------------------------
+
+
+def drop(folder: Path, wanted) -> None:
+    """Remove the tensors whose name fits."""
+    path = folder / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if not wanted(n)}, path)
+
+
+ROWS_OF_BOTH = {"embed_tokens": NEW_ROWS, "lm_head": NEW_ROWS}
+TRUNCATED = {  # what the adapter promises, what is lost of it, what the line names
+    "everything": ({}, "", ["holds no tensors", "14 of 14", "0.mlp.down_proj (LoRA"]),
+    "a layer": ({}, "layers.1.", ["7 of 14", "model.layers.1."]),
+    "one pair": ({}, "0.mlp.up_proj.", ["1 of 14", "model.layers.0.mlp.up_proj (LoRA"]),
+    "a pattern's": ({"target_modules": ".*_proj"}, "k_proj", ["2 of 14", "1.self_attn.k_proj"]),
+    "all-linear's": (
+        {"target_modules": "all-linear"}, "v_proj", ["2 of 14", "1.self_attn.v_proj"]),
+    "the chosen layer's": (
+        {"layers_to_transform": [1], "layers_pattern": "layers"}, "q_proj",
+        ["1 of 7", "1.self_attn.q_proj"]),
+    "another rank's": ({"rank_pattern": {"down_proj": 9}}, "down_proj", ["2 of 14", "down_proj"]),
+    "embedding and head": (
+        {"modules_to_save": ["embed_tokens", "lm_head"]}, "embed_tokens",
+        ["1 of 16", "model.embed_tokens (modules_to_save)"]),
+    "a norm": ({"modules_to_save": NORMS}, "model.norm", ["1 of 19", "model.norm (modules_to"]),
+    "new rows": (
+        {"trainable_token_indices": ROWS_OF_BOTH}, "lm_head",
+        ["1 of 16", "lm_head (trainable_token_indices)"]),
+    "a whole block": (
+        {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}, "1.mlp.up_proj",
+        ["1 of 8", "model.layers.1.mlp.up_proj (modules_to_save)"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TRUNCATED)
+def test_an_adapter_that_lacks_what_it_promises_is_refused(tmp_path, capsys, case):
+    promise, lost, names = TRUNCATED[case]
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", **promise)
+    assert_same_bits(merge(adapter), peft_merge(base, adapter))
+    drop(adapter, lambda name: lost in name)
+    capsys.readouterr()
+    line = refusal(capsys, adapter)
+    for words in ("adapter_model.safetensors is not whole", *names):
+        assert words in line
+
+
+@pytest.mark.parametrize("promise", [
+    {"target_modules": ["q_proj", "model.layers.1.mlp.up_proj", "proj"]},
+    {"target_modules": r".*layers\.[1-9]\d*\.self_attn\.[qv]_proj"},
+    {"target_modules": LINEAR, "exclude_modules": ["k_proj", "layers.2.mlp.up_proj"]},
+    {"target_modules": LINEAR, "exclude_modules": ".*mlp.*"},
+    {"target_modules": LINEAR, "layers_to_transform": 1},
+    {"target_modules": LINEAR, "layers_to_transform": [0, 12], "layers_pattern": ["h", "layers"]},
+    {"target_modules": LINEAR, "layers_to_transform": [0], "layers_pattern": "blocks"},
+    {"target_modules": [*LINEAR, "model.layers.2.mlp.up_proj"], "layers_to_transform": [0]},
+    {"target_modules": [*LINEAR, "lm_head"], "modules_to_save": ["mlp", "lm_head"]},
+])  # fmt: skip
+def test_targets_are_those_of_peft(promise):
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    modules = [
+        f"model.layers.{i}.{'mlp' if name in LINEAR[4:] else 'self_attn'}.{name}"
+        for i in (0, 1, 2, 12) for name in LINEAR]
+    config = LoraConfig(**promise)
+    for module in [*modules, "lm_head", "model.embed_tokens", "model.norm"]:
+        theirs = check_target_module_exists(config, module)
+        assert merge_lora.is_target(module, promise) == bool(theirs), module
+
+
+@pytest.mark.parametrize(("field", "value", "words"), [
+    ("r", None, "r is None; expected a number"),
+    ("lora_alpha", "16", "lora_alpha is 16; expected a number"),
+    ("target_modules", "(q_proj", "(q_proj is no pattern"),
+    ("rank_pattern", {"*q_proj": 4}, "*q_proj)$ is no pattern")])
+def test_settings_of_an_adapter_that_make_no_sense(pair, capsys, field, value, words):
+    edit(pair[1] / "adapter_config.json", **{field: value})
+    line = refusal(capsys, pair[1])
+    assert f"--adapter {pair[1]}: " in line and words in line.replace("(.*\\.)?(*", "*")
+
+
+def test_layers_that_are_not_promised_are_named(pair, capsys):
+    """PEFT leaves them out with a warning."""
+    edit(pair[1] / "adapter_config.json", layers_to_transform=[0])
+    line = refusal(capsys, pair[1])
+    assert "7 have LoRA that adapter_config.json does not promise: model.layers.1." in line
+
+
+@pytest.mark.parametrize("place", ["run.json", "metadata", "luojiu_quantization", "quantization"])
+def test_4bit_settings_travel_with_the_adapter(qlora, place, capsys):
+    adapter = qlora[1]
+    expected = merge(adapter)
+    (adapter / "run.json").rename("kept.json")
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "device": "cpu",
+                "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    path = adapter / "adapter_model.safetensors"
+    if place == "run.json":
+        Path("kept.json").rename(adapter / "run.json")
+    elif place == "metadata":
+        metadata = {"luojiu_quantization": json.dumps(settings)}
+        save_file(load_file(path), path, metadata=metadata)
+    else:
+        edit(adapter / "adapter_config.json", **{place: settings})
+    ours = merge(adapter)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_settings_that_are_not_known_are_one_warning(qlora, capsys):
+    base, adapter = qlora
+    (adapter / "run.json").unlink()
+    assert_same_bits(merge(adapter), peft_merge(base, adapter))
+    said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: ")]
+    assert len(said) == 1 and "4 bits" in said[0] and "--merge_into dequantized" in said[0]
+    path = adapter / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"luojiu_quantization": '{"load_in_4bit": false}'})
+    merge(adapter)
+    merge(adapter, "--merge_into", "dequantized")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_it_says_where_it_quantises_and_where_the_adapter_was_trained(qlora, capsys, monkeypatch):
+    adapter = qlora[1]
+    for device, words in (("cpu", "trained on cpu"), ("cuda", "trained on cuda; few values of 10")):
+        record = {"quantization": merge_lora.NF4 | {"device": device}}
+        (adapter / "run.json").write_text(json.dumps(record))
+        merge(adapter, "--device", "cpu")
+        assert f"quantising on cpu; the adapter was {words}" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cuda: PyTorch sees no GPU here" in refusal(capsys, adapter, "--device", "cuda")
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ("{", "expected a JSON object"), ("[4]", "expected a JSON object"),
+    ('{"bnb_4bit_quant_type": "int4"}', "quant_type is int4; expected nf4 or fp4")])
+def test_settings_that_cannot_be_read(pair, capsys, settings, words):
+    path = pair[1] / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"luojiu_quantization": settings})
+    assert words in refusal(capsys, pair[1])
+
+
+def test_paths_with_a_tilde_are_one_place(qlora, monkeypatch):
+    base, adapter = qlora
+    monkeypatch.setenv("HOME", str(base.parent))
+    (base.parent / "text").write_text("春天的早晨", encoding="utf-8")
+    merge_lora.main([
+        "--adapter", "~/adapter", "--base_model=~/base", "--output_dir", "~/out", "--device", "cpu",
+        "--verify", "~/text"])
+    expected, ours = merge(adapter), read(base.parent / "out")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    assert not Path("~").exists()
+    edit(adapter / "adapter_config.json", base_model_name_or_path="~/base")
+    (adapter / "run.json").unlink()
+    assert merge(adapter)
+
+
+def test_a_link_is_a_place(pair, tmp_path, capsys):
+    (tmp_path / "disk").mkdir()
+    Path("merged").symlink_to(tmp_path / "disk")
+    before = merge(pair[1])
+    assert Path("merged").is_symlink() and before.keys() == read(tmp_path / "disk").keys()
+    shutil.rmtree(tmp_path / "disk")
+    line = refusal(capsys, pair[1])
+    assert f"--output_dir merged: a link to {tmp_path / 'disk'}, which is not there" in line
+    Path("merged").unlink()
+    Path("merged").symlink_to("merged")  # a link to itself
+    assert "--output_dir merged: a link to merged" in refusal(capsys, pair[1])
+    Path("here").symlink_to(pair[1])
+    assert merge(Path("here"), "--output_dir", "elsewhere") == {}
+    assert read(Path("elsewhere")).keys() == before.keys()
+
+
+def test_pickled_weights_and_how_to_convert_them(pair, capsys):
+    """The adapter's command is run as it is printed."""
+    import shlex
+
+    base, adapter = pair
+    expected = merge(adapter)
+    path = adapter / "adapter_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    line = refusal(capsys, adapter)
+    command = shlex.split(line.partition("convert them: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    ours = merge(adapter)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    for shard in base.glob("model*"):
+        shard.unlink()
+    assert "no model.safetensors there, nor its index" in refusal(capsys, adapter)
+    (base / "pytorch_model.bin").touch()
+    line = refusal(capsys, adapter)
+    assert f"--base_model {base}: its weights are in pytorch_model.bin" in line
+    assert "save_pretrained" in line
+
+
+def test_a_base_that_has_moved_is_named_by_the_adapter(pair, capsys):
+    base, adapter = pair
+    base.rename(base.with_name("moved"))
+    line = refusal(capsys, adapter)
+    assert f"--adapter {adapter}: it names {base} as its base" in line
+    assert "pass the model with --base_model" in line
+    line = refusal(capsys, adapter, "--base_model", "m")
+    assert "it names" not in line and "--base_model m: no such folder" in line
+    assert merge(adapter, "--base_model", base.with_name("moved"))
+
+
+def test_an_adapters_own_tokenizer_is_blamed(pair, capsys):
+    adapter = pair[1]
+    merge(adapter)
+    made = json.loads(Path("merged/tokenizer.json").read_text())
+    added = {"id": ROWS, "content": "<one more>", "special": False}
+    made["added_tokens"].append(added)
+    (adapter / "tokenizer.json").write_text(json.dumps(made))
+    line = refusal(capsys, adapter)
+    assert f"--adapter {adapter}: " in line and f"added tokens {ROWS + 1}" in line
+    assert "or remove" in line
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(pair, capsys, monkeypatch, number):
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(merge_lora.fcntl, "flock", flock)
+    assert merge(pair[1])
+    assert "warning: --output_dir merged: this file system has no locks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_the_lock_ends_with_main(pair, monkeypatch, wrong):
+    """As in a notebook, where the process goes on."""
+    def stop(*args):
+        raise wrong
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_lora, "write_weights", stop)
+        with pytest.raises((SystemExit, RuntimeError)):
+            merge(pair[1])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(pair[1]), "--output_dir",
+         "merged"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_merged_model_tells_what_was_new_in_it(pair):
+    base, adapter = pair
+    (base / "run.json").write_text('{"results": {"base_vocab_size": 977}}')
+    merge(adapter)
+    assert json.loads(Path("merged/run.json").read_text())["results"]["base_vocab_size"] == 977
+    second = make_adapter(Path("merged").resolve(), base.parent / "second")
+    merge(second, "--output_dir", "again")
+    assert json.loads(Path("again/run.json").read_text())["results"]["base_vocab_size"] == 977
+    (base / "run.json").unlink()
+    (adapter / "run.json").write_text('{"settings": {"first_new_row": 976}}')
+    merge(adapter)
+    assert json.loads(Path("merged/run.json").read_text())["results"]["base_vocab_size"] == 976
 
 
 # --- A full disk, a kill -------------------------------------------------------------------------
