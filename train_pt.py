@@ -16,7 +16,7 @@ with 2, a full disk with 1.
 Minutes on any CPU, after the first two steps of `make demo`:
     python train_pt.py --block_size 256 --gradient_accumulation_steps 1 --learning_rate 3e-3 \\
         --warmup_steps 20 --num_train_epochs 15
-The real run, and first what it will take:
+The real run, and first what it will take (config.json is enough for that):
     python train_pt.py --plan --plan_gpu_gb 24
     python train_pt.py --lora_rank 32
 Several GPUs, a copy of the model on each (DDP), or a part of it on each (FSDP; README.md):
@@ -146,7 +146,9 @@ class Arguments(Settings):
     picture: str = option("pictures/trainloss.png", "The loss chart, redrawn as it runs.")
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
     sample_tokens: int = option(64, "Length of the sample written at each evaluation; 0: none.")
-    plan: bool = option(False, "Print sizes, steps and a memory estimate; train nothing.")
+    plan: bool = option(
+        False, "Print sizes, steps and a GPU's memory; train nothing. It needs no weights, and "
+        "without a text it leaves the steps out.")
     plan_gpu_gb: float | None = option(None, "GPU memory to plan for, in GB; None: the GPU here.")
     activation_checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass; None: on a GPU.")
