@@ -16,7 +16,7 @@ with 2, a full disk with 1.
 Minutes on any CPU, after the first two steps of `make demo`:
     python train_pt.py --block_size 256 --gradient_accumulation_steps 1 --learning_rate 3e-3 \\
         --warmup_steps 20 --num_train_epochs 15
-The real run, and first what it will take:
+The real run, and first what it will take (config.json is enough for that):
     python train_pt.py --plan --plan_gpu_gb 24
     python train_pt.py --lora_rank 32
 Several GPUs, a copy of the model on each (DDP), or a part of it on each (FSDP; README.md):
@@ -69,6 +69,27 @@ NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 LLAMA_2_PIECES = 32_000
 LARGE_FOR_A_CPU = 2e9  # bytes of weights
 IGNORED = -100  # the label of a token that is not predicted
+# Options of the Trainer that a run cannot keep its promises with, by the value that turns them on.
+UNSUPPORTED = {
+    "deepspeed": "expected no DeepSpeed; several GPUs: accelerate launch --config_file fsdp.yaml",
+    "push_to_hub": "expected false; when the run is done: hf upload NAME OUTPUT_DIR",
+    "save_only_model": "expected false; without its optimizer a checkpoint cannot go on",
+    "auto_find_batch_size": "expected false; --plan says which batch fits",
+    "enable_jit_checkpoint": "expected false; SIGTERM already saves the last whole step",
+    "dataloader_num_workers": "expected 0; a batch is only looked up, and workers die of the "
+    "signal on which a run saves",
+    "label_smoothing_factor": "expected 0; no logits leave the loss that could be smoothed"}
+RENAMED = {  # by Transformers 5
+    "warmup_ratio": "--warmup_steps 0.1 is a tenth of all steps",
+    "evaluation_strategy": "--eval_strategy", "no_cuda": "--use_cpu",
+    "per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "group_by_length": "--train_sampling_strategy group_by_length",
+    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
+    "overwrite_output_dir": "--resume_from_checkpoint none, which moves the run so far aside"}
+PART, BATCH = 1 << 16, 1 << 20  # characters: of a long text's parts, given to the tokenizer at once
+SURROGATES = re.compile("[\ud800-\udfff]")
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 1,024 x 61,388 x 4 bytes = 0.25 GB
 # The Trainer's options that change the result, beside our own Settings.
 TRAINER_SETTINGS = re.compile(
@@ -125,7 +146,9 @@ class Arguments(Settings):
     picture: str = option("pictures/trainloss.png", "The loss chart, redrawn as it runs.")
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
     sample_tokens: int = option(64, "Length of the sample written at each evaluation; 0: none.")
-    plan: bool = option(False, "Print sizes, steps and a memory estimate; train nothing.")
+    plan: bool = option(
+        False, "Print sizes, steps and a GPU's memory; train nothing. It needs no weights, and "
+        "without a text it leaves the steps out.")
     plan_gpu_gb: float | None = option(None, "GPU memory to plan for, in GB; None: the GPU here.")
     activation_checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass; None: on a GPU.")
@@ -140,6 +163,11 @@ class Arguments(Settings):
     save_total_limit: int = option(2, "Checkpoints kept; 0: all.")
     logging_steps: float = option(5, "Steps between points of the loss curve.")
     report_to: str = option("none", "Also log to: wandb, tensorboard, ... or none.")
+
+    def __post_init__(self):
+        for name in ("model_name_or_path", "dataset", "output_dir", "picture", "cache_dir",
+                     "resume_from_checkpoint"):
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
 
 
 def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
@@ -162,10 +190,11 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         trainer_parser.print_help()
         raise SystemExit(0)
     on_gpu = torch.cuda.is_available()
-    eight_bit = on_gpu and os.environ.get("ACCELERATE_USE_FSDP") != "true"
+    for_gpu = on_gpu or args.plan  # a plan is of a GPU, wherever it is made
+    eight_bit = for_gpu and os.environ.get("ACCELERATE_USE_FSDP") != "true"
     computed = {
         "optim": "adamw_8bit" if eight_bit else "adamw_torch", "group_size": args.block_size // 4,
-        "lora_alpha": 2 * args.lora_rank, "activation_checkpointing": on_gpu}
+        "lora_alpha": 2 * args.lora_rank, "activation_checkpointing": for_gpu}
     vars(args).update({n: value for n, value in computed.items() if getattr(args, n) is None})
     known = TrainingArguments.__dataclass_fields__
     ours = vars(args) | {
@@ -175,8 +204,13 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
         "ddp_find_unused_parameters": False, "logging_first_step": True, "save_strategy": "steps"}
     trainer_parser.set_defaults(**{name: value for name, value in ours.items() if name in known})
+    asked, unknown = trainer_parser.parse_known_args(rest)
+    # Before TrainingArguments is built: a half-made DeepSpeed configuration would stay in
+    # Transformers' global state and break every later model of this process.
+    if refusal := unsupported(vars(asked), unknown):
+        parser.error(refusal)
     try:
-        training, unknown = trainer_parser.parse_args_into_dataclasses(rest, **parse)
+        training, _ = trainer_parser.parse_args_into_dataclasses(rest, **parse)
         training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     except (ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
@@ -193,17 +227,42 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
                      "--optim adamw_torch with FSDP")
     if missing := set(training.report_to) - set(get_available_reporting_integrations()):
         parser.error(f"--report_to {', '.join(missing)}: unknown or not installed; pip install it")
-    if training.dataloader_num_workers:
-        parser.error(f"--dataloader_num_workers {training.dataloader_num_workers}: expected 0; a "
-                     "batch is only looked up, and workers die of the signal on which a run saves")
-    if training.label_smoothing_factor:
-        parser.error(f"--label_smoothing_factor {training.label_smoothing_factor}: expected 0; no "
-                     "logits leave the loss that could be smoothed")
     if training.max_steps == 0:
         parser.error("--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")
-    if unknown:
-        parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
+    if refusal := refused_schedule(training):
+        parser.error(refusal)
     return args, training
+
+
+def unsupported(asked: dict[str, Any], unknown: list[str]) -> str | None:
+    """What to say of an option that this script refuses, or that nobody knows."""
+    for name, reason in UNSUPPORTED.items():
+        if asked[name]:
+            return f"--{name} {asked[name]}: {reason}"
+    for word in unknown:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name in RENAMED:
+            return f"unknown option: {word}; Transformers 5 took it away; use {RENAMED[name]}"
+    return f"unknown option: {' '.join(unknown)}; --help lists the options" if unknown else None
+
+
+def refused_schedule(training: Any) -> str | None:
+    """What the learning rate schedule lacks: it is built once, for a single number."""
+    import torch
+    from transformers import get_scheduler
+    if not training.learning_rate > 0:
+        return None  # check refuses it
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=training.learning_rate)
+    steps = training.max_steps if training.max_steps > 0 else 10**6
+    shown = f"--lr_scheduler_type {training.lr_scheduler_type.value}"
+    kwargs = training.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(training.lr_scheduler_type, optimizer, training.get_warmup_steps(steps),
+                      steps, scheduler_specific_kwargs=dict(kwargs))
+    except (ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        return f"{shown} --lr_scheduler_kwargs {json.dumps(kwargs)}: {reason}; pass what it needs"
+    return None
 
 
 def fsdp_version(training: Any) -> int:
@@ -299,23 +358,40 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def find_shapes(name_or_path: str, option: str) -> Path:
+    """find_model without the weights: of a hub's model fetch configuration and tokenizer alone."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path)
+    if hub_id and not Path(name_or_path).parent.is_dir():
+        small = {"allow_patterns": ["config.json", "tokenizer*"], "ignore_patterns": "*/*"}
+        with suppress(HfHubHTTPError, LocalEntryNotFoundError, ConnectionError):
+            return Path(snapshot_download(name_or_path, **small))
+    return find_model(name_or_path, option)  # which says what is wrong
+
+
 def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
     """Folder, configuration and tokenizer of the base, and the first of its rows that are new."""
     from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoTokenizer
     option = "--model_name_or_path"
-    path = folder = find_model(args.model_name_or_path, option)
+    path = folder = (find_shapes if args.plan else find_model)(args.model_name_or_path, option)
     index = folder / "model.safetensors.index.json"
     try:
         config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        bare = args.plan and not any(folder.glob("tokenizer.*"))
+        tokenizer = None if bare else AutoTokenizer.from_pretrained(folder)
         shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
-        for path in {*folder.glob("*.safetensors"), *(folder / name for name in shards)}:
+        parts = {*folder.glob("*.safetensors"), *(folder / name for name in shards)}
+        for path in () if args.plan else parts:
             safe_open(path, "np")  # it holds the header against the file's size
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{option} {path}: is not whole ({reason}); fetch it again") from error
-    rows, positions, pieces = config.vocab_size, config.max_position_embeddings, len(tokenizer)
+    missing = not args.plan and not any(folder.glob("*.safetensors"))
+    pickled = any(folder.glob("pytorch_model*.bin"))
+    rows, positions = config.vocab_size, config.max_position_embeddings
+    pieces = len(tokenizer or ())
     recorded = (read_record(folder).get("results") or {}).get("base_vocab_size")
     first = min(args.base_vocab_size or recorded or LLAMA_2_PIECES, rows)
     model = f"{option} {folder}"
@@ -325,7 +401,12 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
     refuse(
         (config.model_type != "llama", f"{model}: a {config.model_type}; expected a Llama"),
         (config.tie_word_embeddings, f"{model}: embedding and head are tied; expected two"),
-        (not any(folder.glob("*.safetensors")), f"{model}: no *.safetensors, so no weights in it"),
+        (getattr(config, "quantization_config", None), f"{model}: it is quantised, and what is "
+         "trained on it cannot be merged; pass the 16-bit model that it was made from"),
+        (missing and pickled, f"{model}: its weights are pytorch_model*.bin; expected "
+         "*.safetensors; convert them: python -c \"from transformers import AutoModelForCausalLM "
+         f"as M; M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}')\""),
+        (missing, f"{model}: no *.safetensors, so no weights in it"),
         (uneven and args.quantization == "nf4",
          f"{model}: {uneven}; nf4 expects a multiple of 64; use --quantization none"),
         (pieces > rows, f"{model}: the tokenizer has {pieces} pieces and the model only {rows} "
@@ -465,7 +546,8 @@ def text_files(dataset: str) -> list[Path]:
         hint = "run python filter_cc.py first" if "cc_filtered" in dataset else "check the path"
         raise UserError(f"--dataset {dataset}: there is no such file or folder; {hint}")
     found = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.is_file())
-    files = [p for p in found if p.suffix in (".parquet", ".jsonl", ".txt")]
+    visible = (p for p in found if not p.name.startswith("."))  # ._page.txt is macOS's own
+    files = [p for p in visible if p.suffix in (".parquet", ".jsonl", ".txt")]
     if not files:
         raise UserError(f"--dataset {dataset}: no .parquet, .jsonl or .txt in it; expected text")
     return files
@@ -473,22 +555,33 @@ def text_files(dataset: str) -> list[Path]:
 
 def read_texts(path: Path) -> Iterator[str]:
     """Every document of a file."""
+    row = 0
     try:
         if path.suffix == ".txt":
-            texts = [path.read_text(encoding="utf-8")]
+            yield path.read_text(encoding="utf-8-sig")
         elif path.suffix == ".jsonl":
-            texts = (json.loads(row)["text"] for row in path.open(encoding="utf-8") if row.strip())
+            with path.open(encoding="utf-8-sig") as lines:
+                for row, line in enumerate(lines, 1):  # noqa: B007 (the error below names it)
+                    if line.strip():
+                        yield checked_text(json.loads(line)["text"])
         else:
             from pyarrow.parquet import ParquetFile
-            batches = ParquetFile(path).iter_batches(256, columns=["text"])
-            texts = (text for batch in batches for text in batch.column("text").to_pylist())
-        for text in texts:
-            if not isinstance(text, str | None):
-                raise TypeError(f"the text {text} is no string")
-            yield text
+            for batch in ParquetFile(path).iter_batches(256, columns=["text"]):
+                for text in batch.column("text").to_pylist():
+                    row += 1
+                    yield checked_text(text)
     except (ValueError, KeyError, TypeError) as error:  # pyarrow's errors are ValueErrors
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"--dataset {path}: cannot be read ({reason}); expected text") from error
+        reason = str(error) if not isinstance(error, KeyError) else f"there is no {error}"
+        reason = " ".join(getattr(error, "msg", reason).split())[:160]
+        at = f"{path}, row {row}" if row else path
+        raise UserError(f"--dataset {at}: cannot be read ({reason}); expected text") from error
+
+
+def checked_text(text: Any) -> str | None:
+    """A row's text; of a Parquet file it may be missing."""
+    if not isinstance(text, str | None):
+        raise TypeError(f"the text {text} is no string")
+    return text
 
 
 @dataclass
@@ -500,73 +593,158 @@ class Corpus:
     characters: np.ndarray  # (documents,)
 
 
-def dataset_key(files: list[Path], base: Path) -> str:
-    """Changes when the text or the tokenizer does."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in base.glob("tokenizer*") if p.is_file()):
-        digest.update(path.read_bytes())
-    for path in files:
-        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+def dataset_key(files: list[Path], base: Path, sums: dict[str, str]) -> str:
+    """Changes when the text or the tokenizer does, and with nothing else: a copy has the same."""
+    digest = hashlib.sha256(b"2")  # counts the ways in which we have cut text into tokens
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        if (base / name).is_file():
+            digest.update(name.encode() + (base / name).read_bytes())
+    for path, content in zip(files, sums.values(), strict=True):
+        digest.update(f"{path.suffix} {content}\n".encode())
     return digest.hexdigest()
 
 
+def known_sums(cache: Path) -> dict[str, str]:
+    """The sums of texts that are kept with the tokens."""
+    try:
+        known = json.loads((cache / "sums.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def text_sums(files: list[Path], known: dict[str, str]) -> dict[str, str]:
+    """The sha256 of each file, by its path, size and times: while these stay the same, a file whose
+    sum is known is not read again."""
+    sums = {}
+    for path in files:
+        stat = path.stat()
+        seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+        sums[seen] = known.get(seen) or file_sum(path)
+    return sums
+
+
+def lock(file: Any, how: int) -> None:
+    """Lock an open file until it is closed. Where the file system has no locks, say so and go on.
+    """
+    try:
+        fcntl.lockf(file, how)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {Path(file.name).parent}: the file system has no locks ({error}); let no "
+              "second run write there", flush=True)
+
+
 @contextmanager
-def only_one(lock: Path) -> Iterator[None]:
+def only_one(path: Path) -> Iterator[None]:
     """Wait until no other process is in here. The lock's file is gone afterwards, and its folders
     if they are new and empty."""
-    made, mine = [folder for folder in lock.parents if not folder.exists()], False
+    made, mine = [folder for folder in path.parents if not folder.exists()], False
     while not mine:
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # the one waited for has removed it, or its folder
-            file = lock.open("w")
+            file = path.open("w")
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"waiting for another run to leave {lock.parent}", flush=True)
-                fcntl.lockf(file, fcntl.LOCK_EX)
-            mine = os.path.samestat(lock.stat(), os.fstat(file.fileno()))
+                print(f"waiting for another run to leave {path.parent}", flush=True)
+                lock(file, fcntl.LOCK_EX)
+            mine = os.path.samestat(path.stat(), os.fstat(file.fileno()))
     try:
         yield
     finally:
-        lock.unlink()
+        path.unlink(missing_ok=True)  # without locks another run may have been here
         file.close()
         for folder in made:
             with suppress(OSError):  # holds something
                 folder.rmdir()
 
 
-def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
+def tokenize(
+    files: list[Path], tokenizer: Any, cached: Path, sums: dict[str, str] | None = None
+) -> Corpus:
     """Tokenise every document, once: the next run finds the result in the cache, and one that
-    starts meanwhile waits for it. The tokenizer takes a thousand documents at a time, on all cores.
-    """
+    starts meanwhile waits for it. The tokenizer works on all cores. `sums` of the files are kept
+    with the tokens."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     if not cached.exists():
         with only_one(cached.with_name(".lock")):
             if not cached.exists():  # another run has not made it meanwhile
                 write_tokens(files, tokenizer, cached, dtype)
+    known = known_sums(cached.parent)
+    if sums and sums.keys() - known.keys():
+        write_json(cached.with_name("sums.json"), known | sums)
     sizes = np.load(cached / "documents.npy")
     return Corpus(np.memmap(cached / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
+
+
+def cut_text(text: str) -> list[str]:
+    """A long text in parts of at most PART characters, cut at a line's end where there is one, else
+    at a sentence's, else before a space: the tokenizer takes 100 bytes of memory a byte of text."""
+    parts, start = [], 0
+    while len(text) - start > PART:
+        within = (start + 1, start + PART)
+        end = text.rfind("\n", *within) + 1 or text.rfind("。", *within) + 1
+        end = end or max(0, text.rfind(" ", *within)) or start + PART
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
+def batches_of_text(texts: Iterator[str]) -> Iterator[list[tuple[str, bool, bool]]]:
+    """Parts of documents, each with whether it is its document's first and its last; about BATCH
+    characters at a time."""
+    batch, size = [], 0
+    for text in texts:
+        parts = cut_text(text)
+        for number, part in enumerate(parts):
+            batch.append((part, number == 0, number == len(parts) - 1))
+            size += len(part)
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -> None:
     """Make tokenize's cache, aside first; it is written over what a killed run left there."""
     from tqdm import tqdm
-    building, sizes = cached.with_name("building"), []
+    building, sizes, repaired = cached.with_name("building"), [], 0
     building.mkdir(exist_ok=True)
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     bos, eos = ([] if piece is None else [piece] for piece in ends)
+
+    def encode(texts: list[str]) -> list[list[int]]:  # <s> and </s> in a page are plain text
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return tokenizer(texts, **options)["input_ids"]
+
+    # A Llama tokenizer sets a space before its text. A later part must not get one: it is encoded
+    # behind a line break, and space and line break are taken off again.
+    lead = encode(["\n"])[0]
     texts = (text for file in files for text in read_texts(file) if text)
-    texts = iter(tqdm(texts, desc="tokenising", unit=" documents"))
     try:
         with (building / "tokens.bin").open("wb") as out:
-            while batch := list(islice(texts, 1000)):
-                pieces = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-                for text, ids in zip(batch, pieces, strict=True):
-                    ids = [*bos, *ids, *eos]
+            for batch in batches_of_text(tqdm(texts, desc="tokenising", unit=" documents")):
+                clean = [SURROGATES.subn("\ufffd", part) for part, _, _ in batch]
+                repaired += sum(count for _, count in clean)
+                pieces = encode([
+                    part if first else "\n" + part
+                    for (part, _), (_, first, _) in zip(clean, batch, strict=True)])
+                for (part, first, last), ids in zip(batch, pieces, strict=True):
+                    if not first and ids[: len(lead)] == lead:
+                        ids = ids[len(lead) :]
+                    ids = [*(bos if first else []), *ids, *(eos if last else [])]
                     out.write(np.array(ids, dtype).tobytes())
-                    sizes.append((len(ids), len(text)))
+                    if first:
+                        sizes.append([0, 0])
+                    sizes[-1][0] += len(ids)
+                    sizes[-1][1] += len(part)
         if not sizes:
             raise UserError(f"--dataset {files[0]}: holds no text; expected some documents")
+        if repaired:
+            print(f"note: {repaired} lone surrogates in the text are U+FFFD now")
         np.save(building / "documents.npy", np.array(sizes))
         building.rename(cached)
     finally:
@@ -756,6 +934,8 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
     register_attention()
+    # PEFT asks for activation checkpointing under its former name.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -815,7 +995,17 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {n.replace(".default.", ".").replace(".trained", rows): p for n, p in trained}
 
 
-def save_adapter(model: Any, folder: Path, base: str) -> None:
+def quantization_metadata(nf4: dict | None, device: str) -> dict[str, Any]:
+    """How the base was held that the adapter learnt on, in bitsandbytes' words: a merge must round
+    the base in the same way, and the adapter's file may travel without its run.json."""
+    nf4 = nf4 or {}
+    return {
+        "load_in_4bit": bool(nf4), "bnb_4bit_quant_type": nf4.get("quant_type"),
+        "bnb_4bit_use_double_quant": nf4.get("double_quant"),
+        "bnb_4bit_compute_dtype": nf4.get("compute_dtype"), "device": device}
+
+
+def save_adapter(model: Any, folder: Path, base: str, quantization: dict | None = None) -> None:
     """Write what stock PeftModel.from_pretrained loads: rows replaced, norms as modules_to_save.
     Every process calls it, for FSDP gathers the parameters from all; the first one writes."""
     import torch.distributed as dist
@@ -839,7 +1029,8 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     config.modules_to_save = saved or None
     config.save_pretrained(str(folder))
     building = folder / "adapter_model.building"
-    save_file(tensors, building, {"format": "pt"})
+    metadata = {"luojiu_quantization": json.dumps(quantization)} if quantization else {}
+    save_file(tensors, building, {"format": "pt"} | metadata)
     building.chmod((folder / "adapter_config.json").stat().st_mode)  # it was for the owner alone
     building.rename(folder / "adapter_model.safetensors")
 
@@ -999,6 +1190,8 @@ class PackedTraining:
                 sums[0] += self.model(**batch, num_items_in_batch=1).loss
             sums[1] += (batch["labels"] != IGNORED).sum()
         total, predicted = self.accelerator.reduce(sums, "sum").tolist()
+        if not math.isfinite(total):
+            self.give_up(self.state.global_step, f"the loss of the text held out is {total}")
         return total, max(1, int(predicted))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -1041,9 +1234,11 @@ class PackedTraining:
         return str(self.saving or self.args.output_dir)
 
     def save_model(self, output_dir=None, _internal_call=False) -> None:
-        base = self.report.record["base"]["model_name_or_path"]
+        record = self.report.record
         model = self.accelerator.unwrap_model(self.model)
-        save_adapter(model, Path(output_dir or self.args.output_dir), base)
+        how = quantization_metadata(record["quantization"], self.args.device.type)
+        base = record["base"]["model_name_or_path"]
+        save_adapter(model, Path(output_dir or self.args.output_dir), base, how)
 
     def _save_checkpoint(self, model, trial=None, *args, **kwargs) -> None:
         """Trainer's checkpoint, built aside, sealed with the sums of its files, then renamed."""
@@ -1051,7 +1246,12 @@ class PackedTraining:
         final = output / f"checkpoint-{self.state.global_step}"
         self.accelerator.wait_for_everyone()
         if final.exists():
-            return
+            whole = is_whole(final)
+            self.accelerator.wait_for_everyone()
+            if whole:
+                return
+            if self.args.should_save:
+                move_aside(final, "a broken checkpoint")
         # With FSDP each process sees its own part; one that gives up ends the others' wait too.
         if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
             self.give_up(self.state.global_step, "weights are no longer finite")
@@ -1086,9 +1286,15 @@ class PackedTraining:
         self.state.save_to_json(str(folder / "trainer_state.json"))
         write_json(folder / "run.json", self.report.record | {"files": file_sums(folder)})
         folder.rename(final)
-        for old in checkpoints(final.parent)[self.keep :]:
+        older = [p for p in checkpoints(final.parent) if step_of(p) <= step_of(final)]
+        for old in older[self.keep :]:
             if str(old) != self.state.best_model_checkpoint:
                 shutil.rmtree(old)
+
+    def best_step(self) -> int | None:
+        """The step whose weights --load_best_model_at_end has put back."""
+        best = self.state.best_model_checkpoint
+        return step_of(Path(best)) if self.args.load_best_model_at_end and best else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         load_adapter(model or self.model, Path(resume_from_checkpoint))
@@ -1115,8 +1321,15 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if trainer.accelerator.ddp_handler:  # no second copy of the gradients in DDP's buckets
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
+    logging.getLogger("transformers.trainer_utils").addFilter(is_news)
     trainer.head, trainer.report, trainer.keep = model.base_model.model.lm_head, report, keep
     return trainer
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether it is not Trainer's comparison of the command line with a checkpoint. other_settings
+    makes ours; how often to log, save and evaluate may change in a run."""
+    return "The following arguments do not match" not in record.getMessage()
 
 
 @contextmanager
@@ -1196,13 +1409,16 @@ def read_record(folder: Path) -> dict:
     return found if isinstance(found, dict) and isinstance(found.get("results") or {}, dict) else {}
 
 
+def file_sum(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_sums(folder: Path) -> dict[str, str]:
     """The sha256 of every file but run.json."""
-    sums = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "run.json"):
-        with path.open("rb") as file:
-            sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "run.json")
+    return {str(path.relative_to(folder)): file_sum(path) for path in found}
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -1217,9 +1433,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file is as it was written."""
+    """Whether every file is as it was written; what else lies there does not count."""
     sums = read_record(checkpoint).get("files")
-    return sums is not None and file_sums(checkpoint) == sums
+    try:
+        return bool(sums) and all(file_sum(checkpoint / name) == sums[name] for name in sums)
+    except FileNotFoundError:
+        return False
 
 
 def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, key: str) -> dict:
@@ -1249,13 +1468,14 @@ def move_aside(folder: Path, what: str) -> None:
 
 def take(output: Path, how: int = fcntl.LOCK_EX) -> Any:
     """Refuse a folder that another run is writing; else it is ours while the file is open."""
-    lock = open(output / ".lock", "a+")  # noqa: SIM115 (held on to)
+    file = open(output / ".lock", "a+")  # noqa: SIM115 (held on to)
     try:
-        fcntl.lockf(lock, how | fcntl.LOCK_NB)
+        lock(file, how | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        file.close()
         raise UserError(f"--output_dir {output}: another run is writing it; wait for it, or pass "
                         "another folder") from error
-    return lock
+    return file
 
 
 def other_settings(record: dict, old: dict) -> str:
@@ -1278,11 +1498,14 @@ def open_run(args: Arguments, record: dict) -> str | None:
     if named and (other := other_settings(record, read_record(Path(wanted)))):
         raise UserError(f"--resume_from_checkpoint {wanted}: of a run with other settings ({other})"
                         "; give the same, or begin anew without it")
-    begun = {".lock", "run.json.building"}  # of a start that failed
+    begun = {".lock", "run.json.building", ".DS_Store"}  # of a start that failed, or of macOS
     if output.is_file() or (output.is_dir() and {p.name for p in output.iterdir()} - begun):
         old = read_record(output)
         if old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys():
-            raise UserError(f"--output_dir {output}: holds something else; choose another folder")
+            names = sorted(p.name for p in output.iterdir()) if output.is_dir() else ["a file"]
+            other = ", ".join(names[:3])
+            raise UserError(
+                f"--output_dir {output}: holds something else ({other}); choose another folder")
         other = other_settings(record, old)
         if other and old["results"] is None:
             raise UserError(
@@ -1301,11 +1524,16 @@ def open_run(args: Arguments, record: dict) -> str | None:
             if step_of(later) > step:
                 move_aside(later, f"a later step than {step}")
         return wanted
-    for folder in checkpoints(output) if wanted == "auto" else ():
-        if is_whole(folder):
-            return str(folder)
+    saved = checkpoints(output) if wanted == "auto" else []
+    whole = next((folder for folder in saved if is_whole(folder)), None)
+    refuse((saved and not whole, f"--output_dir {output}: a file of each of its checkpoints is "
+            f"missing or not as it was written ({', '.join(p.name for p in saved)}); copy them "
+            "again, or begin anew with --resume_from_checkpoint none, which moves them aside"))
+    for folder in saved[: saved.index(whole)] if whole else ():
         print(f"{folder} is broken (not what was written): falling back to the one before")
-    return None
+        take(output, fcntl.LOCK_SH).close()
+        move_aside(folder, "a broken checkpoint")
+    return str(whole) if whole else None
 
 
 # --- Plan ----------------------------------------------------------------------------------------
@@ -1370,6 +1598,9 @@ def print_plan(args: Arguments, training: Any, config: Any, first_new: int, fact
 
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):>36}: {value:,}")
+    if not facts:
+        print(f"no text at --dataset {args.dataset}, or no tokenizer with the model: steps are not "
+              "counted")
     batch, block = training.per_device_train_batch_size, args.block_size
     print(f"memory on a GPU, estimated from the shapes, at batch {batch} x {block} tokens:")
     for name, size in items(batch, block).items():
@@ -1403,8 +1634,8 @@ Trained by train_pt.py of 落九 (Luojiu) on {documents:,} documents: {tokens:,}
 
 ![training loss](trainloss.png)
 
-Loss per token at the end: {loss_last} in training; on documents held out {eval_loss}, that is
-{eval_bits_per_character} bits per character.
+Loss per token: {loss_last} in training at the end; of this adapter (step {adapter_step}) on
+documents held out {eval_loss}, that is {eval_bits_per_character} bits per character.
 
 ## Hyperparameters
 
@@ -1428,9 +1659,17 @@ class Report:
     def __init__(self, args: Arguments, record: dict, tokenizer: Any, facts: dict, source: Any):
         self.args, self.record, self.tokenizer, self.facts = args, record, tokenizer, facts
         self.prompt = source[0]["input_ids"][:32].tolist()
-        self.output, self.drawn = Path(args.output_dir), -math.inf
+        self.output, self.drawn, self.lock = Path(args.output_dir), -math.inf, None
 
-    def begin(self, blocks: PackedBlocks, note: str | None) -> None:
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let go of the folder, however the run ends: a notebook's process lives on."""
+        if self.lock:
+            self.lock.close()
+
+    def begin(self, blocks: PackedBlocks, *notes: str | None) -> None:
         """Open the folder, for this process alone, and say what comes."""
         self.output.mkdir(parents=True, exist_ok=True)
         self.lock = take(self.output)
@@ -1438,7 +1677,7 @@ class Report:
         self.record["wandb_run_id"] = run or uuid4().hex[:8]
         write_json(self.output / "run.json", self.record)
         print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in self.facts.items()))
-        if note:
+        for note in filter(None, notes):
             print(f"note: {note}")
         print("a sample:", self.tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
 
@@ -1483,7 +1722,7 @@ class Report:
         axes.grid(alpha=0.3)
         below.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="gray")
         below.set(xlabel="step", ylabel="learning rate")
-        for picture in (Path(self.args.picture), *copies):
+        for picture in (*copies, Path(self.args.picture)):
             picture.parent.mkdir(parents=True, exist_ok=True)
             building = picture.with_name("building." + picture.name)
             figure.savefig(building, dpi=120)
@@ -1518,15 +1757,22 @@ class Report:
             how = "the same command" if auto else "--resume_from_checkpoint auto"
             print(f"{said}; {how} goes on", flush=True)
 
-    def finish(self, history: list[dict]) -> None:
-        """Chart and model card; run.json last, for it says that the run is whole."""
+    def finish(self, history: list[dict], best_step: int | None) -> None:
+        """Chart and model card; run.json last, for it says that the run is whole. best_step: whose
+        weights were taken in the end, if not the last step's."""
         train, held = ([row for row in history if n in row] for n in ("loss", "eval_loss"))
         last = held[-1] if held else {}
+        if best_step:
+            last = next(row for row in held if row["step"] == best_step)
         results = self.facts | {
-            "steps": history[-1]["step"], "loss_first": train[0]["loss"],
+            "steps": history[-1]["step"], "adapter_step": best_step or history[-1]["step"],
+            "loss_first": train[0]["loss"],
             "loss_last": train[-1]["loss"], "eval_loss": last.get("eval_loss"),
             "eval_bits_per_character": last.get("eval_bits_per_character")}
-        self.draw(history, self.output / "trainloss.png")
+        try:
+            self.draw(history, self.output / "trainloss.png")
+        except OSError as error:
+            print(f"warning: chart not written ({error})", flush=True)
         row = "| {epoch:.2f} | {step} | {eval_loss:.4f} | {eval_bits_per_character:.4f} |"
         card = CARD.format(
             **{n: round(v, 4) if isinstance(v, float) else v for n, v in results.items()},
@@ -1537,7 +1783,8 @@ class Report:
         (self.output / "README.md").write_text(card, encoding="utf-8")
         write_json(self.output / "run.json", self.record | {"results": results})
         losses = f"loss {results['loss_first']:.3f} to {results['loss_last']:.3f}"
-        print(f"{results['steps']} steps, {losses}; wrote {self.output}",
+        best = f" (of step {best_step}, the best)" if best_step else ""
+        print(f"{results['steps']} steps, {losses}; wrote {self.output}{best}",
               "next: python merge_lora.py", sep="; ")
 
 
@@ -1574,8 +1821,20 @@ def check(args: Arguments) -> None:
         (Path(args.cache_dir).is_file(), f"--cache_dir {args.cache_dir}: expected a folder"),
         (Path(args.picture).suffix not in (".png", ".pdf", ".svg"),
          f"--picture {args.picture}: expected a file that ends in .png, .pdf or .svg"),
+        (unusable(Path(args.picture)), f"--picture {args.picture}: cannot be written there "
+         f"({unusable(Path(args.picture))}); choose another place"),
         (not isinstance(parsed, dict), f"--activation_checkpointing_kwargs {options}: expected "
          """a JSON object such as '{"offload": true}'"""))
+
+
+def unusable(file: Path) -> str | None:
+    """Why a file cannot be written, before anything is."""
+    above = next(p for p in (file.parent, *file.parent.parents) if os.path.lexists(p))
+    if file.is_dir():
+        return f"{file} is a folder"
+    if not above.is_dir():
+        return f"{above} is no folder"
+    return None if os.access(above, os.W_OK | os.X_OK) else f"{above} may not be written"
 
 
 def slow_device(training: Any, folder: Path) -> str | None:
@@ -1591,6 +1850,15 @@ def slow_device(training: Any, folder: Path) -> str | None:
     return None
 
 
+def nothing_held_out(args: Arguments, held_out: Any, files: list[Path]) -> str | None:
+    """What to say where an evaluation is asked for and the text has too few documents for one."""
+    if held_out or args.eval_fraction == 0 or args.eval_strategy == "no":
+        return None
+    return (f"--dataset {args.dataset}: too few documents to hold one out, so nothing is evaluated"
+            + ("; a .txt is one document: one a row, as JSON Lines, would be many"
+               if any(p.suffix == ".txt" for p in files) else ""))
+
+
 @streams_that_may_go()
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
@@ -1598,16 +1866,20 @@ def main(argv: list[str] | None = None) -> None:
     args, training = parse_args(argv)
     check(args)
     folder, config, tokenizer, first_new = load_base(args)
+    if args.plan and not (tokenizer and Path(args.dataset).exists()):
+        return print_plan(args, training, config, first_new, {})
     files = text_files(args.dataset)
-    key = dataset_key(files, folder)
-    record = describe_run(args, training, folder, first_new, key)
     with training.main_process_first():
+        sums = text_sums(files, known_sums(Path(args.cache_dir)))
+        key = dataset_key(files, folder, sums)
+        record = describe_run(args, training, folder, first_new, key)
         checkpoint = None if args.plan else open_run(args, record)
     if checkpoint == "done":
         return print(f"already done: {args.output_dir} holds this very run, finished")
     with training.main_process_first():
-        corpus = tokenize(files, tokenizer, Path(args.cache_dir) / key[:16])
+        corpus = tokenize(files, tokenizer, Path(args.cache_dir) / key[:16], sums)
     blocks, held_out = split_corpus(corpus, args, tokenizer.eos_token_id or 0)
+    unheld = nothing_held_out(args, held_out, files)
     facts = {
         "documents": len(corpus.lengths), "tokens": blocks.total, "sequences": len(blocks),
         "eval_sequences": len(held_out) if held_out else 0,
@@ -1615,20 +1887,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         if training.process_index == 0:
             print_plan(args, training, config, first_new, facts)
+            if unheld:
+                print(f"note: {unheld}")
         return
-    report = Report(args, record, tokenizer, facts, held_out or blocks)
-    if training.process_index == 0:
-        report.begin(blocks, slow_device(training, folder))
-    model, _ = build_model(args, training, folder, first_new)
-    trainer = build_trainer(training, model, blocks, held_out, report)
-    with stop_signals() as trainer.stop:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.stopping():
-            report.stopped(trainer)
-            raise SystemExit(128 + (trainer.stop or [signal.SIGTERM])[0])
-    trainer.save_model()
-    if training.process_index == 0:
-        report.finish(trainer.state.log_history)
+    with Report(args, record, tokenizer, facts, held_out or blocks) as report:
+        if training.process_index == 0:
+            report.begin(blocks, slow_device(training, folder), unheld)
+        model, _ = build_model(args, training, folder, first_new)
+        trainer = build_trainer(training, model, blocks, held_out, report)
+        with stop_signals() as trainer.stop:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            if trainer.stopping():
+                report.stopped(trainer)
+                raise SystemExit(128 + (trainer.stop or [signal.SIGTERM])[0])
+        trainer.save_model()
+        if training.process_index == 0:
+            report.finish(trainer.state.log_history, trainer.best_step())
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -168,7 +168,7 @@ def test_a_folder_of_something_else_is_not_written_to(name, content, command, ca
 
 def test_a_changed_text_is_told_in_words(command, text, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other.jsonl"
-    shutil.copy(text, other)
+    other.write_text(text.read_text() + '{"text": "一篇新的"}\n')
     killed_at(monkeypatch, 6, command())
     with pytest.raises(SystemExit):
         train_pt.main(command("--dataset", other))
