@@ -701,9 +701,7 @@ def extract(page: str) -> str:
     import trafilatura
 
     page = READINGS.sub("", page.replace("\x00", ""))
-    text = trafilatura.extract(
-        page, include_comments=False, include_tables=True, favor_recall=True, no_fallback=False)
-    return text or ""
+    return trafilatura.extract(page, include_comments=False) or ""
 
 
 # --- Rows out of JSONL and Parquet ---------------------------------------------------------------

@@ -27,6 +27,7 @@ def definitions(script: str) -> dict[str, str]:
         ("parse_args", ["filter_cc.py", "extend_vocab.py", "merge_lora.py"]),
         ("find_model", ["extend_vocab.py", "train_pt.py", "merge_lora.py"]),
         ("fingerprint", ["train_pt.py", "merge_lora.py"]),
+        ("build_aside", ["extend_vocab.py", "merge_lora.py"]),
     ],
 )
 def test_a_helper_that_scripts_share_stands_identically_in_each(name, scripts):
