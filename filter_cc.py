@@ -1167,7 +1167,8 @@ def block_lines(
     if not before_prose:
         return []
     if "furniture" in kinds or len(short) > 3:
-        return short[-1:] if kinds[-1] == "short" and len(short[-1]) > 5 else []
+        last = short[-1] if kinds[-1] == "short" and len(short[-1]) > 5 else None
+        return [line for line in short if NUMBERED.match(line) or line is last]
     return short
 
 
