@@ -342,10 +342,11 @@ def flex(position: torch.Tensor, group: int):
 def draw(rows: list[dict]) -> None:
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if "variant" in row]  # not those of loading
+    shown = ("train_pt.py", "train_pt.py, offload", "full attention, plain loss", "usual recipe")
+    rows = sorted((row for row in rows if row.get("variant") in shown), key=lambda r: r["length"])
     figure = Figure(figsize=(8, 4), layout="constrained")
     memory, speed = figure.subplots(1, 2)
-    for name in dict.fromkeys(r["variant"] for r in rows):
+    for name in shown:
         mine = [r for r in rows if r["variant"] == name and "peak_gb" in r]
         memory.plot([r["length"] for r in mine], [r["peak_gb"] for r in mine], "o-", label=name)
         speed.plot([r["length"] for r in mine], [r["tokens_per_second"] for r in mine], "o-")

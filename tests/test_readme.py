@@ -72,6 +72,38 @@ LONG = {"tokens": 16_384, "documents": "packed"}
 STEP = [training("speed", f"{what}_ratio", variant=OURS, block=block)
         for block in (2048, 8192) for what in ("time", "memory")]
 DEDUP = "filter > dedup > cost"
+
+
+def on_gpu(length: int, measure: str, variant: str = "train_pt.py") -> Callable[[dict], float]:
+    """A measure of one row of bench_gpu.py's training table."""
+    def found(results: dict) -> float:
+        rows = results["gpu"]["training"]["results"]
+        (only,) = (r for r in rows if (r.get("length"), r.get("variant")) == (length, variant))
+        return only[measure]
+    return found
+
+
+def beside_usual(length: int, measure: str) -> Callable[[dict], float]:
+    """A measure of train_pt.py on the GPU, as a multiple of the usual recipe's."""
+    usual = on_gpu(length, measure, "usual recipe")
+    return lambda results: on_gpu(length, measure)(results) / usual(results)
+
+
+def gpu_row(length: int) -> tuple:
+    """A row of the README's table of the GPU."""
+    words = f"| {length:,} | " + " | ".join(["{:.2f}"] * 3 + ["{:,.0f}"] * 2)
+    return (
+        words, words, on_gpu(length, "peak_gb"), on_gpu(length, "plan_gb"),
+        on_gpu(length, "peak_gb", "usual recipe"), on_gpu(length, "tokens_per_second"),
+        on_gpu(length, "tokens_per_second", "usual recipe"))
+
+
+GPU = [
+    beside_usual(length, measure)
+    for length in (2048, 8192) for measure in ("peak_gb", "tokens_per_second")]
+FULL = [
+    on_gpu(length, "tokens_per_second", variant)
+    for length in (2048, 8192) for variant in ("train_pt.py", "full attention")]
 DISK = ["filter > disk > result to text", "filter > disk > peak to text"]
 SIX_GB = [lambda results, path=path: 6 * look_up(results, path) for path in DISK]
 
@@ -86,6 +118,13 @@ def slower_dequantized(results: dict) -> float:
 # (in a list, key=value chooses the row), or a function of {file: its "results"}.
 FIGURES: list[tuple] = [
     # the picture at the top
+    ("記憶體是 {:.2f} 倍、速度 {:.2f} 倍，8,192 時是 {:.2f} 倍與 {:.2f} 倍",
+     "takes {:.2f} times the memory at {:.2f} times the speed at 2,048 tokens, and {:.2f} times at "
+     "{:.2f} times the speed", *GPU),
+    *(gpu_row(length) for length in (1024, 2048, 4096, 8192)),
+    ("8 x 2,048 是 {:,.0f} 對 {:,.0f}，8 x 8,192 是 {:,.0f} 對 {:,.0f}",
+     "({:,.0f} against {:,.0f} tokens/s at 8 x 2,048; {:,.0f} against {:,.0f} at 8 x 8,192)",
+     *FULL),
     ("2,048 個 token 時是 {:.2f} 倍，8,192 時是 {:.2f} 倍",
      "{:.2f} times at 2,048 tokens, {:.2f} times at 8,192", *SAVED),
     # the real run
@@ -181,6 +220,10 @@ NOT_MEASURED = [
     "約 20 秒", "20 s for each",  # extend_vocab.py's own docstring
     "1 分鐘", "2 分鐘", "1 minute",  # by hand: time make demo
     "70 分鐘", "70 minutes",  # by hand: time make bench
+    "8 x |", "8 x 2,048", "8 x 8,192",  # batches of bench_gpu.py
+    # by hand, on the H200: a profile of one step, and the real command held to 18 GB
+    "2.31 秒", "2.31 s", "1.13 秒", "1.13 s", "18 GB", "14.86 GB", "17.93 GB",
+    "2% 到 7%", "2 to 7%",  # plan_gb by peak_gb of the table
 ]
 
 # --- Reading the README --------------------------------------------------------------------------
