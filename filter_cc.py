@@ -68,6 +68,7 @@ CRAWL_URL = "https://data.commoncrawl.org/"
 KINDS = (".wet", ".warc", ".jsonl", ".ndjson", ".json")
 COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
 ENDINGS = (".parquet", *(kind + packed for kind in KINDS for packed in COMPRESSIONS))
+ENDINGS = tuple(ending for ending in ENDINGS if ending != ".json")  # plain: settings, not rows
 TEXT_COLUMNS = ("text", "content", "raw_content")  # the first of these that a row has
 MAX_TASKS = 256  # deduplication opens one file of every task at once
 FIRST_TURN = 32  # files read before the yield of a crawl is known (--target_size)
@@ -231,7 +232,7 @@ class Arguments:
     max_cantonese: float = option(0.02, "Largest share of characters of written Cantonese.")
     max_mainland: float = option(4.0, "Most mainland words, less Taiwan's, per 1,000 Han.")
     max_hongkong: float = option(6.0, "Most Hong Kong words, less Taiwan's, per 1,000 Han.")
-    max_converted: float = option(3.0, "Most wrongly converted words per 1,000 Han.")
+    max_converted: float = option(4.0, "Most wrongly converted words per 1,000 Han.")
     max_repeated: float = option(0.2, "Largest share of 10-grams of characters repeated (Gopher).")
     min_distinct: float = option(0.5, "Least share of distinct 2-grams in the first 1,000.")
     max_top: float = option(0.1, "Largest share of text in its most frequent 4-gram (Gopher).")
@@ -982,7 +983,7 @@ class Judge:
         limits = self.limits
         text = clean_lines(INVISIBLE.sub("", text.translate(CONTROLS)))
         codes = code_points(text)
-        counts, dense = self.count(codes), codes[codes > 32]
+        counts = self.count(codes)
         han = sum(counts[1:5])
         lost = text.count("?") > 0.04 * len(text)  # characters that another encoding did not have
         if lost or counts.broken > max(5, limits.max_broken * len(text)):
@@ -991,7 +992,9 @@ class Judge:
             return text, {}, refused
         if han < limits.min_length:
             return text, {}, "length"
-        words = len(WORD.findall("\n".join(filter(is_language, text.split("\n")))))
+        prose = "\n".join(filter(is_language, text.split("\n")))  # code repeats itself
+        dense = code_points(prose)
+        words, dense = len(WORD.findall(prose)), dense[dense > 32]
         scores = {
             "han": han / (han + counts.kana + counts.hangul + words),
             "traditional": counts.traditional / max(1, counts.traditional + counts.simplified)}
@@ -1729,7 +1732,9 @@ def crawl_files(crawl: str) -> list[str]:
 
 def expand_input(given: str) -> list[str]:
     """Return the files that one --input names: a file, a folder, a glob, or a URL."""
-    expected = f"expected {', '.join((*KINDS, '.parquet'))}, plain or with .gz, .zst, .xz or .bz2"
+    expected = (
+        "expected .wet, .warc, .jsonl or .ndjson, plain or compressed (.wet.gz, .json.zst,"
+        " .jsonl.xz, .bz2), or .parquet")
     remote = "://" in given
     try:
         system, path = fsspec.core.url_to_fs(given)

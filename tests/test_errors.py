@@ -79,7 +79,7 @@ TABLE = [
     row(F, "a file that only ends in .wet", ["--input", "note.wet"],
         ["--input note.wet", "no page could be read", "foreign bytes"]),
     row(F, "JSON Lines without text", ["--input", "untold.jsonl"],
-        ["--input untold.jsonl", "column text"]),
+        ["--input untold.jsonl", "row without a text"]),
     row(F, "a broken Parquet file", ["--input", "bad.parquet"],
         ["--input bad.parquet", "unreadable"]),
     row(E, "a broken Parquet file", [*EXTEND[:3], "bad.parquet"], ["--corpus bad.parquet"]),
@@ -236,10 +236,11 @@ ACCEPTED = {
     # A limit that no page, file or text reaches is no limit.
     F: {"limit_files": ["huge"], "tasks": ["huge"], "min_length": ["huge"],
         "max_mainland": ["negative", "zero", "huge"],  # Taiwan's words count against mainland ones
-        "max_spam": ["zero", "huge"]} | {
+        "max_hongkong": ["negative", "zero", "huge"],
+        "max_converted": ["zero", "huge"], "max_spam": ["zero", "huge"]} | {
         share: ["zero"] for share in (
             "min_han", "max_kana_hangul", "min_traditional", "max_broken", "max_rare",
-            "max_repeated", "min_distinct", "min_closing")},
+            "max_cantonese", "max_top", "max_repeated", "min_distinct", "min_closing")},
     E: {"max_chars": ["huge"], "seed": ["zero"]},
     T: {"eval_fraction": ["zero"], "lora_dropout": ["zero"], "seed": ["zero"],
         "learning_rate": ["zero"], "sample_tokens": ["zero"], "lora_alpha": ["huge"],
