@@ -161,9 +161,8 @@ ENDED = re.compile("[。？！．｡﹒﹖﹗]")
 CLOSING = tuple("。！？…」』）；：.!?\"')~～．｡﹒﹖﹗︰，,、﹐﹔;")
 CODE = re.compile(r"[{}<>=;$\\|`#]|\w[(\[.:_/]\w|^\s*[\w.-]+$")
 WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+(?:['’-][A-Za-z]+)*|[\u0370-\u1fff]+")
-INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
-CONTROLS = dict.fromkeys((*range(9), 11, *range(14, 32), 127)) | dict.fromkeys(
-    (12, 0x85, 0x2028, 0x2029), "\n")
+INVISIBLE = re.compile(  # no line break
+    "[\0-\x08\x0e-\x1b\x7f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 PARAGRAPH = tuple("。；：，」』）.\"')~～")  # the ends of these; a title may end in ？ or ！
 SEPARATORS = re.compile(r"[\s|｜│>»›＞/／·•．‧★◆■]+")
 FUNCTION_WORDS = frozenset(
@@ -188,6 +187,7 @@ PHONE = re.compile(
 
 PRIVATE = (
     (EMAIL, "[EMAIL]"), (IP_ADDRESS, "[IP]"), (NATIONAL_ID, "[ID]"), (PHONE, "[PHONE]"))
+FULL_WIDTH = re.compile("[０-９Ａ-Ｚａ-ｚ＠]")
 HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
 PLACEHOLDER = re.compile(r"\[(?:EMAIL|IP|ID|PHONE)\]")
@@ -909,15 +909,15 @@ class Words:
 
     def __init__(self, kinds: dict[str, str]):
         self.kinds, self.lengths = kinds, {}
-        self.starts = np.zeros(1 << 18, bool)
+        self.starts = np.zeros(1 << 20, bool)
         for word in sorted(kinds, key=len, reverse=True):
             self.lengths.setdefault(word[:2], []).append(len(word))
-            self.starts[(ord(word[0]) * 31 + ord(word[1])) & 0x3FFFF] = True
+            self.starts[(ord(word[0]) * 31 + ord(word[1])) & 0xFFFFF] = True
 
     def count(self, text: str, codes: np.ndarray) -> Counter:
         """Return the listed words in the text and how often each is there."""
         found, end = Counter(), 0
-        hashes = (codes[:-1] * 31 + codes[1:]) & 0x3FFFF
+        hashes = (codes[:-1] * 31 + codes[1:]) & 0xFFFFF
         for at in self.starts.take(hashes).nonzero()[0].tolist():
             if at < end:
                 continue
@@ -981,7 +981,7 @@ class Judge:
     def verdict(self, text: str) -> tuple[str, dict, str | None]:
         """Return a page's prose, its scores, and the rule that refuses it (None: it is good)."""
         limits = self.limits
-        text = clean_lines(INVISIBLE.sub("", text.translate(CONTROLS)))
+        text = clean_lines(INVISIBLE.sub("", text))
         codes = code_points(text)
         counts = self.count(codes)
         han = sum(counts[1:5])
@@ -1180,12 +1180,13 @@ def hide_private(text: str) -> str:
     full-width ones too: they are sought where full-width characters are ASCII."""
     if not (NUMBER.search(text) or "@" in text or "＠" in text):
         return text
-    plain = text.translate(HALF_WIDTH)
+    wide = FULL_WIDTH.search(text)
+    plain = text.translate(HALF_WIDTH) if wide else text
     for pattern, placeholder in PRIVATE:
         if spans := [match.span() for match in pattern.finditer(plain)]:
             for start, end in reversed(spans):
                 text = text[:start] + placeholder + text[end:]
-            plain = text.translate(HALF_WIDTH)
+            plain = text.translate(HALF_WIDTH) if wide else text
     return text
 
 
