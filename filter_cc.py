@@ -50,7 +50,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -67,8 +67,9 @@ from transformers import HfArgumentParser
 CRAWL_URL = "https://data.commoncrawl.org/"
 KINDS = (".wet", ".warc", ".jsonl", ".ndjson", ".json")
 COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
-ENDINGS = (".parquet", *(kind + packed for kind in KINDS for packed in COMPRESSIONS))
-ENDINGS = tuple(ending for ending in ENDINGS if ending != ".json")  # plain: settings, not rows
+ENDINGS = (".parquet", *(
+    kind + packed for kind in KINDS for packed in COMPRESSIONS
+    if kind + packed != ".json"))  # settings, not rows
 TEXT_COLUMNS = ("text", "content", "raw_content")  # the first of these that a row has
 MAX_TASKS = 256  # deduplication opens one file of every task at once
 FIRST_TURN = 32  # files read before the yield of a crawl is known (--target_size)
@@ -122,6 +123,11 @@ def listed(name: str) -> list[str]:
     here = Path(__file__).parent if "__file__" in globals() else Path()
     lines = (here / "data" / "filter" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def listed_words(name: str) -> list[str]:
+    """Return the words of a list, which whitespace divides."""
+    return " ".join(listed(name)).split()
 
 
 # Words of menus, lines that are furniture although they read like a sentence, and short prompts.
@@ -538,6 +544,16 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def lost_unread(tally: Tally, damage: Callable) -> Callable:
+    """Return what a reader calls for damage that takes the place of a record or a row, which so
+    counts as read; `damage` alone is for one that was read."""
+    def lost(*what) -> None:
+        tally.read += 1
+        damage(*what)
+
+    return lost
+
+
 def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterator[dict]:
     """Yield the pages of a WET or WARC stream that neither header nor bytes refuse; with
     --save_rejected the refused ones as well, with the rule under "refused"."""
@@ -548,7 +564,6 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
             kind = RECORD_TYPE.search(header)
             if kind is None:
                 damage("record without a type")
-                tally.read -= 1  # its reader counts it too
                 return False
             if kind[1] == b"response":
                 return True
@@ -561,19 +576,20 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
         tally.count(refused, length)
         return False
 
-    for data, at, length in stream_records(stream, wanted, damage, tally):
-        header, page, refused = data[:at].lower(), data[at : at + length], None
-        if FOREIGN.search(header):
-            refused = "language"
+    lost = lost_unread(tally, damage)
+    for data, at, length in stream_records(stream, wanted, lost, tally):
+        header, page = data[:at].lower(), data[at : at + length]
+        refused = "language" if FOREIGN.search(header) else None
         if RECORD_TYPE.search(header)[1] == b"response":
             try:
-                page, refused = html_page(page, judge)
+                page, unfit = html_page(page, judge)
             except Exception as error:  # whatever lxml and trafilatura raise at a broken page
                 damage(f"page that does not parse ({type(error).__name__})")
                 continue
             if page is None:
                 tally.others["response without HTML"] += 1
                 continue
+            refused = refused or unfit
         refused = refused or judge.refuse_bytes(page)
         if refused and not save:
             tally.count(refused, len(page))
@@ -611,16 +627,19 @@ def http_payload(block: bytes) -> tuple[dict[str, str], bytes]:
 
 
 def inflate_brotli(data: bytes) -> bytes:
-    """Return the plain bytes; trafilatura and aiohttp can do without the package."""
+    """Return the plain bytes of a Brotli stream."""
     import brotli
 
     return brotli.decompress(data)
 
 
+CHUNK = re.compile(rb"[ \t]*([0-9a-fA-F]{1,7})[^\r\n]{0,64}\r?\n")
+
+
 def join_chunks(body: bytes) -> bytes:
     """Return a body without the sizes of its chunks, if it has any (RFC 9112, 7.1)."""
     at, parts = 0, []
-    while size := re.compile(rb"[ \t]*([0-9a-fA-F]{1,7})[^\r\n]{0,64}\r?\n").match(body, at):
+    while size := CHUNK.match(body, at):
         length = int(size[1], 16)
         parts.append(body[size.end() : size.end() + length])
         at = size.end() + length + 2
@@ -661,10 +680,10 @@ def decode_html(body: bytes, content_type: str) -> str:
         return body.decode("utf-8-sig")
     meta = re.search(rb"(?i)<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", body[:4096])
     header = re.search(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", content_type)
-    labels = [header[1] if header else "", meta[1].decode("ascii", "replace") if meta else ""]
-    labels += [detect_encoding(body), "utf-8", "big5", "gbk"]
+    told = [header[1] if header else "", meta[1].decode("ascii", "replace") if meta else ""]
+    detected = map(detect_encoding, [body])  # only where no label explains the bytes
     best = None
-    for label in labels:
+    for label in chain(told, detected, ("utf-8", "big5", "gbk")):
         try:
             name = map_encoding_to_html5(label, fallback_utf8=False)
         except (LookupError, ValueError):
@@ -679,7 +698,7 @@ def decode_html(body: bytes, content_type: str) -> str:
         lost = page.count("\ufffd")
         if best is None or 4 * lost < best[0]:  # a later guess must be far better
             best = lost, page
-        if 200 * lost < len(page) and label in labels[:2]:
+        if 200 * lost < len(page) and label in told:
             break
     return best[1]
 
@@ -752,8 +771,7 @@ def jsonl_rows(stream, damage: Callable) -> Iterator[tuple[int, dict]]:
             damage("row that is not JSON", number)
             continue
         if isinstance(row, dict):
-            nested = row.get("metadata")
-            yield number, (nested if isinstance(nested, dict) else {}) | row
+            yield number, row
         else:
             damage("row that is not an object", number)
 
@@ -776,9 +794,7 @@ def parquet_rows(file, column: str | None, damage: Callable) -> Iterator[tuple[i
                 columns = {name: plain_values(batch.column(name)) for name in batch.schema.names}
                 for values in zip(*columns.values(), strict=True):
                     number += 1
-                    row = dict(zip(columns, values, strict=True))
-                    nested = row.get("metadata")
-                    yield number, (nested if isinstance(nested, dict) else {}) | row
+                    yield number, dict(zip(columns, values, strict=True))
         except (pa.ArrowException, OSError, ValueError) as error:
             if getattr(error, "errno", None) is not None:
                 raise
@@ -875,7 +891,7 @@ def word_kinds() -> dict[str, str]:
             words[to_taiwan(word)] = "mainland"
     for kind in (
         "shared", "mainland", "topic", "hongkong", "hongkong_topic", "taiwan", "report", "spam"):
-        words |= dict.fromkeys(" ".join(listed(kind)).split(), kind)
+        words |= dict.fromkeys(listed_words(kind), kind)
     return words
 
 
@@ -934,7 +950,7 @@ class Judge:
 
     def __init__(self, limits: Arguments):
         self.limits, self.scripts, self.words = limits, script_table(), Words(word_kinds())
-        self.cantonese = listed("cantonese")[0].split()
+        self.cantonese = listed_words("cantonese")
 
     def count(self, codes: np.ndarray) -> Scripts:
         """Count characters by script."""
@@ -1012,7 +1028,7 @@ class Judge:
         scores["top"] = 4 * most_frequent(shingles(dense, 4)) / max(1, len(dense))
         if scores["repeated"] > limits.max_repeated or scores["top"] > limits.max_top:
             return text, scores, "repetition"
-        scores["closing"] = closing_share(text)
+        scores["closing"] = closing_share(prose)
         if scores["closing"] < limits.min_closing:
             return text, scores, "punctuation"
         scores |= self.usage(text, codes, han)
@@ -1214,11 +1230,11 @@ def most_frequent(hashes: np.ndarray) -> int:
     return most if most > 3 else 0
 
 
-def closing_share(text: str) -> float:
+def closing_share(prose: str) -> float:
     """Return the share of characters in lines that end like a sentence, hold the end of one, run on
-    after a comma, as in mail, on boards and in verse, or are verse without any mark; code counts
-    neither way, and what is cut with ... is an excerpt."""
-    lines = [line for line in text.split("\n") if is_language(line)]
+    after a comma, as in mail, on boards and in verse, or are verse without any mark; what is cut
+    with ... is an excerpt. Lines of code are left out before."""
+    lines = prose.split("\n")
     closed = 0
     for ends, run in groupby(lines, is_closed):
         run = list(run)
@@ -1295,7 +1311,6 @@ def blocks() -> SimpleNamespace:
 
         def read_file(self, filepath: str):
             def damage(kind: str, row: int | None = None) -> None:
-                self.tally.read += 1
                 self.tally.damage[kind] += 1
                 logger.warning(f"{filepath}{f', row {row}' if row else ''}: {kind}")
 
@@ -1314,7 +1329,7 @@ def blocks() -> SimpleNamespace:
                     raise ConnectionError(what) from error
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                damage(f"unreadable file ({type(error).__name__})")
+                lost_unread(self.tally, damage)(f"unreadable file ({type(error).__name__})")
             self.tally.files += 1
             self.tally.save(every=1.0)
 
@@ -1326,18 +1341,21 @@ def blocks() -> SimpleNamespace:
             limits = self.judge.limits
             columns = (limits.text_column,) if limits.text_column else TEXT_COLUMNS
             with fsspec.open(path, "rb") as stream:
+                lost = lost_unread(self.tally, damage)
                 if path.endswith(".parquet"):
-                    rows = parquet_rows(stream, limits.text_column, damage)
+                    rows = parquet_rows(stream, limits.text_column, lost)
                 else:
-                    rows = jsonl_rows(stream, damage)
+                    rows = jsonl_rows(stream, lost)
                 for number, row in rows:
+                    self.tally.read += 1
+                    if isinstance(nested := row.get("metadata"), dict):
+                        row = nested | row
                     given = next((row[name] for name in columns if row.get(name) is not None), None)
                     text = as_text(given)
                     if text is None:
                         what = "without a text" if given is None else "whose text is no string"
                         damage(f"row {what}", number)
                         continue
-                    self.tally.read += 1
                     page = text.encode("utf-8", "replace")
                     refused = self.judge.refuse_bytes(page)
                     if refused and not limits.save_rejected:
@@ -1674,7 +1692,9 @@ def filter_files(args: Arguments, files: list[str], work: Path) -> int | None:
 
 
 def check(args: Arguments) -> None:
-    """Find mistakes before any work."""
+    """Expand ~ in every path; find mistakes before any work."""
+    args.output_dir, args.picture = map(os.path.expanduser, (args.output_dir, args.picture))
+    args.input = [name if "://" in name else os.path.expanduser(name) for name in args.input]
     parse_size(args.target_size)
     for name, value in asdict(args).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -1866,7 +1886,7 @@ def publish(args: Arguments, work: Path, turn: int) -> dict:
         "files": judged.files, "account": account,
         "pages": pages, "characters": characters, "bytes": size,
         "left_after": {rule: {"pages": p, "bytes": b} for rule, (p, b) in left_after.items()},
-        "damage": dict(sorted(judged.damage.items()))}
+        "damage": account["damaged"]}
 
 
 def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
@@ -1959,8 +1979,6 @@ for Common Crawl its terms of use apply: https://commoncrawl.org/terms-of-use
 def main(argv: list[str] | None = None) -> None:
     """Filter web pages into a corpus."""
     args = parse_args(argv)
-    args.output_dir, args.picture = map(os.path.expanduser, (args.output_dir, args.picture))
-    args.input = [name if "://" in name else os.path.expanduser(name) for name in args.input]
     check(args)
     files = list_inputs(args)
     with claimed(args, files) as work:

@@ -191,7 +191,6 @@ def read(judge: Judge, data: bytes) -> tuple[list[dict], Tally]:
     tally = Tally("")
 
     def damage(kind: str) -> None:
-        tally.read += 1
         tally.damage[kind] += 1
 
     pages = list(read_pages(io.BytesIO(data), tally, damage, judge))

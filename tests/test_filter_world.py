@@ -252,3 +252,21 @@ def test_usage_is_judged_not_the_topic(judge):
     china = "陸媒報導，今年高考人數創新高，央企與國企招考減少，農民工返鄉，發改委說明微信的新規定。"
     china = LETTER + "\n" + china
     assert judge.verdict(china)[2] is None
+
+
+def test_a_page_that_does_not_parse_is_read_once_and_damaged_once(judge, monkeypatch):
+    def fail(page: str) -> str:
+        raise ValueError("no tree")
+
+    monkeypatch.setattr("filter_cc.extract", fail)
+    pages, tally = read(judge, members(answer(article().encode()), record("whole", LETTER)))
+    assert len(pages) == 1
+    assert tally.damage == {"page that does not parse (ValueError)": 1}
+    assert tally.read == 2
+
+
+def test_a_response_whose_header_names_another_language_is_refused(judge):
+    foreign = answer(article().encode(), WARC_Identified_Content_Language="eng")
+    pages, tally = read(judge, members(foreign))
+    assert pages == []
+    assert tally.pages == {"language": 1}
