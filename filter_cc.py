@@ -84,7 +84,8 @@ SCORES = (
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
 RANGES = {  # of the numbers that are neither a share nor a count without a limit
     "max_mainland": (-1000, math.inf), "max_hongkong": (-1000, math.inf),
-    "max_converted": (0, math.inf), "max_spam": (0, math.inf), "workers": (1, 4096),
+    "max_converted": (0, math.inf), "max_spam": (0, math.inf), "keep_best": (0.001, 1),
+    "workers": (1, 4096),
     "minhash_buckets": (1, 1000), "minhash_rows": (1, 1000)}
 
 # Rules in the order in which they are applied; stats.json and the picture follow it.
@@ -104,8 +105,8 @@ RULES = {
     "converted": "characters that a conversion from Simplified took for others",
     "spam": "gambling, loan, adult and drug vocabulary",
     "url": "the address is on a block list",
-    "exact_duplicate": "same text as an earlier page",
-    "near_duplicate": "nearly the same text as another page",
+    "duplicate": "the text of another page, or nearly",
+    "like": "less like the text of --like than the share that --keep_best keeps",
     "target": "beyond the target size"}
 
 # The header of a text, in lower case, begins so; it names languages, and Chinese is not among them.
@@ -165,6 +166,8 @@ SENTENCE = re.compile(  # Chinese punctuation, or ASCII's behind Han
     "[。！？；，,.!?;](?:(?<=[。！？；，])|(?<=[\u3400-\u9fff」）].)(?=\\s|$|[\u3400-\u9fff「]))")
 ENDED = re.compile("[。？！．｡﹒﹖﹗]")
 CLOSING = tuple("。！？…」』）；：.!?\"')~～．｡﹒﹖﹗︰，,、﹐﹔;")
+EXCERPT = re.compile(
+    r"(?i)(?:\.\.\.|…)$|read more|continue reading|繼續閱讀|閱讀(?:全文|更多)|(?:詳|看)全文")
 CODE = re.compile(r"[{}<>=;$\\|`#]|\w[(\[.:_/]\w|^\s*[\w.-]+$")
 WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+(?:['’-][A-Za-z]+)*|[\u0370-\u1fff]+")
 INVISIBLE = re.compile(  # no line break
@@ -241,9 +244,13 @@ class Arguments:
     max_converted: float = option(4.0, "Most wrongly converted words per 1,000 Han.")
     max_repeated: float = option(0.2, "Largest share of 10-grams of characters repeated (Gopher).")
     min_distinct: float = option(0.5, "Least share of distinct 2-grams in the first 1,000.")
-    max_top: float = option(0.1, "Largest share of text in its most frequent 4-gram (Gopher).")
+    max_top: float = option(0.16, "Largest share of text in its most frequent 4-gram (Gopher).")
     min_closing: float = option(0.3, "Least share of text in lines that end like a sentence (C4).")
     max_spam: float = option(6.0, "Most spam words per 1,000 Han, of two different at least.")
+    like: str | None = option(
+        None, "Text that you trust (.txt, .jsonl, .parquet): every page gets the column `like`, how"
+        " much more likely it is there than in the crawl.")
+    keep_best: float = option(1.0, "Share of pages to keep, those most like the text of --like.")
     url_lists: bool = option(False, "Refuse datatrove's listed addresses too (0.8 GB a worker).")
     minhash_buckets: int = option(20, "MinHash bands: more find more near duplicates.")
     minhash_rows: int = option(8, "MinHash values in a band: more are stricter.")
@@ -716,12 +723,14 @@ READINGS = re.compile(r"(?is)<r[tp]c?\b[^>]*>.*?(?=<r[tpb]c?\b|</r[tp]c?\s*>|</r
 
 
 def extract(page: str) -> str:
-    """Return the article of an HTML page by trafilatura (Barbaresi, ACL 2021), readings of ruby
-    left out."""
+    """Return the article of an HTML page by trafilatura (Barbaresi, ACL 2021), without the readings
+    of ruby. Its parser is not a browser's: it stops at an early </html>, for example. So the HTML5
+    parser of Resiliparse reads the page first."""
     import trafilatura
+    from resiliparse.parse.html import HTMLTree
 
     page = READINGS.sub("", page.replace("\x00", ""))
-    return trafilatura.extract(page, include_comments=False) or ""
+    return trafilatura.extract(str(HTMLTree.parse(page)), include_comments=False) or ""
 
 
 # --- Rows out of JSONL and Parquet ---------------------------------------------------------------
@@ -1008,9 +1017,9 @@ class Judge:
             return text, {}, refused
         if han < limits.min_length:
             return text, {}, "length"
-        prose = "\n".join(filter(is_language, text.split("\n")))  # code repeats itself
-        dense = code_points(prose)
-        words, dense = len(WORD.findall(prose)), dense[dense > 32]
+        prose = "\n".join(filter(is_language, text.split("\n")))
+        words, dense = len(WORD.findall(prose)), code_points(prose)
+        dense = dense[dense >= 0x3400]  # code, formulas and tables repeat themselves
         scores = {
             "han": han / (han + counts.kana + counts.hangul + words),
             "traditional": counts.traditional / max(1, counts.traditional + counts.simplified)}
@@ -1021,7 +1030,7 @@ class Judge:
             return text, scores, "cantonese"
         if counts.rare > limits.max_rare * han:
             return text, scores, "mojibake"
-        scores["distinct"] = distinct_share(shingles(dense[dense >= 0x3400][:1000], 2))
+        scores["distinct"] = distinct_share(shingles(dense[:1000], 2))
         if scores["distinct"] < limits.min_distinct:
             return text, scores, "repetition"
         scores["repeated"] = 1 - distinct_share(shingles(dense, 10))
@@ -1231,9 +1240,8 @@ def most_frequent(hashes: np.ndarray) -> int:
 
 
 def closing_share(prose: str) -> float:
-    """Return the share of characters in lines that end like a sentence, hold the end of one, run on
-    after a comma, as in mail, on boards and in verse, or are verse without any mark; what is cut
-    with ... is an excerpt. Lines of code are left out before."""
+    """Return the share of characters in lines that are sentences, or verse without any mark. Lines
+    of code are left out before."""
     lines = prose.split("\n")
     closed = 0
     for ends, run in groupby(lines, is_closed):
@@ -1244,16 +1252,24 @@ def closing_share(prose: str) -> float:
 
 
 def is_closed(line: str) -> bool:
-    """Whether a line ends like a sentence or holds the end of one."""
-    cut_short = len(line) > 15 and line.endswith(("...", "…"))
-    return bool(ENDED.search(line)) or (line.endswith(CLOSING) and not cut_short)
+    """Whether a line ends like a sentence, holds the end of one, or runs on after a comma, as in
+    mail and on boards. A line that is cut, with ... or a link to the rest, is an excerpt."""
+    if len(line) > 15 and EXCERPT.search(line[-60:]):
+        return False
+    runs_on = "，" in line and has_grammar(line)
+    return line.endswith(CLOSING) or runs_on or bool(ENDED.search(line))
 
 
 def is_verse(lines: list[str]) -> bool:
     """Whether short lines are verse or talk: these have grammar, menus only names."""
     letters = "".join(lines)
-    grammar = sum(char in FUNCTION_WORDS for char in letters) >= 0.06 * len(letters)
-    return 3 < len(lines) == len(set(lines)) and len(letters) >= 5 * len(lines) and grammar
+    different = 3 < len(lines) == len(set(lines))
+    return different and len(letters) >= 5 * len(lines) and has_grammar(letters)
+
+
+def has_grammar(text: str) -> bool:
+    """Whether 6 of 100 characters are function words."""
+    return sum(map(text.count, FUNCTION_WORDS)) >= 0.06 * len(text)
 
 
 def shingles(codes: np.ndarray, size: int) -> np.ndarray:
@@ -1275,6 +1291,76 @@ def join(left: np.ndarray, right: np.ndarray, length: int) -> np.ndarray:
     """Return the hashes of runs, each followed by one of `length` characters."""
     size = min(len(left), len(right))
     return left[:size] * np.uint32(pow(0x85EBCA6B, length, 1 << 32)) + right[:size]
+
+
+# --- Likeness to a trusted text ------------------------------------------------------------------
+
+
+def gram_buckets(text: str) -> np.ndarray:
+    """Return the bucket (20 bits of a hash) of every run of one and of two characters."""
+    codes = code_points(text)
+    codes = codes[codes > 32]
+    return np.concatenate([shingles(codes, 1), shingles(codes, 2)]) >> np.uint32(12)
+
+
+def gram_shares(texts: Iterator[str]) -> np.ndarray:
+    """Return the share of each bucket among the runs of characters of all texts."""
+    counts = np.zeros(1 << 20)
+    for text in texts:
+        counts += np.bincount(gram_buckets(text), minlength=len(counts))
+    return counts / max(1, counts.sum())
+
+
+def like_table(trusted: np.ndarray, crawl: np.ndarray) -> np.ndarray:
+    """Return for each bucket how much more likely it is in the trusted text than in the crawl, as a
+    logarithm: hashed n-grams as in DSIR (Xie et al. 2023, section 3). The model of the trusted text
+    is half the crawl's (Jelinek and Mercer 1980), so that no bucket weighs less than log 1/2."""
+    ratio = np.divide(trusted, crawl, out=np.ones_like(crawl), where=crawl > 0)
+    return np.log((ratio + 1) / 2).astype(np.float32)
+
+
+def trusted_texts(path: str) -> Iterator[str]:
+    """Yield the text of --like: the rows of JSON lines or Parquet, or a plain text's lines."""
+    with fsspec.open(path, "rb") as stream:
+        if path.endswith(ENDINGS):
+            read = parquet_rows if path.endswith(".parquet") else jsonl_rows
+            arguments = (stream, None) if path.endswith(".parquet") else (stream,)
+            rows = (row for _, row in read(*arguments, lambda *what: None))
+            found = (as_text(row.get(name)) for row in rows for name in TEXT_COLUMNS)
+        else:
+            found = iter(lambda: stream.read(1 << 20).decode("utf-8", "replace"), "")
+        yield from filter(None, found)
+
+
+def keep_most_like(args: Arguments, pages: Path, best: Path) -> tuple[int, int]:
+    """Copy the pages of a folder that are most like the text of --like into another one, with their
+    score; return their number and their bytes."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    def texts(path: Path) -> Iterator[list[str]]:
+        for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text"]):
+            yield batch.column("text").to_pylist()
+
+    paths = sorted(pages.glob("*.parquet"))
+    trusted = gram_shares(trusted_texts(args.like))
+    crawl = gram_shares("\n".join(batch) for path in paths for batch in texts(path))
+    table, scores = like_table(trusted, crawl), []
+    for path in tqdm(paths, desc="like", unit="file"):
+        found = [table[gram_buckets(text)].mean() for batch in texts(path) for text in batch]
+        scores.append(np.array(found, np.float32))
+    count = math.ceil(args.keep_best * sum(map(len, scores)))
+    least = np.sort(np.concatenate(scores))[-count] if count else 0
+    left, size = 0, 0
+    best.mkdir(exist_ok=True)
+    for path, found in zip(paths, scores, strict=True):
+        rows = pq.read_table(path).append_column("like", pa.array(found))
+        rows = rows.filter(pa.array(found >= least))
+        pq.write_table(rows, best / path.name, compression="lz4")
+        left += len(rows)
+        size += pc.sum(pc.binary_length(rows["text"].cast(pa.binary()))).as_py() or 0
+    return left, size
 
 
 # --- Blocks for datatrove ------------------------------------------------------------------------
@@ -1408,21 +1494,31 @@ def blocks() -> SimpleNamespace:
             if self.data_folder.isfile(filepath):
                 yield from super().read_file(filepath)
 
-    class Meter(PipelineStep):
-        """Counts the pages that pass."""
+    class OneOfEach(BaseFilter):
+        """Keeps one page of each cluster of near duplicates and says how many copies it had."""
 
-        type, name = "Meter", "Luojiu meter"
+        name = "Luojiu one of each"
 
-        def __init__(self, tallies: str):
-            super().__init__()
-            self.tallies = tallies
+        def __init__(self, clusters: str, tallies: str, exclusion_writer):
+            super().__init__(exclusion_writer)
+            self.clusters, self.tallies = clusters, tallies
 
         def run(self, data, rank: int = 0, world_size: int = 1):
-            tally = Tally(self.tallies.format(rank))
-            for document in data:
-                tally.count("kept", len(document.text.encode("utf-8", errors="replace")))
-                yield document
-            tally.save()
+            removed, sizes = (
+                np.fromfile(path, "<u4") if (path := Path(name)).exists() else np.empty(0, "<u4")
+                for name in (f"{self.clusters}/{rank:06d}.{kind}" for kind in ("remove", "sizes")))
+            self.removed, self.copies = set(removed.tolist()), dict(sizes.reshape(-1, 2).tolist())
+            self.tally, self.at = Tally(self.tallies.format(rank)), -1
+            yield from super().run(data, rank, world_size)
+            self.tally.save()
+
+        def filter(self, doc):
+            self.at += 1
+            if self.at in self.removed:
+                return False
+            doc.metadata["copies"] = self.copies.get(self.at, 1)
+            self.tally.count("kept", len(doc.text.encode("utf-8", errors="replace")))
+            return True
 
     class CharacterSignatures(MinhashDedupSignature):
         """datatrove's first MinHash stage on runs of characters, where it has words.
@@ -1470,11 +1566,6 @@ class TaskLock:
 # --- Stages --------------------------------------------------------------------------------------
 
 
-def content(document) -> str:
-    """Return what two exact duplicates have in common."""
-    return document.text
-
-
 def task_count(args: Arguments, files: list[str]) -> int:
     """Return the number of tasks. Not the workers' number: the corpus must not depend on that."""
     return min(len(files), args.tasks or MAX_TASKS)
@@ -1486,7 +1577,8 @@ def parquet_writer(folder: str, name: str, compression: str):
     from datatrove.pipeline.writers import ParquetWriter
 
     columns = [pa.field(column, pa.string()) for column in ("text", "id", "url", "date")]
-    schema = pa.schema(columns + [pa.field(score, pa.float32()) for score in SCORES])
+    columns += [pa.field(score, pa.float32()) for score in SCORES]
+    schema = pa.schema([*columns, pa.field("copies", pa.int32())])
     return ParquetWriter(
         folder, name, compression,
         adapter=lambda _, page: {"text": page.text, "id": page.id} | page.metadata, schema=schema,
@@ -1524,34 +1616,24 @@ def deduplication(args: Arguments, work: Path, kept: list[str], turn: int) -> li
 
     place = f"{work}/dedup_{turn:02d}"
     write_whole(Path(place, "kept.txt"), "\n".join(kept))
-    Path(place, "found").mkdir(exist_ok=True)
-    exact = dedup.ExactDedupConfig(content)
     buckets, rows = args.minhash_buckets, args.minhash_rows
     minhash = dedup.MinhashConfig(5, buckets, rows, hash_config=HashConfig(precision=32))
+    signatures, pairs, found = (f"{place}/{name}" for name in ("signatures", "pairs", "found"))
 
     def read():
         return blocks().KeptReader(f"{work}/kept", f"{place}/kept.txt")
 
-    def drop_exact(writer=None):
-        return dedup.ExactDedupFilter(f"{place}/found", exact, writer)
-
     stages = {
-        "exact_hashes": [read(), dedup.ExactDedupSignature(f"{place}/hashes", exact)],
-        "exact_found": [dedup.ExactFindDedups(f"{place}/hashes", f"{place}/found", exact)],
-        "signatures": [
-            read(), drop_exact(), blocks().CharacterSignatures(f"{place}/signatures", minhash)],
-        "buckets": [
-            dedup.MinhashDedupBuckets(f"{place}/signatures", f"{place}/pairs", config=minhash)],
-        "clusters": [dedup.MinhashDedupCluster(f"{place}/pairs", f"{place}/removed", minhash)],
+        "signatures": [read(), blocks().CharacterSignatures(signatures, minhash)],
+        "buckets": [dedup.MinhashDedupBuckets(signatures, pairs, config=minhash)],
+        "clusters": [dedup.MinhashDedupCluster(pairs, found, minhash, save_cluster_size=True)],
         "write": [
             read(),
-            drop_exact(reject_writer(args, "exact_duplicate/${rank}.jsonl")),
-            blocks().Meter(f"{place}/tally/exact_{{:05d}}.json"),
-            dedup.MinhashDedupFilter(
-                f"{place}/removed", reject_writer(args, "near_duplicate/${rank}.jsonl")),
-            blocks().Meter(f"{place}/tally/near_{{:05d}}.json"),
+            blocks().OneOfEach(
+                found, f"{place}/tally/{{:05d}}.json",
+                reject_writer(args, "duplicate/${rank}.jsonl")),
             parquet_writer(f"{place}/final", "${rank}.parquet", "lz4")]}
-    tasks = {"exact_found": 1, "clusters": 1, "buckets": buckets}
+    tasks = {"clusters": 1, "buckets": buckets}
     return [
         (f"{turn:02d}_{name}", steps, tasks.get(name, len(kept))) for name, steps in stages.items()]
 
@@ -1681,7 +1763,7 @@ def filter_files(args: Arguments, files: list[str], work: Path) -> int | None:
         stages = [judging(args, work, turn, chosen), *deduplication(args, work, kept, turn)]
         if not run_stages(stages, args, work, done):
             return None
-        have = sum_tallies(work / f"dedup_{turn:02d}" / "tally", "near_*").bytes["kept"]
+        have = sum_tallies(work / f"dedup_{turn:02d}" / "tally").bytes["kept"] * args.keep_best
         if target is None or have >= target or done == len(files):
             return turn
         size = math.ceil(done * min(3, 1.1 * target / max(1, have) - 1))
@@ -1703,6 +1785,13 @@ def check(args: Arguments) -> None:
             expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
             if not least <= value <= most:  # a NaN lies in no range
                 raise UserError(f"--{name} {value}: out of range; expected {expected}; change it")
+    if args.like is None and args.keep_best < 1:
+        raise UserError(
+            f"--keep_best {args.keep_best}: needs a text to be like; expected --like FILE; add it")
+    if args.like is not None:
+        args.like = os.path.expanduser(args.like)
+        if not Path(args.like).is_file() or not Path(args.like).stat().st_size:
+            raise UserError(f"--like {args.like}: no file, or empty; expected a text; check it")
     if Path(args.output_dir).is_file():
         raise UserError(f"--output_dir {args.output_dir}: a file; expected a folder; give another")
     if Path(args.picture).suffix not in (".png", ".pdf", ".svg"):
@@ -1852,28 +1941,31 @@ def publish(args: Arguments, work: Path, turn: int) -> dict:
             f"{given}: no page could be read ({', '.join(judged.damage) or 'none there'});"
             f" expected WET, WARC, JSONL or Parquet; see {work}/logs and give other files")
     output, place = Path(args.output_dir), work / f"dedup_{turn:02d}"
+    pages_left, bytes_left = judged.pages.total(), judged.bytes.total()
+    left_after = {"read": (pages_left, bytes_left)}
+    for rule in list(RULES)[:-3]:
+        pages_left, bytes_left = pages_left - judged.pages[rule], bytes_left - judged.bytes[rule]
+        left_after[rule] = (pages_left, bytes_left)
+    unique, final = sum_tallies(place / "tally"), place / "final"
+    left_after["duplicate"] = left_after["like"] = unique.pages["kept"], unique.bytes["kept"]
+    if args.like:
+        left_after["like"] = keep_most_like(args, final, final := place / "like")
     left = parse_size(args.target_size) or math.inf
     pages = size = characters = 0
     for old in output.glob("*.parquet"):
         old.unlink()
-    for path in sorted((place / "final").glob("*.parquet")):
+    for path in sorted(final.glob("*.parquet")):
         table = pq.read_table(path)
         sizes = np.cumsum(pc.binary_length(table["text"].cast(pa.binary())).to_numpy())
         table = table.slice(0, int(np.searchsorted(sizes, left - size)) + 1)
+        if not len(table):
+            continue
         pq.write_table(table, output / f".{path.name}", compression="zstd")
         os.replace(output / f".{path.name}", output / path.name)
         pages, size = pages + len(table), size + int(sizes[len(table) - 1])
         characters += pc.sum(pc.utf8_length(table["text"])).as_py()
         if size >= left:
             break
-    pages_left, bytes_left = judged.pages.total(), judged.bytes.total()
-    left_after = {"read": (pages_left, bytes_left)}
-    for rule in list(RULES)[:-3]:
-        pages_left, bytes_left = pages_left - judged.pages[rule], bytes_left - judged.bytes[rule]
-        left_after[rule] = (pages_left, bytes_left)
-    for rule in ("exact", "near"):
-        tally = sum_tallies(place / "tally", f"{rule}_*")
-        left_after[f"{rule}_duplicate"] = (tally.pages["kept"], tally.bytes["kept"])
     left_after["target"] = (pages, size)
     refused = {rule: judged.pages[rule] for rule in list(RULES)[:-3] if rule != "lines"}
     stages = [judged.pages["kept"], *(left_after[rule][0] for rule in list(RULES)[-3:])]
@@ -1960,7 +2052,8 @@ configs: [{{config_name: default, data_files: "*.parquet"}}]
 
 {results["pages"]:,} pages, {results["characters"]:,} characters, {results["bytes"]:,} bytes,
 from {args.crawl or ", ".join(args.input)}, by `filter_cc.py` of the Luojiu project.
-Columns: `text`, `id`, `url`, `date`, and the scores {", ".join(f"`{name}`" for name in SCORES)}.
+Columns: `text`, `id`, `url`, `date`, the scores {", ".join(f"`{name}`" for name in SCORES)},
+and `copies`, the number of pages that had this text or nearly this.
 run.json holds the settings and versions, stats.json the counts.
 
 | after the rule | which refuses | pages left | bytes left |

@@ -694,7 +694,7 @@ def test_a_run_keeps_the_good_pages_once(undisturbed):
 
 def test_the_columns_are_text_id_url_date_and_scores(undisturbed):
     table = pq.read_table(next((undisturbed / "out").glob("*.parquet")))
-    assert table.column_names == ["text", "id", "url", "date", *filter_cc.SCORES]
+    assert table.column_names == ["text", "id", "url", "date", *filter_cc.SCORES, "copies"]
     assert table.schema.field("mainland").type == pa.float32()
     metadata = pq.ParquetFile(next((undisturbed / "out").glob("*.parquet"))).metadata
     assert metadata.row_group(0).column(0).compression == "ZSTD"
@@ -705,7 +705,7 @@ def test_stats_card_picture_and_run_say_what_happened(undisturbed):
     left = {rule: counts["pages"] for rule, counts in stats["left_after"].items()}
     assert list(left) == ["read", *filter_cc.RULES]
     assert (left["read"], left["han"], left["simplified"], left["spam"]) == (39, 36, 33, 30)
-    assert (left["exact_duplicate"], left["near_duplicate"]) == (28, 26)
+    assert left["duplicate"] == 26
     bytes_left = [counts["bytes"] for counts in stats["left_after"].values()]
     assert bytes_left == sorted(bytes_left, reverse=True)
     assert bytes_left[-1] == sum(len(row["text"].encode()) for row in rows(undisturbed))
@@ -713,14 +713,14 @@ def test_stats_card_picture_and_run_say_what_happened(undisturbed):
     assert run_json["script"] == "filter_cc.py"
     assert run_json["arguments"]["min_han"] == 0.5
     assert run_json["results"]["pages"] == 26
-    assert "near_duplicate" in (undisturbed / "out" / "README.md").read_text()
+    assert "duplicate" in (undisturbed / "out" / "README.md").read_text()
     assert (undisturbed / "filter.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rejected_pages_lie_by_rule(undisturbed):
     rejected = undisturbed / "out" / "rejected"
     assert {path.name for path in rejected.iterdir()} == {
-        "han", "simplified", "spam", "exact_duplicate", "near_duplicate"}
+        "han", "simplified", "spam", "duplicate"}
     lines = (rejected / "simplified" / "00_00001.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["text"].strip() == SIMPLIFIED
 
@@ -774,7 +774,7 @@ def test_slurm_is_given_one_script_a_stage(undisturbed, tmp_path):
 
     jobs = [tmp_path / f"job{n}" for n in range(len(list(tmp_path.glob("job*"))))]
     scripts = [job.read_text() for job in jobs if "launch_pickled_pipeline" in job.read_text()]
-    assert len(scripts) == 7
+    assert len(scripts) == 5
     lines = "--partition=small --time=01:30:00 --array=0-2%2 --job-name=luojiu_judge_00"
     for line in lines.split():
         assert f"#SBATCH {line}" in scripts[0]

@@ -4,9 +4,14 @@ as servers send them; the account that closes; usage and topic."""
 import bz2
 import gzip
 import io
+import itertools
 import json
 import lzma
+import math
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import pyarrow as pa
@@ -17,6 +22,7 @@ from test_filter_cc import (
     ENGLISH,
     LETTER,
     RECIPE,
+    ROOT,
     different,
     judge,
     members,
@@ -270,3 +276,157 @@ def test_a_response_whose_header_names_another_language_is_refused(judge):
     pages, tally = read(judge, members(foreign))
     assert pages == []
     assert tally.pages == {"language": 1}
+
+
+# --- Quality and provenance ----------------------------------------------------------------------
+
+
+def test_keep_best_keeps_the_pages_most_like_a_trusted_text(tmp_path):
+    """Half of the pages speak as the trusted text does; the score is DSIR's, by its plain form."""
+    theirs, ours = different(10, seed=31), different(10, seed=32)
+
+    def by_the_stream(text: str) -> str:
+        ends = {"的確如此": "船慢慢走遠", "我們都知道": "孩子睡著了", "沒有人懷疑": "稻田一片綠"}
+        for end, other in ends.items():
+            text = text.replace(end, other)
+        return text
+
+    ours = list(map(by_the_stream, ours))
+    trusted = by_the_stream("".join(different(4, seed=33)))
+    (tmp_path / "trusted.txt").write_text(trusted)
+    (tmp_path / "in.jsonl").write_bytes(lines_of(*({"text": text} for text in theirs + ours)))
+    run_here(
+        tmp_path, "--input", tmp_path / "in.jsonl", "--like", tmp_path / "trusted.txt",
+        "--keep_best", 0.5)
+    kept = rows(tmp_path)
+    assert {row["text"] for row in kept} == set(ours)
+    assert account_of(tmp_path)["refused"]["like"] == 10
+
+    def shares(text: str) -> dict[str, float]:
+        text = "".join(text.split())
+        grams = Counter([*text, *map("".join, itertools.pairwise(text))])
+        return {gram: number / grams.total() for gram, number in grams.items()}
+
+    wanted, crawl = shares(trusted), shares("\n".join(theirs + ours))
+    for row in kept:
+        text = row["text"]
+        grams = [*text, *map("".join, itertools.pairwise(text))]
+        logs = [math.log((wanted.get(gram, 0) / crawl[gram] + 1) / 2) for gram in grams]
+        assert row["like"] == pytest.approx(sum(logs) / len(logs), abs=2e-3)
+
+
+def test_like_alone_only_adds_its_column(tmp_path):
+    texts = different(6, seed=34)
+    (tmp_path / "in.jsonl").write_bytes(lines_of(*({"text": text} for text in texts)))
+    (tmp_path / "trusted.jsonl").write_bytes(lines_of({"text": texts[0]}, {"text": texts[1]}))
+    run_here(
+        tmp_path, "--input", tmp_path / "in.jsonl", "--like", tmp_path / "trusted.jsonl",
+        "--target_size", "4kB")
+    kept = rows(tmp_path)
+    assert [row["text"] for row in kept] == texts[: len(kept)]
+    assert 1 < len(kept) < 6
+    assert min(row["like"] for row in kept[:2]) > max(row["like"] for row in kept[2:])
+
+
+def test_copies_counts_equal_and_nearly_equal_pages(tmp_path):
+    texts = different(5, seed=35)
+    near = texts[1].replace("的確如此", "確實如此", 1)
+    files = [texts, [texts[0], near, texts[0]], [texts[3]]]
+    for number, part in enumerate(files):
+        lines = lines_of(*({"text": text} for text in part))
+        (tmp_path / f"{number}.jsonl").write_bytes(lines)
+    run_here(tmp_path, "--input", *sorted(tmp_path.glob("*.jsonl")), "--minhash_buckets", 20)
+    kept = rows(tmp_path)
+    assert sorted(row["copies"] for row in kept) == [1, 1, 2, 2, 3]
+    assert {row["copies"] for row in kept if row["text"] == texts[0]} == {3}
+    assert account_of(tmp_path)["refused"]["duplicate"] == 4
+
+
+HUB = """
+import http.server, json, pathlib, sys
+
+root = pathlib.Path(sys.argv[1])
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, content, status=200, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def entry(self, path):
+        kind = "directory" if path.is_dir() else "file"
+        size = path.stat().st_size
+        return {"type": kind, "oid": "0" * 40, "size": size, "path": str(path.relative_to(root))}
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/datasets/me/web/tree/"):
+            folder = root / path.partition("/tree/")[2].partition("/")[2]
+            if not folder.is_dir():
+                return self.answer(b"{}", 404, X_Error_Code="EntryNotFound")
+            self.answer(json.dumps([self.entry(path) for path in folder.iterdir()]).encode())
+        elif path.startswith("/api/datasets/me/web"):
+            self.answer(json.dumps({"id": "me/web", "sha": "1" * 40, "siblings": []}).encode())
+        elif "/resolve/" in path:
+            content = (root / path.partition("/resolve/")[2].partition("/")[2]).read_bytes()
+            asked = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+            start, end = int(asked[0] or 0), int(asked[2] or len(content) - 1)
+            self.answer(
+                content[start : end + 1], 206 if asked[0] else 200, ETag='"1"',
+                X_Repo_Commit="1" * 40,
+                Content_Range=f"bytes {start}-{end}/{len(content)}")
+        else:
+            self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        import urllib.parse
+        try:
+            paths = json.loads(asked)["paths"]
+        except ValueError:
+            paths = urllib.parse.parse_qs(asked)["paths"]
+        paths = [paths] if isinstance(paths, str) else paths
+        found = [self.entry(root / path) for path in paths if (root / path).exists()]
+        self.answer(json.dumps(found).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+def test_a_dataset_of_the_hub_is_read_where_it_lies(tmp_path):
+    """A stand-in of the hub's API serves two Parquet files; hf:// with a glob reads both."""
+    texts = different(6, seed=41)
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for number in (0, 1):
+        table = pa.table({"text": texts[number::2], "id": ["a", "b", "c"]})
+        pq.write_table(table, tmp_path / "hub" / "data" / f"part-{number}.parquet")
+    command = [sys.executable, "-c", HUB, str(tmp_path / "hub")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as hub:
+        try:
+            env = os.environ | {
+                "HF_ENDPOINT": f"http://127.0.0.1:{int(hub.stdout.readline())}",
+                "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+            command = [
+                sys.executable, ROOT / "filter_cc.py", "--input",
+                "hf://datasets/me/web/data/*.parquet", "--output_dir", tmp_path / "out",
+                "--picture", tmp_path / "filter.png", "--minhash_buckets", "2"]
+            done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+        finally:
+            hub.kill()
+    assert done.returncode == 0, done.stderr
+    assert {row["text"] for row in rows(tmp_path)} == set(texts)
