@@ -79,12 +79,13 @@ HEAD = 384  # compressed bytes that hold a record's header
 SAMPLE = 640  # further bytes that show its script
 HAN_LEADS = bytes(range(0xE4, 0xEA))  # they begin nearly every Han character in UTF-8
 SCORES = (
-    "han", "traditional", "repeated", "distinct", "top", "closing", "mainland", "hongkong",
-    "converted", "spam")
+    "han", "traditional", "repeated", "distinct", "top", "closing", "pronouns", "mainland",
+    "hongkong", "converted", "spam", "spun", "terms")
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
 RANGES = {  # of the numbers that are neither a share nor a count without a limit
     "max_mainland": (-1000, math.inf), "max_hongkong": (-1000, math.inf),
-    "max_converted": (0, math.inf), "max_spam": (0, math.inf), "keep_best": (0.001, 1),
+    "max_converted": (0, math.inf), "max_spam": (0, math.inf), "max_spun": (0, math.inf),
+    "max_terms": (0, math.inf), "keep_best": (0.001, 1),
     "workers": (1, 4096),
     "minhash_buckets": (1, 1000), "minhash_rows": (1, 1000)}
 
@@ -99,11 +100,14 @@ RULES = {
     "length": "too little prose is left",
     "repetition": "it repeats itself",
     "punctuation": "hardly a line ends like a sentence",
+    "pronouns": "pronouns as in a translation by machine",
     "cantonese": "written Cantonese",
     "mainland": "mainland wording in Traditional glyphs",
     "hongkong": "Hong Kong wording",
     "converted": "characters that a conversion from Simplified took for others",
     "spam": "gambling, loan, adult and drug vocabulary",
+    "spun": "words of article spinners, formulas of content farms",
+    "terms": "terms of service, privacy policies",
     "url": "the address is on a block list",
     "duplicate": "the text of another page, or nearly",
     "like": "less like the text of --like than the share that --keep_best keeps",
@@ -177,6 +181,7 @@ SEPARATORS = re.compile(r"[\s|｜│>»›＞/／·•．‧★◆■]+")
 FUNCTION_WORDS = frozenset(
     "的了是我你妳他她它在不有這那著也就都而又還說到過裡吧嗎呢啊讓把被與和卻才很")
 
+PRONOUNS = ("它", "們的", "你的", "一個")  # English needs them where Chinese does not
 # Forms of OpenCC's own standard, in use neither in Taiwan nor in Hong Kong: a conversion left them.
 VARIANTS = "爲僞衆竈覈纔"
 CURLY = re.compile("“[\u4e00-\u9fff]")  # Taiwan quotes with 「」; conversion leaves quotes alone
@@ -247,6 +252,10 @@ class Arguments:
     max_top: float = option(0.16, "Largest share of text in its most frequent 4-gram (Gopher).")
     min_closing: float = option(0.3, "Least share of text in lines that end like a sentence (C4).")
     max_spam: float = option(6.0, "Most spam words per 1,000 Han, of two different at least.")
+    max_spun: float = option(6.0, "Most words of spinners and content farms per 1,000 Han.")
+    max_terms: float = option(8.0, "Most words of terms of service per 1,000 Han.")
+    max_pronouns: float = option(
+        0.03, "Largest share of 它, 你的, 他們的 and 一個, frequent in translations by machine.")
     like: str | None = option(
         None, "Text that you trust (.txt, .jsonl, .parquet): every page gets the column `like`, how"
         " much more likely it is there than in the crawl.")
@@ -899,7 +908,8 @@ def word_kinds() -> dict[str, str]:
         if word not in values and len(word) > 1:
             words[to_taiwan(word)] = "mainland"
     for kind in (
-        "shared", "mainland", "topic", "hongkong", "hongkong_topic", "taiwan", "report", "spam"):
+        "shared", "mainland", "topic", "hongkong", "hongkong_topic", "taiwan", "report", "spam",
+        "spun", "terms"):
         words |= dict.fromkeys(listed_words(kind), kind)
     return words
 
@@ -1040,8 +1050,9 @@ class Judge:
         scores["closing"] = closing_share(prose)
         if scores["closing"] < limits.min_closing:
             return text, scores, "punctuation"
+        scores["pronouns"] = sum(map(text.count, PRONOUNS)) / han
         scores |= self.usage(text, codes, han)
-        for rule in ("mainland", "hongkong", "converted", "spam"):
+        for rule in SCORES[SCORES.index("pronouns") :]:
             if scores[rule] > getattr(limits, f"max_{rule}"):
                 return text, scores, rule
         return hide_private(text), scores, None
@@ -1067,7 +1078,9 @@ class Judge:
             "mainland": few * mainland if mainland > 1 else 0.0,
             "hongkong": few * hongkong if hongkong > 2 else 0.0,
             "converted": few * kinds["converted"] if kinds["converted"] > 2 else 0.0,
-            "spam": 1000 * max(0, spam) / han}
+            "spam": 1000 * max(0, spam) / han,
+            "spun": few * kinds["spun"] if kinds["spun"] > 2 else 0.0,
+            "terms": few * kinds["terms"] if kinds["terms"] > 4 else 0.0}
 
 
 def lead_bytes(text: bytes) -> int:
@@ -1261,9 +1274,10 @@ def is_closed(line: str) -> bool:
 
 
 def is_verse(lines: list[str]) -> bool:
-    """Whether short lines are verse or talk: these have grammar, menus only names."""
+    """Whether short lines are verse or talk: these have grammar, menus only names. A refrain may
+    come again."""
     letters = "".join(lines)
-    different = 3 < len(lines) == len(set(lines))
+    different = len(lines) > 3 and len(set(lines)) >= 0.7 * len(lines)
     return different and len(letters) >= 5 * len(lines) and has_grammar(letters)
 
 
