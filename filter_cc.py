@@ -947,13 +947,16 @@ class Words:
         self.starts = np.zeros(1 << 20, bool)
         for word in sorted(kinds, key=len, reverse=True):
             self.lengths.setdefault(word[:2], []).append(len(word))
-            self.starts[(ord(word[0]) * 31 + ord(word[1])) & 0xFFFFF] = True
+            self.starts[self.hashes(code_points(word[:2]))] = True
+
+    def hashes(self, codes: np.ndarray) -> np.ndarray:
+        """Return 20 bits for every two characters."""
+        return shingles(codes, 2) >> np.uint32(12)
 
     def count(self, text: str, codes: np.ndarray) -> Counter:
         """Return the listed words in the text and how often each is there."""
         found, end = Counter(), 0
-        hashes = (codes[:-1] * 31 + codes[1:]) & 0xFFFFF
-        for at in self.starts.take(hashes).nonzero()[0].tolist():
+        for at in self.starts.take(self.hashes(codes)).nonzero()[0].tolist():
             if at < end:
                 continue
             for length in self.lengths.get(text[at : at + 2], ()):
@@ -1269,8 +1272,8 @@ def is_closed(line: str) -> bool:
     mail and on boards. A line that is cut, with ... or a link to the rest, is an excerpt."""
     if len(line) > 15 and EXCERPT.search(line[-60:]):
         return False
-    runs_on = "，" in line and has_grammar(line)
-    return line.endswith(CLOSING) or runs_on or bool(ENDED.search(line))
+    ended = line.endswith(CLOSING) or ENDED.search(line)
+    return bool(ended) or ("，" in line and has_grammar(line))
 
 
 def is_verse(lines: list[str]) -> bool:

@@ -237,10 +237,12 @@ ACCEPTED = {
     F: {"limit_files": ["huge"], "tasks": ["huge"], "min_length": ["huge"],
         "max_mainland": ["negative", "zero", "huge"],  # Taiwan's words count against mainland ones
         "max_hongkong": ["negative", "zero", "huge"],
-        "max_converted": ["zero", "huge"], "max_spam": ["zero", "huge"]} | {
+        "max_converted": ["zero", "huge"], "max_spam": ["zero", "huge"],
+        "max_spun": ["zero", "huge"], "max_terms": ["zero", "huge"]} | {
         share: ["zero"] for share in (
             "min_han", "max_kana_hangul", "min_traditional", "max_broken", "max_rare",
-            "max_cantonese", "max_top", "max_repeated", "min_distinct", "min_closing")},
+            "max_cantonese", "max_top", "max_pronouns", "max_repeated", "min_distinct",
+            "min_closing")},
     E: {"max_chars": ["huge"], "seed": ["zero"]},
     T: {"eval_fraction": ["zero"], "lora_dropout": ["zero"], "seed": ["zero"],
         "learning_rate": ["zero"], "sample_tokens": ["zero"], "lora_alpha": ["huge"],
