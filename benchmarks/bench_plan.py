@@ -1,6 +1,7 @@
-"""The peak memory of train_pt.py on a GPU, traced without one, beside what --plan foretells.
+"""Memory and time of train_pt.py on a GPU, from a trace without one.
 
-    python benchmarks/bench_plan.py                              # the README's table, minutes
+    python benchmarks/bench_plan.py                              # the README's tables, minutes
+    python benchmarks/bench_plan.py --only traffic               # what a step computes and moves
     python benchmarks/bench_plan.py --shapes 8x1024 1x8192 --embeddings new all none
     python benchmarks/bench_plan.py --shapes 8x2048 --offload --detail 10  # the largest tensors
     python benchmarks/bench_plan.py --shapes 8x2048 --options --lora_rank 64  # any of train_pt.py's
@@ -8,10 +9,17 @@
 The real code trains Llama 2 7B's shapes with 61,388 pieces, two steps of two batches, under
 FakeTensorMode: tensors have shapes and types and no memory. So build_model's modules, PEFT, the
 Trainer's step, Transformers' checkpointing, bitsandbytes' NF4 layers and 8-bit Adam, and
-varlen_attn all run; storages are followed from birth to death, rounded up to 512 bytes as
-PyTorch's allocator does. What kernels take besides their outputs is added from their sources
-(WORKSPACE). The tensors say that they are on the CPU, for PyTorch built without CUDA differentiates
+varlen_attn all run. The tensors say that they are on the CPU, for PyTorch built without CUDA differentiates
 no others; what would then go another way than on a GPU is set right in like_a_gpu.
+
+memory   Storages are followed from birth to death, rounded up to 512 bytes as PyTorch's allocator
+         does. What kernels take besides their outputs is added from their sources (WORKSPACE).
+         The peak stands beside what --plan foretells.
+traffic  Every kernel of a step: its flops and its bytes (inputs read, outputs written; views are
+         free), by kind. Seconds on a card: for each kernel the larger of flops by its rate and
+         bytes by its bandwidth (CARDS, SHARES). Liger's kernels count as one read of each input
+         and one write of each output. Every layer costs the same, so models of one and two layers
+         say what 32 take. benchmarks/results/gpu.json holds what an H200 took for the same.
 
 Not counted: CUDA's context, fragmentation, cuBLAS's workspace (8.5 MB; 32 MiB on Hopper). This is
 no measurement on a GPU: bench_gpu.py makes that. Results: benchmarks/results/plan.json.
@@ -19,17 +27,20 @@ no measurement on a GPU: bench_gpu.py makes that. Results: benchmarks/results/pl
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import bitsandbytes as bnb
@@ -101,13 +112,34 @@ class Block:
     shape: tuple
 
 
-class Memory(TorchDispatchMode):
+class Account(TorchDispatchMode):
+    """Sees every operation of a training run."""
+
+    phase = "build"
+
+    def begin(self, model, trainer, args) -> None:
+        """The model is built."""
+
+    def begin_batch(self, step: int, batch: dict) -> None:
+        """A batch, with content, goes into the model next."""
+
+
+class Memory(Account):
     """Follows all storages; at operation number `stop` it takes down which live."""
 
     def __init__(self, stop: int | None):
         super().__init__()
-        self.stop, self.phase, self.operations, self.live, self.peak = stop, "build", 0, 0, 0
+        self.stop, self.operations, self.live, self.peak = stop, 0, 0, 0
         self.storages, self.phases = WeakIdKeyDictionary(), Counter()
+
+    def begin(self, model, trainer, args) -> None:
+        def mark(layer, inputs):
+            self.storages[inputs[0].untyped_storage()].phase = KEPT
+
+        for layer in model.base_model.model.model.layers:
+            layer.register_forward_pre_hook(mark)
+        self.lasting = lambda: lasting(model, trainer.optimizer.optimizer)
+        self.peak, self.args = 0, args
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
@@ -174,6 +206,198 @@ def lasting(model, optimizer) -> dict[int, str]:
     return {id(tensor.untyped_storage()): kind for tensor, kind in kinds.items()}
 
 
+# --- What kernels compute and move ----------------------------------------------------------------
+
+PRODUCTS, UNALIGNED, ATTENTION = "matrix products", "matrix products, unaligned", "attention"
+DEQUANTISE, OPTIMIZER = "dequantisation", "clipping and optimizer"
+ELEMENTWISE, COPIES, REDUCTIONS = "element-wise", "copies", "reductions"
+KINDS = (PRODUCTS, UNALIGNED, ATTENTION, DEQUANTISE, ELEMENTWISE, COPIES, REDUCTIONS, OPTIMIZER)
+# PFLOP/s of products in bfloat16, TB/s, and SMs x GHz. H200 as measured in long runs of one kernel,
+# A10 and 4090 as commonly measured; H100 and A100 are public figures times the H200's share of its
+# own (0.81 and 0.875). SMs x GHz are public figures.
+CARDS = {
+    "a10": (0.07, 0.6, 72 * 1.695), "4090": (0.16, 1.0, 128 * 2.52),
+    "a100": (0.25, 1.78, 108 * 1.41), "h100": (0.8, 2.93, 132 * 1.98),
+    "h200": (0.8, 4.2, 132 * 1.98)}
+# The share of a card's rate that a training step reaches, from gpu.json's kernels on the H200.
+# Products whose rows are no multiple of 16 bytes run as kernels of an older kind.
+SHARES = {PRODUCTS: 0.86, UNALIGNED: 0.28, ATTENTION: 0.3, DEQUANTISE: 0.45}
+STREAMED = 0.88  # of the bandwidth, where a kernel's operands all lie alike
+# A kernel whose operands lie differently computes an address for each number: TB/s for an SM x GHz.
+INDEXED = 1.4 / CARDS["h200"][2]
+SYNCHRONIZED = 0.12e-3  # seconds; bitsandbytes waits for the GPU after each parameter's update
+TILE = 128  # rows of a tile of flash attention
+
+
+class Kernel(NamedTuple):
+    """A kind of launch: what it is, its flops and bytes, and whether its operands lie alike."""
+
+    kind: str
+    name: str
+    flops: float
+    bytes: float
+    indexed: bool = False
+
+    def seconds(self, card: str) -> float:
+        products, bandwidth, processors = CARDS[card]
+        if self.kind == OPTIMIZER and "optimizer_update" in self.name:
+            return SYNCHRONIZED
+        streamed = 1e12 * bandwidth * (SHARES[DEQUANTISE] if self.kind == DEQUANTISE else STREAMED)
+        speed = min(streamed, 1e12 * INDEXED * processors) if self.indexed else streamed
+        flops = self.flops / (1e15 * products * SHARES.get(self.kind, 1))
+        return max(flops, self.bytes / speed)
+
+
+def size(tensor: torch.Tensor) -> int:
+    """Bytes of the numbers of a tensor, each once: an expanded dimension holds one."""
+    numbers = [n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step]
+    return math.prod(numbers) * tensor.itemsize
+
+
+def lie_alike(tensors: list[torch.Tensor]) -> bool:
+    """Whether one address serves for all: the same shape and order, without gaps. A single number
+    is held in a register."""
+    large = [t for t in tensors if t.numel() > 1]
+    forms = {(t.shape, t.stride()) for t in large}
+    spans = (sum((n - 1) * step for n, step in zip(*form, strict=True)) + 1 for form in forms)
+    return len(forms) < 2 and all(span == large[0].numel() for span in spans)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, name: str, *more) -> Kernel:
+    """(M, K) times (K, N)."""
+    rows = [max(t.stride()) * t.itemsize for t in (x, weight, out)]
+    kind = UNALIGNED if any(row % 16 for row in rows) else PRODUCTS
+    moved = sum(map(size, (x, weight, out, *more)))
+    return Kernel(kind, name, 2 * out.numel() * x.shape[-1], moved)
+
+
+def product_4bit(x, packed, *scales, shape, out) -> list[Kernel]:
+    """bitsandbytes' product above 1,536 rows (see gemm_4bit): scales, weight, product."""
+    numbers, rows = math.prod(shape), out.numel() // shape[0]
+    wide, whole = numbers // 64 * 4, numbers * x.itemsize
+    return [
+        Kernel(DEQUANTISE, "dequantize_blockwise", 0, sum(map(size, scales)) + wide),
+        Kernel(ELEMENTWISE, "add_", 0, 2 * wide),
+        Kernel(DEQUANTISE, "dequantize_4bit", 0, size(packed) + wide + whole),
+        Kernel(PRODUCTS, "mm", 2 * rows * numbers, size(x) + whole + size(out))]
+
+
+FREE = {"_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "promote_types"}
+COPYING = {"_to_copy", "clone", "copy_", "cat", "slice_backward", "stack", "index_select"}
+REDUCING = {"sum", "mean", "amax", "linalg_vector_norm"}
+OVERWRITING = {"copy_", "fill_", "zero_"}
+LOOKING_UP = {"embedding", "gather", "index_select"}  # reads no more of the table than it writes
+
+
+class Traffic(Account):
+    """Counts the kernels of the last optimizer step."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.step, self.pairs = Counter(), 0, {}
+
+    def begin_batch(self, step: int, batch: dict) -> None:
+        if step != self.step:
+            self.kernels.clear()
+        self.step = step
+        for cuts in batch["cuts"].values():  # flash attention works in whole tiles
+            with _disable_current_modes():
+                tiles = (cuts["bounds"].long().diff() + TILE - 1) // TILE
+                self.pairs[len(cuts["bounds"])] = int((tiles * (tiles + 1) // 2).sum()) * TILE**2
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if self.phase != "build":
+            self.kernels.update(self.launched(operation, args, kwargs or {}, result))
+        return result
+
+    def launched(self, operation, args, kwargs, result) -> Iterator[Kernel]:
+        """The kernels of an operation on a GPU."""
+        space, _, name = operation.name().partition("::")
+        name = name.partition(".")[0]
+        if space in ("prim", "profiler") or name in FREE or operation.is_view:
+            return
+        inputs = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        outputs = [x for x in tree_leaves(result) if torch.is_tensor(x)]
+        if result is None:  # it writes into its arguments
+            written = zip(operation._schema.arguments, args, strict=False)
+            written = [x for form, x in written if form.alias_info and form.alias_info.is_write]
+            outputs = [x for x in tree_leaves(written) if torch.is_tensor(x)]
+        moved = sum(map(size, inputs[name in OVERWRITING :])) + sum(map(size, outputs))
+        if name in LOOKING_UP:
+            moved = 2 * size(outputs[0])
+        elif name == "scatter_add_":
+            moved = 3 * size(kwargs["src"] if "src" in kwargs else args[3])
+        if name == "gemm_4bit":
+            yield from product_4bit(*inputs, shape=args[2], out=outputs[0])
+        elif name in ("mm", "addmm"):
+            *more, x, weight = inputs
+            yield product(x, weight, outputs[0], name, *more)
+        elif name.startswith("dequantize"):
+            yield Kernel(DEQUANTISE, name, 0, moved)
+        elif name == "_varlen_attn":
+            yield Kernel(ATTENTION, name, self.attention(args[0], args[3]), moved)
+        elif name == "_varlen_attn_backward":  # five products instead of two
+            yield Kernel(ATTENTION, name, 2.5 * self.attention(args[1], args[6]), moved)
+        elif self.phase == "optimizer":
+            yield Kernel(OPTIMIZER, name, 0, moved)
+        elif name in REDUCING:
+            yield Kernel(REDUCTIONS, name, 0, moved)
+        else:
+            kind = COPIES if name in COPYING else ELEMENTWISE
+            yield Kernel(kind, name, 0, moved, not lie_alike(inputs + outputs))
+
+    def attention(self, query: torch.Tensor, bounds: torch.Tensor) -> float:
+        """Flops of both products; query (tokens, heads, D)."""
+        return 4 * self.pairs[len(bounds)] * math.prod(query.shape[1:])
+
+
+# --- Kernels that take the place of several -------------------------------------------------------
+
+
+def one_kernel(account: Traffic, name: str, outputs: int, keeps: bool):
+    """An autograd function that is one kernel forward and one backward: outputs like its first
+    inputs, gradients for the first two. `keeps`: the backward pass reads the inputs again."""
+
+    def launch(inputs, like):
+        made = [torch.empty_like(x) for x in like]
+        moved = sum(size(x) for x in (*inputs, *made))
+        account.kernels[Kernel(ELEMENTWISE, f"one kernel: {name}", 0, moved)] += 1
+        return made
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs if keeps else ())
+            ctx.others = [None] * (len(inputs) - 2)
+            made = launch(inputs, inputs[:outputs])
+            return made[0] if outputs == 1 else tuple(made)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            if not keeps:  # Liger's rope works on (B, T, H, D)
+                gradients = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in gradients]
+            saved = ctx.saved_tensors
+            return *launch([*gradients, *saved], (saved or gradients)[:2]), *ctx.others
+
+    return Fused.apply
+
+
+def liger(account: Traffic, names: tuple[str, ...]) -> Iterator:
+    """Patches that put a kernel each in the place of Llama's norm, rope or SwiGLU."""
+    from transformers.models.llama import modeling_llama as llama
+
+    norm = one_kernel(account, "norm", 1, keeps=True)
+    swiglu = one_kernel(account, "SwiGLU", 1, keeps=True)
+    rope = one_kernel(account, "rope", 2, keeps=False)
+    patches = {
+        "norm": (llama.LlamaRMSNorm, "forward", lambda self, x: norm(x, self.weight)),
+        "swiglu": (llama.LlamaMLP, "forward", lambda self, x: self.down_proj(
+            swiglu(self.gate_proj(x), self.up_proj(x)))),
+        "rope": (llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, **_: rope(q, k, cos, sin))}
+    return (mock.patch.object(*patches[name]) for name in names)
+
+
 # --- A GPU that is not there ----------------------------------------------------------------------
 
 
@@ -201,13 +425,14 @@ def like_a_gpu(stack: ExitStack) -> None:
         stack.enter_context(patch)
 
 
-def base_model(dtype: torch.dtype, nf4: bool):
+def base_model(dtype: torch.dtype, nf4: bool, layers: int):
     """What AutoModelForCausalLM.from_pretrained gives build_model, without content."""
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers import AutoHfQuantizer
 
-    config = LlamaConfig(**SIZES, attn_implementation="s2", dtype=dtype)
+    sizes = SIZES | {"num_hidden_layers": layers}
+    config = LlamaConfig(**sizes, attn_implementation="s2", dtype=dtype)
     form = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"],
@@ -256,71 +481,80 @@ def faked(thing, mode: FakeTensorMode):
     return {k: faked(v, mode) for k, v in thing.items()} if isinstance(thing, dict) else thing
 
 
-def trace(words: list[str], stop: int | None = None) -> Memory:
-    """Build the model and train it; the accounts."""
+def trace(
+    words: list[str], account: Account, layers: int = SIZES["num_hidden_layers"],
+    accumulated: int = ACCUMULATED, full: bool = False, fused: tuple[str, ...] = (),
+) -> Account:
+    """Build the model and train it for STEPS steps of `accumulated` batches. `full`: attention
+    within whole documents instead of S²; `fused`: norm, rope, swiglu as one
+    kernel each."""
     from transformers import Trainer
 
     args, training = script.parse_args(words)
-    batch = training.per_device_train_batch_size
-    data, memory = batches(args, batch), Memory(stop)
+    data = batches(args, training.per_device_train_batch_size)
     with ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode())
         like_a_gpu(stack)
-        stack.enter_context(memory)
+        for patch in liger(account, fused):
+            stack.enter_context(patch)
+        stack.enter_context(account)
         dtype, nf4 = torch.bfloat16 if training.bf16 else torch.float32, args.quantization == "nf4"
         load = "transformers.AutoModelForCausalLM.from_pretrained"
-        with mock.patch(load, lambda *a, **k: base_model(dtype, nf4)):
+        with mock.patch(load, lambda *a, **k: base_model(dtype, nf4, layers)):
             model, _ = script.build_model(args, training, Path(), LLAMA_2_PIECES)
         llama = model.base_model.model
+        if full:
+            llama.config.group_size = None
         options = json.loads(args.activation_checkpointing_kwargs or "{}")
         if options.get("offload"):  # build_model wants a GPU
             llama.activation_checkpointing_enable({"use_reentrant": False}, offload=True)
         report = SimpleNamespace(args=args)
         trainer = script.build_trainer(training, model, [0], None, report)
         prepared, _ = trainer._prepare_for_training(STEPS, None, None)
-        memory.lasting = lambda: lasting(model, trainer.optimizer.optimizer)
-        memory.peak, memory.args = 0, args
+        account.begin(model, trainer, args)
 
         def enter(phase, function):
             def inside(*args, **kwargs):
-                memory.phase = phase
+                account.phase = phase
                 return function(*args, **kwargs)
             return inside
 
-        def mark(layer, inputs):
-            memory.storages[inputs[0].untyped_storage()].phase = KEPT
-
-        for layer in llama.model.layers:
-            layer.register_forward_pre_hook(mark)
         llama.loss_function = enter("loss", llama.loss_function)
         backward = enter("backward", torch.Tensor.backward)
         stack.enter_context(mock.patch.object(torch.Tensor, "backward", backward))
-        trainer.current_gradient_accumulation_steps = ACCUMULATED
+        trainer.current_gradient_accumulation_steps = accumulated
         for step in range(STEPS):
-            for i in range(ACCUMULATED):
-                memory.phase = "forward"
-                inputs = faked(data[step * ACCUMULATED + i], mode)
+            for i in range(accumulated):
+                batch = data[step * ACCUMULATED + i]
+                account.begin_batch(step, batch)
+                account.phase = "forward"
+                inputs = faked(batch, mode)
                 items = inputs["labels"].ne(script.IGNORED).sum()
                 Trainer.training_step(trainer, prepared, inputs, items)  # ours looks at the loss
                 del inputs
-            memory.phase = "optimizer"
+            account.phase = "optimizer"
             trainer._clip_grad_norm(prepared)
             trainer.optimizer.step()
             prepared.zero_grad()
-    return memory
+    return account
 
 
-def measured(shape: str, rows: str, offload: bool, detail: int, options: list[str]) -> dict:
-    """Trace one shape twice, the second time to see what lives at the peak; print it."""
-    batch, block = map(int, shape.split("x"))
+def command_words(batch: int, block: int, rows: str = "new", offload: bool = False) -> list[str]:
+    """The options of train_pt.py for a shape."""
     words = {
         "block_size": block, "per_device_train_batch_size": batch, "optim": "adamw_8bit",
         "gradient_accumulation_steps": ACCUMULATED, "train_embeddings": rows,
         "activation_checkpointing": "true",
         "activation_checkpointing_kwargs": json.dumps({"offload": offload})}
-    words = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
-    first = trace(words + options)
-    second = trace(words + options, first.peak_at)
+    return [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+
+
+def measured(shape: str, rows: str, offload: bool, detail: int, options: list[str]) -> dict:
+    """Trace one shape twice, the second time to see what lives at the peak; print it."""
+    batch, block = map(int, shape.split("x"))
+    words = command_words(batch, block, rows, offload) + options
+    first = trace(words, Memory(None))
+    second = trace(words, Memory(first.peak_at))
     assert second.peak_at == first.peak_at, "two traces of the same differ"
     config = SimpleNamespace(**SIZES)
     planned = script.memory_items(config, first.args, LLAMA_2_PIECES, batch, block)
@@ -342,6 +576,16 @@ def measured(shape: str, rows: str, offload: bool, detail: int, options: list[st
         "shape": shape, "offload": offload, "train_embeddings": rows,
         "traced_gb": first.peak / 1e9, "plan_gb": total / 1e9, "moment": first.moment,
         "at_the_peak_gb": {name: size / 1e9 for name, size in kinds.most_common()}}
+
+
+def step(words: list[str], accumulated: int, **options) -> Counter:
+    """The kernels of an optimizer step of all layers."""
+    one, two = (trace(words, Traffic(), n, accumulated, **options).kernels for n in (1, 2))
+    layer = Counter(two)
+    layer.subtract(one)
+    for kernel, count in layer.items():
+        one[kernel] += (SIZES["num_hidden_layers"] - 1) * count
+    return one
 
 
 def main() -> None:
