@@ -1,7 +1,8 @@
 """Memory and time of train_pt.py on a GPU, from a trace without one.
 
-    python benchmarks/bench_plan.py                              # the README's tables, minutes
-    python benchmarks/bench_plan.py --only traffic               # what a step computes and moves
+    python benchmarks/bench_plan.py                   # the README's tables, minutes
+    python benchmarks/bench_plan.py --only traffic    # what a step computes and moves, and how long
+    python benchmarks/bench_plan.py --only before     # the same, recorded as what was before
     python benchmarks/bench_plan.py --shapes 8x1024 1x8192 --embeddings new all none
     python benchmarks/bench_plan.py --shapes 8x2048 --offload --detail 10  # the largest tensors
     python benchmarks/bench_plan.py --shapes 8x2048 --options --lora_rank 64  # any of train_pt.py's
@@ -9,8 +10,8 @@
 The real code trains Llama 2 7B's shapes with 61,388 pieces, two steps of two batches, under
 FakeTensorMode: tensors have shapes and types and no memory. So build_model's modules, PEFT, the
 Trainer's step, Transformers' checkpointing, bitsandbytes' NF4 layers and 8-bit Adam, and
-varlen_attn all run. The tensors say that they are on the CPU, for PyTorch built without CUDA differentiates
-no others; what would then go another way than on a GPU is set right in like_a_gpu.
+varlen_attn all run. The tensors say that they are on the CPU, for PyTorch built without CUDA
+differentiates no others; what would then go another way than on a GPU is set right in like_a_gpu.
 
 memory   Storages are followed from birth to death, rounded up to 512 bytes as PyTorch's allocator
          does. What kernels take besides their outputs is added from their sources (WORKSPACE).
@@ -65,6 +66,10 @@ SIZES = {
 RESULTS = ROOT / "benchmarks" / "results" / "plan.json"
 LENGTHS = {False: (1024, 2048, 4096), True: (2048, 4096)}  # offload: tokens of 8 sequences
 LLAMA_2_PIECES, SEED, STEPS, ACCUMULATED = 32_000, 0, 2, 2
+SHAPE, REAL_BATCHES, REAL_STEPS = (8, 2048), 4, 8712  # the card's
+VARIANTS = {
+    "S²": {}, "full attention": {"full": True}, "one-kernel norm": {"fused": ("norm",)},
+    "Liger's norm, rope, SwiGLU": {"fused": ("norm", "rope", "swiglu")}}
 KEPT = "kept for the backward pass"
 
 # --- What kernels take besides their outputs ------------------------------------------------------
@@ -211,6 +216,7 @@ def lasting(model, optimizer) -> dict[int, str]:
 PRODUCTS, UNALIGNED, ATTENTION = "matrix products", "matrix products, unaligned", "attention"
 DEQUANTISE, OPTIMIZER = "dequantisation", "clipping and optimizer"
 ELEMENTWISE, COPIES, REDUCTIONS = "element-wise", "copies", "reductions"
+OVERHEAD = (ELEMENTWISE, COPIES, REDUCTIONS)
 KINDS = (PRODUCTS, UNALIGNED, ATTENTION, DEQUANTISE, ELEMENTWISE, COPIES, REDUCTIONS, OPTIMIZER)
 # PFLOP/s of products in bfloat16, TB/s, and SMs x GHz. H200 as measured in long runs of one kernel,
 # A10 and 4090 as commonly measured; H100 and A100 are public figures times the H200's share of its
@@ -221,7 +227,7 @@ CARDS = {
     "h200": (0.8, 4.2, 132 * 1.98)}
 # The share of a card's rate that a training step reaches, from gpu.json's kernels on the H200.
 # Products whose rows are no multiple of 16 bytes run as kernels of an older kind.
-SHARES = {PRODUCTS: 0.86, UNALIGNED: 0.28, ATTENTION: 0.3, DEQUANTISE: 0.45}
+SHARES = {PRODUCTS: 0.86, UNALIGNED: 0.28, ATTENTION: 0.25, DEQUANTISE: 0.45}
 STREAMED = 0.88  # of the bandwidth, where a kernel's operands all lie alike
 # A kernel whose operands lie differently computes an address for each number: TB/s for an SM x GHz.
 INDEXED = 1.4 / CARDS["h200"][2]
@@ -285,6 +291,14 @@ def product_4bit(x, packed, *scales, shape, out) -> list[Kernel]:
 FREE = {"_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "promote_types"}
 COPYING = {"_to_copy", "clone", "copy_", "cat", "slice_backward", "stack", "index_select"}
 REDUCING = {"sum", "mean", "amax", "linalg_vector_norm"}
+OPERATOR = {  # as the profiler names them on a GPU
+    "mm": "aten::mm", "addmm": "aten::mm", "mul": "aten::mul", "pow": "aten::pow",
+    "add": "aten::add", "add_": "aten::add", "_to_copy": "aten::copy_", "clone": "aten::copy_",
+    "copy_": "aten::copy_", "cat": "aten::cat", "neg": "aten::neg", "mean": "aten::mean",
+    "_varlen_attn": "aten::_flash_attention_forward",
+    "_varlen_attn_backward": "aten::_flash_attention_backward",
+    "dequantize_4bit": "dequantize", "dequantize_blockwise": "dequantize",
+    "optimizer_update_8bit_blockwise": "optimizer"}
 OVERWRITING = {"copy_", "fill_", "zero_"}
 LOOKING_UP = {"embedding", "gather", "index_select"}  # reads no more of the table than it writes
 
@@ -588,10 +602,108 @@ def step(words: list[str], accumulated: int, **options) -> Counter:
     return one
 
 
+def seconds(kernels: Counter, card: str) -> float:
+    return sum(kernel.seconds(card) * count for kernel, count in kernels.items())
+
+
+def moved(variant: str, options: dict) -> dict:
+    """Account for a step of one batch, and from it and one of two for a step of the real run."""
+    words, tokens = command_words(*SHAPE), SHAPE[0] * SHAPE[1]
+    once, twice = (step(words, n, **options) for n in (1, 2))
+    row = {"variant": variant, "shape": "{}x{}".format(*SHAPE), "kinds": {}, "cards": {}}
+    for kind in KINDS:
+        mine = Counter({kernel: n for kernel, n in once.items() if kernel.kind == kind})
+        row["kinds"][kind] = {
+            "launches": sum(mine.values()),
+            "tflop": sum(k.flops * n for k, n in mine.items()) / 1e12,
+            "gb": sum(k.bytes * n for k, n in mine.items()) / 1e9,
+            "seconds": {card: seconds(mine, card) for card in CARDS}}
+    for card in CARDS:
+        batch = seconds(twice, card) - seconds(once, card)  # adds to gradients that are there
+        whole = seconds(once, card) + (REAL_BATCHES - 1) * batch
+        row["cards"][card] = {
+            "batch_tokens_per_second": tokens / seconds(once, card), "step_seconds": whole,
+            "tokens_per_second": REAL_BATCHES * tokens / whole,
+            "days": whole * REAL_STEPS / 86_400}
+    row["overhead_gb"] = sum(row["kinds"][kind]["gb"] for kind in OVERHEAD)
+    row["operators"] = Counter()
+    for kernel, count in once.items():
+        named = OPERATOR.get(kernel.name, kernel.name)
+        row["operators"][named] += 1e3 * kernel.seconds("h200") * count
+    row["operators"] = {name: n for name, n in row["operators"].most_common() if n > 10}
+    return row
+
+
+def beside_h200(rows: list[dict]) -> None:
+    """Print what was foretold for the code that an H200 ran, beside what it took (gpu.json)."""
+    gpu = json.loads(RESULTS.with_name("gpu.json").read_text())["results"]
+    pairs = [
+        (f"{took['operator']}, ms", took["milliseconds"], rows[0]["operators"][took["operator"]])
+        for took in gpu["kernels"]["results"]]
+    speeds = {(r["variant"], f"{r['batch']}x{r['length']}"): r["tokens_per_second"]
+              for r in gpu["variants"]["results"]}
+    pairs += [
+        (f"{row['variant']}, tokens/s", speeds[row["variant"], row["shape"]],
+         row["cards"]["h200"]["batch_tokens_per_second"]) for row in rows]
+    print(f"\n{'on an H200':>44} measured predicted")
+    for name, took, told in pairs:
+        print(f"{name:>44} {took:8,.0f} {told:9,.0f} {told / took - 1:+7.0%}")
+
+
+def show(row: dict, before: dict | None) -> None:
+    """Print a row, beside the same of before."""
+    print(f"\n{row['shape']}, {row['variant']}")
+    print(f"{'':>28} launches     TFLOP        GB  before   ratio" + "".join(
+        f"{card + ' s':>9}" for card in CARDS))
+    for kind, figures in row["kinds"].items():
+        gb = before["kinds"][kind]["gb"] if before else math.nan
+        print(f"{kind:>28} {figures['launches']:8,} {figures['tflop']:9.1f} {figures['gb']:9.1f}"
+              f"{gb:9.1f} {figures['gb'] / gb if gb else math.nan:6.2f}" + "".join(
+                  f"{n:9.3f}" for n in figures["seconds"].values()))
+    for name, unit in (("batch_tokens_per_second", "tokens/s, a batch a step"),
+                       ("tokens_per_second", f"tokens/s, {REAL_BATCHES} batches a step"),
+                       ("step_seconds", "seconds of such a step"),
+                       ("days", f"days for {REAL_STEPS:,} of them")):
+        print(f"{unit:>70}" + "".join(f"{row['cards'][c][name]:9,.5g}" for c in CARDS))
+    if before:
+        ratio = row["overhead_gb"] / before["overhead_gb"]
+        print(f"{' + '.join(OVERHEAD)}: {row['overhead_gb']:,.0f} GB, {ratio:.2f} x before")
+
+
+def recorded(table: str, rows: list[dict]) -> None:
+    """Write a table with its stamp, keeping the others."""
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    stamp = {
+        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
+        "command": f"python benchmarks/bench_plan.py --only {table}",
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
+        "hardware": "none: tensors without memory, in the shapes of Llama 2 7B", "seed": SEED,
+        "results": rows}
+    whole = json.loads(RESULTS.read_text())
+    whole["results"][table] = stamp
+    RESULTS.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+
+
+def traffic(table: str) -> list[dict]:
+    """The rows of a table, printed beside those of before."""
+    before = json.loads(RESULTS.read_text())["results"].get("before", {"results": []})["results"]
+    rows = []
+    for variant, options in VARIANTS.items():
+        rows.append(moved(variant, options))
+        same = (r for r in before if table != "before" and r["variant"] == variant)
+        show(rows[-1], next(same, None))
+    if table == "before":
+        beside_h200(rows)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", help="batch x tokens; none: the table, recorded")
+    parser.add_argument("--only", choices=["memory", "traffic", "before"])
+    parser.add_argument("--shapes", nargs="+", help="memory of these batch x tokens; not recorded")
     parser.add_argument("--embeddings", nargs="+", default=["new"], choices=["new", "all", "none"])
     parser.add_argument("--offload", action="store_true", help="checkpoints in the host's memory")
     parser.add_argument("--detail", type=int, default=0, help="so many of the largest tensors")
@@ -602,17 +714,14 @@ def main() -> None:
             measured(shape, rows, given.offload, given.detail, given.options)
     if given.shapes:
         return
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
-    record = {
-        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
-        "command": "python benchmarks/bench_plan.py", "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
-        "hardware": "none: tensors without memory, in the shapes of Llama 2 7B", "seed": SEED,
-        "results": [
+    if given.only in (None, "memory"):
+        rows = [
             measured(f"8x{length}", "new", offload, 0, [])
-            for offload, lengths in LENGTHS.items() for length in lengths]}
-    RESULTS.write_text(json.dumps({"results": {"memory": record}}, indent=1) + "\n")
+            for offload, lengths in LENGTHS.items() for length in lengths]
+        recorded("memory", rows)
+    if given.only != "memory":
+        table = given.only or "traffic"
+        recorded(table, traffic(table))
 
 
 if __name__ == "__main__":
