@@ -421,52 +421,64 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
 
 # --- S² attention --------------------------------------------------------------------------------
 #
-# B sequences of T tokens, H heads of size D. S² attention is causal attention within segments: one
-# set of cut points for the first half of the heads, another, shifted by G/2, for the second half.
-# Laid one after the other, both halves are one sequence of 2·B·T tokens with H/2 heads.
+# B sequences of T tokens, N = B·T, H heads of size D. S² attention is causal attention within
+# segments of at most G tokens. The segments of the second half of the heads are shifted by G/2.
+# After the rope q, k and v lie in memory as (B, T, H, D), so that half of the heads is a view.
 
 
-def cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> dict[str, Any]:
-    """Where segments start in the packed tokens, position_ids (B, T) counting from each document's
-    first token; both halves of the heads in a row for S², only the documents if group is None.
-    Made on the CPU, so that a GPU never waits to learn the lengths."""
+def cut_points(
+    position_ids: torch.Tensor, group: int | None, flash: bool, shift: int = 0
+) -> dict[str, Any]:
+    """Where segments start in N packed tokens: at each document and, unless group is None, at each
+    group of a document. position_ids (B, T) count from each document's first token. Made on the
+    CPU, so that a GPU need not wait for the lengths."""
     import torch
     position = position_ids.cpu().clone()
-    position[:, 0] = 0  # a row is a document's start for attention, whatever its number
+    position[:, 0] = 0  # attention ends with a row, even where its document goes on
     position = position.flatten()
     start = position == 0
-    if group is not None:  # groups count from the document's first token; its ends are half groups
-        start = torch.cat([start | ((position + shift) % group == 0) for shift in (0, group // 2)])
-    starts = start.nonzero().flatten()  # (N,)
+    if group is not None:
+        start |= (position + shift) % group == 0
+    starts = start.nonzero().flatten()  # (segments,)
     ends = torch.cat([starts[1:], torch.tensor([len(start)])])
     lengths = ends - starts
     if flash:
         return {"bounds": torch.cat([starts, ends[-1:]]).int(), "longest": int(lengths.max())}
-    order = lengths.argsort(stable=True)
-    size, count = torch.unique_consecutive(lengths[order], return_counts=True)
-    offset = torch.arange(len(start)) - starts.repeat_interleave(lengths)  # within the segment
-    place = (lengths[order].cumsum(0) - lengths[order])[order.argsort()]  # of a segment, by length
-    inverse = place.repeat_interleave(lengths) + offset
+    # Segments of one length stand together: each length is one call without a mask.
+    by_length = lengths.argsort(stable=True)
+    size, count = torch.unique_consecutive(lengths[by_length], return_counts=True)
+    inside = torch.arange(len(start)) - starts.repeat_interleave(lengths)  # token in its segment
+    new_starts = (lengths[by_length].cumsum(0) - lengths[by_length])[by_length.argsort()]
+    inverse = new_starts.repeat_interleave(lengths) + inside
     runs = list(zip(size.tolist(), count.tolist(), strict=True))
     return {"order": inverse.argsort(), "inverse": inverse, "runs": runs}
 
 
+def all_cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> dict[str, Any]:
+    """Cut points of `documents` for full attention; those of S², `groups` and `shifted`, only where
+    a document is longer than the first shifted group: else S² is full attention."""
+    cuts = {"documents": cut_points(position_ids, None, flash)}
+    if group is not None and int(position_ids.max()) >= group - group // 2:
+        cuts["groups"] = cut_points(position_ids, group, flash)
+        cuts["shifted"] = cut_points(position_ids, group, flash, shift=group // 2)
+    return cuts
+
+
 def flash_is_here(head_size: int) -> bool:
-    """Whether PyTorch's variable-length flash attention runs on the device at hand; its kernels
-    read heads in eights, and varlen_attn does not pad."""
+    """Whether PyTorch's variable-length flash attention runs on the GPU in use. Its kernels need a
+    head size that is a multiple of 8."""
     import torch
     ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     return ampere and head_size % 8 == 0
 
 
-def segment_attention(q, k, v, cuts: dict) -> torch.Tensor:
-    """Causal attention within each segment; q, k, v: (tokens, heads, D)."""
+def segment_attention(q, k, v, cuts: dict, scale: float | None) -> torch.Tensor:
+    """Causal attention within each segment; q, k, v: (N, heads, D), with any strides."""
     import torch
     if "bounds" in cuts:
         from torch.nn.attention.varlen import varlen_attn
-        bounds, longest = cuts["bounds"], cuts["longest"]
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
-    # All segments of one length stand together: each length is one call without a mask.
+        lengths = (cuts["bounds"], cuts["bounds"], cuts["longest"], cuts["longest"])
+        return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), scale=scale)
     q, k, v = (x.index_select(0, cuts["order"]) for x in (q, k, v))
     done, outputs = 0, []
     for length, count in cuts["runs"]:
@@ -474,7 +486,8 @@ def segment_attention(q, k, v, cuts: dict) -> torch.Tensor:
         done = part.stop
         shape = (count, length, *q.shape[1:])
         rows = [x[part].view(shape).transpose(1, 2) for x in (q, k, v)]  # (count, heads, length, D)
-        output = torch.nn.functional.scaled_dot_product_attention(*rows, is_causal=True)
+        output = torch.nn.functional.scaled_dot_product_attention(
+            *rows, is_causal=True, scale=scale)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, cuts["inverse"])
 
@@ -482,10 +495,9 @@ def segment_attention(q, k, v, cuts: dict) -> torch.Tensor:
 def s2_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, cuts=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that Transformers calls: S² in training, each document's full causal
-    attention in evaluation, the stock function with a KV cache or a padding mask."""
+    """The attention function that Transformers calls: S² in training, full causal attention within
+    documents in evaluation, Transformers' own with a KV cache or a padding mask."""
     import torch
-    import torch.nn.functional as F
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         from transformers import AttentionInterface
         if module.training:
@@ -498,29 +510,26 @@ def s2_attention(
     if cuts is None:
         half = query.dtype in (torch.float16, torch.bfloat16)
         flash = query.is_cuda and half and flash_is_here(D)
-        cuts = cut_points(kwargs["position_ids"].expand(B, T), group, flash)
-        cuts = {n: x.to(query.device) if torch.is_tensor(x) else x for n, x in cuts.items()}
+        cuts = all_cut_points(kwargs["position_ids"].expand(B, T), group, flash)
+        for points in cuts.values():
+            points |= {n: x.to(query.device) for n, x in points.items() if torch.is_tensor(x)}
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (N, H, D)
+    if k.shape[1] < H:  # grouped queries: each key serves several heads
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+    if group is None or "groups" not in cuts:
+        output = segment_attention(q, k, v, cuts["documents"], scaling)
     else:
-        cuts = cuts["documents" if group is None else "groups"]
-    if key.shape[1] < H:  # grouped queries: each key serves several heads
-        key, value = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
-    if scaling is not None and scaling != D**-0.5:
-        query = query * (scaling * D**0.5)
-    parts = 1 if group is None else 2
-    heads = math.ceil(H / parts)
-    if heads * parts > H:  # an empty head evens the halves out; its output is dropped
-        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
-
-    def lay(x: torch.Tensor) -> torch.Tensor:  # (B, H, T, D) to (parts * B * T, H / parts, D)
-        return x.view(B, parts, heads, T, D).permute(1, 0, 3, 2, 4).reshape(-1, heads, D)
-
-    output = segment_attention(lay(query), lay(key), lay(value), cuts)
-    output = output.view(parts, B, T, heads, D).permute(1, 2, 0, 3, 4).reshape(B, T, -1, D)
-    return output[:, :, :H], None
+        halves = zip(*(x.chunk(2, dim=1) for x in (q, k, v)), strict=True)
+        points = cuts["groups"], cuts["shifted"]
+        calls = zip(halves, points, strict=False)  # a single head has no second half
+        outputs = [segment_attention(*qkv, p, scaling) for qkv, p in calls]
+        output = torch.cat(outputs, dim=1)
+    return output.view(B, T, H, D), None
 
 
 def s2_mask(*args, attention_mask=None, q_length=None, kv_length=None, **kwargs):
-    """No mask where the cut points say it all; the stock one for padding and for a KV cache."""
+    """No mask for packed rows, whose cut points say it all; Transformers' own for padding and for
+    a KV cache."""
     if attention_mask is None and q_length == kv_length:
         return None
     from transformers.masking_utils import sdpa_mask
@@ -803,9 +812,7 @@ class Collate:
     def __call__(self, blocks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         import torch
         batch = {name: torch.from_numpy(np.stack([b[name] for b in blocks])) for name in blocks[0]}
-        cuts = {"groups": self.group_size, "documents": None}
-        cuts = {n: cut_points(batch["position_ids"], g, self.flash) for n, g in cuts.items()}
-        return batch | {"cuts": cuts}
+        return batch | {"cuts": all_cut_points(batch["position_ids"], self.group_size, self.flash)}
 
 
 # --- Model ---------------------------------------------------------------------------------------

@@ -280,7 +280,7 @@ def milliseconds(call, *tensors: torch.Tensor) -> float:
 def by_segments(position: torch.Tensor, group: int, flash: bool, device: str):
     """S² as train_pt.py has it, its cut points made once per batch."""
     module = SimpleNamespace(training=True, config=SimpleNamespace(group_size=group))
-    cuts = to_device({"groups": script.cut_points(position, group, flash)}, device)
+    cuts = to_device(script.all_cut_points(position, group, flash), device)
     return lambda q, k, v: script.s2_attention(module, q, k, v, None, cuts=cuts)[0]
 
 
