@@ -317,7 +317,8 @@ class Traffic(Account):
         for cuts in batch["cuts"].values():  # flash attention works in whole tiles
             with _disable_current_modes():
                 tiles = (cuts["bounds"].long().diff() + TILE - 1) // TILE
-                self.pairs[len(cuts["bounds"])] = int((tiles * (tiles + 1) // 2).sum()) * TILE**2
+                pairs = int((tiles * (tiles + 1) // 2).sum()) * TILE**2
+            self.pairs[len(cuts["bounds"]), cuts["longest"]] = pairs
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
@@ -344,15 +345,15 @@ class Traffic(Account):
             moved = 3 * size(kwargs["src"] if "src" in kwargs else args[3])
         if name == "gemm_4bit":
             yield from product_4bit(*inputs, shape=args[2], out=outputs[0])
-        elif name in ("mm", "addmm"):
+        elif name in ("mm", "addmm", "addmm_"):
             *more, x, weight = inputs
             yield product(x, weight, outputs[0], name, *more)
         elif name.startswith("dequantize"):
             yield Kernel(DEQUANTISE, name, 0, moved)
         elif name == "_varlen_attn":
-            yield Kernel(ATTENTION, name, self.attention(args[0], args[3]), moved)
+            yield Kernel(ATTENTION, name, self.attention(args[0], args[3], args[5]), moved)
         elif name == "_varlen_attn_backward":  # five products instead of two
-            yield Kernel(ATTENTION, name, 2.5 * self.attention(args[1], args[6]), moved)
+            yield Kernel(ATTENTION, name, 2.5 * self.attention(args[1], args[6], args[8]), moved)
         elif self.phase == "optimizer":
             yield Kernel(OPTIMIZER, name, 0, moved)
         elif name in REDUCING:
@@ -361,9 +362,9 @@ class Traffic(Account):
             kind = COPIES if name in COPYING else ELEMENTWISE
             yield Kernel(kind, name, 0, moved, not lie_alike(inputs + outputs))
 
-    def attention(self, query: torch.Tensor, bounds: torch.Tensor) -> float:
+    def attention(self, query: torch.Tensor, bounds: torch.Tensor, longest: int) -> float:
         """Flops of both products; query (tokens, heads, D)."""
-        return 4 * self.pairs[len(bounds)] * math.prod(query.shape[1:])
+        return 4 * self.pairs[len(bounds), longest] * math.prod(query.shape[1:])
 
 
 # --- Kernels that take the place of several -------------------------------------------------------
