@@ -199,3 +199,26 @@ def test_pictures_are_drawn_from_the_results_alone(bench_train, table, tmp_path,
     (picture,) = tmp_path.iterdir()
     assert picture.name in bench_train.__doc__
     assert picture.stat().st_size > 10_000
+
+
+def test_a_part_of_the_gpu_table_ends_at_its_limit_and_the_next_one_runs(tmp_path, monkeypatch):
+    """What it has measured until then is kept."""
+    bench_gpu = benchmark("bench_gpu")
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import sys, time\n"
+        "print('a warning')\n"
+        "print('{\"row\": \"' + sys.argv[2] + '\"}', flush=True)\n"
+        "time.sleep(60 * (sys.argv[2] == 'slow'))\n")
+    parts = {
+        name: bench_gpu.Part(code, "", ("8x2048",), ("s2",), 3)
+        for name, code in {"slow": "train_pt.py", "quick": "before", "Unsloth": "unsloth"}.items()}
+    monkeypatch.setattr(bench_gpu, "__file__", str(child))
+    monkeypatch.setattr(bench_gpu, "PARTS", parts)
+    monkeypatch.setattr(bench_gpu, "SHORTEST", 0)
+    monkeypatch.setattr(bench_gpu, "find_spec", lambda name: None)
+    slow, killed, quick, done, without = bench_gpu.speed_table(tiny=True, unsloth=None)
+    assert (slow["row"], quick["row"]) == ("slow", "quick")
+    assert killed["exit_code"] == -9 and 3 <= killed["took_s"] < 30
+    assert done["exit_code"] == 0
+    assert without["skipped"] == "unsloth is not installed"
