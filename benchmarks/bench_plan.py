@@ -40,7 +40,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -53,6 +53,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers.models.llama import modeling_llama
 
 ROOT = next(p for p in Path(__file__).resolve().parents if (p / "train_pt.py").exists())
 sys.path.insert(0, str(ROOT))
@@ -68,8 +69,7 @@ LENGTHS = {False: (1024, 2048, 4096), True: (2048, 4096)}  # offload: tokens of 
 LLAMA_2_PIECES, SEED, STEPS, ACCUMULATED = 32_000, 0, 2, 2
 SHAPE, REAL_BATCHES, REAL_STEPS = (8, 2048), 4, 8712  # the card's
 VARIANTS = {
-    "S²": {}, "full attention": {"full": True}, "one-kernel norm": {"fused": ("norm",)},
-    "Liger's norm, rope, SwiGLU": {"fused": ("norm", "rope", "swiglu")}}
+    "S²": {}, "full attention": {"full": True}, "S², without Liger": {"with_liger": False}}
 KEPT = "kept for the backward pass"
 
 # --- What kernels take besides their outputs ------------------------------------------------------
@@ -127,6 +127,9 @@ class Account(TorchDispatchMode):
 
     def begin_batch(self, step: int, batch: dict) -> None:
         """A batch, with content, goes into the model next."""
+
+    def fused(self, name: str, tensors: list[torch.Tensor]) -> None:
+        """A kernel that PyTorch does not see reads and writes these."""
 
 
 class Memory(Account):
@@ -326,6 +329,9 @@ class Traffic(Account):
             self.kernels.update(self.launched(operation, args, kwargs or {}, result))
         return result
 
+    def fused(self, name: str, tensors: list[torch.Tensor]) -> None:
+        self.kernels[Kernel(ELEMENTWISE, f"one kernel: {name}", 0, sum(map(size, tensors)))] += 1
+
     def launched(self, operation, args, kwargs, result) -> Iterator[Kernel]:
         """The kernels of an operation on a GPU."""
         space, _, name = operation.name().partition("::")
@@ -370,47 +376,49 @@ class Traffic(Account):
 # --- Kernels that take the place of several -------------------------------------------------------
 
 
-def one_kernel(account: Traffic, name: str, outputs: int, keeps: bool):
-    """An autograd function that is one kernel forward and one backward: outputs like its first
-    inputs, gradients for the first two. `keeps`: the backward pass reads the inputs again."""
-
-    def launch(inputs, like):
-        made = [torch.empty_like(x) for x in like]
-        moved = sum(size(x) for x in (*inputs, *made))
-        account.kernels[Kernel(ELEMENTWISE, f"one kernel: {name}", 0, moved)] += 1
-        return made
+def one_kernel(account: Account, name: str, kept: slice, forward, backward):
+    """An autograd function that is one kernel each way, and which of its inputs it keeps."""
 
     class Fused(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            ctx.save_for_backward(*inputs if keeps else ())
+            ctx.save_for_backward(*inputs[kept])
             ctx.others = [None] * (len(inputs) - 2)
-            made = launch(inputs, inputs[:outputs])
-            return made[0] if outputs == 1 else tuple(made)
+            made = forward(*inputs)
+            account.fused(name, [*inputs, *made])
+            return made[0] if len(made) == 1 else tuple(made)
 
         @staticmethod
         def backward(ctx, *gradients):
-            if not keeps:  # Liger's rope works on (B, T, H, D)
-                gradients = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in gradients]
             saved = ctx.saved_tensors
-            return *launch([*gradients, *saved], (saved or gradients)[:2]), *ctx.others
+            made = backward(gradients, saved)
+            account.fused(name, [*gradients, *saved, *made])
+            return *made, *ctx.others
 
-    return Fused.apply
+    return lambda *inputs: Fused.apply(*inputs)
 
 
-def liger(account: Traffic, names: tuple[str, ...]) -> Iterator:
-    """Patches that put a kernel each in the place of Llama's norm, rope or SwiGLU."""
-    from transformers.models.llama import modeling_llama as llama
+def liger(account: Account) -> dict[str, ModuleType]:
+    """Modules in the place of Liger's. As in Liger's own, rope writes over its inputs, SwiGLU's
+    backward pass over gate and up, the norm's over the gradient."""
+    def turn(x):  # its rope works on (B, T, H, D)
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
 
-    norm = one_kernel(account, "norm", 1, keeps=True)
-    swiglu = one_kernel(account, "SwiGLU", 1, keeps=True)
-    rope = one_kernel(account, "rope", 2, keeps=False)
-    patches = {
-        "norm": (llama.LlamaRMSNorm, "forward", lambda self, x: norm(x, self.weight)),
-        "swiglu": (llama.LlamaMLP, "forward", lambda self, x: self.down_proj(
-            swiglu(self.gate_proj(x), self.up_proj(x)))),
-        "rope": (llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, **_: rope(q, k, cos, sin))}
-    return (mock.patch.object(*patches[name]) for name in names)
+    norm = one_kernel(
+        account, "norm", slice(2), lambda x, weight: [torch.empty_like(x)],
+        lambda gradients, saved: [*gradients, torch.empty_like(saved[1])])
+    swiglu = one_kernel(
+        account, "SwiGLU", slice(2), lambda gate, up: [torch.empty_like(gate)],
+        lambda gradients, saved: [x.view_as(x) for x in saved])
+    rope = one_kernel(
+        account, "rope", slice(2, 4), lambda q, k, cos, sin: [x.view_as(x) for x in (q, k)],
+        lambda gradients, saved: [turn(x) for x in gradients])
+    names = "liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.functional"
+    modules = {name: ModuleType(name) for name in names}
+    vars(modules[names[-1]]).update(
+        liger_rms_norm=lambda x, weight, eps: norm(x, weight), liger_rope=rope,
+        liger_swiglu=swiglu)
+    return modules
 
 
 # --- A GPU that is not there ----------------------------------------------------------------------
@@ -498,11 +506,10 @@ def faked(thing, mode: FakeTensorMode):
 
 def trace(
     words: list[str], account: Account, layers: int = SIZES["num_hidden_layers"],
-    accumulated: int = ACCUMULATED, full: bool = False, fused: tuple[str, ...] = (),
+    accumulated: int = ACCUMULATED, full: bool = False, with_liger: bool = True,
 ) -> Account:
     """Build the model and train it for STEPS steps of `accumulated` batches. `full`: attention
-    within whole documents instead of S²; `fused`: norm, rope, swiglu as one
-    kernel each."""
+    within whole documents instead of S²; `with_liger`: as where liger-kernel is installed."""
     from transformers import Trainer
 
     args, training = script.parse_args(words)
@@ -510,8 +517,10 @@ def trace(
     with ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode())
         like_a_gpu(stack)
-        for patch in liger(account, fused):
-            stack.enter_context(patch)
+        args.use_liger_kernel = with_liger  # parse_args wants a GPU
+        stack.enter_context(mock.patch.dict(sys.modules, liger(account)))
+        rope = modeling_llama.apply_rotary_pos_emb  # build_model may put Liger's in its place
+        stack.enter_context(mock.patch.object(modeling_llama, rope.__name__, rope))
         stack.enter_context(account)
         dtype, nf4 = torch.bfloat16 if training.bf16 else torch.float32, args.quantization == "nf4"
         load = "transformers.AutoModelForCausalLM.from_pretrained"
@@ -641,14 +650,14 @@ def beside_h200(rows: list[dict]) -> None:
     pairs = [
         (f"{took['operator']}, ms", took["milliseconds"], rows[0]["operators"][took["operator"]])
         for took in gpu["kernels"]["results"]]
-    speeds = {(r["variant"], f"{r['batch']}x{r['length']}"): r["tokens_per_second"]
-              for r in gpu["variants"]["results"]}
-    pairs += [
-        (f"{row['variant']}, tokens/s", speeds[row["variant"], row["shape"]],
-         row["cards"]["h200"]["batch_tokens_per_second"]) for row in rows]
-    print(f"\n{'on an H200':>44} measured predicted")
-    for name, took, told in pairs:
-        print(f"{name:>44} {took:8,.0f} {told:9,.0f} {told / took - 1:+7.0%}")
+    told = {(row["variant"], row["shape"]): row["cards"]["h200"] for row in rows}
+    for took in gpu["variants"]["results"]:
+        if card := told.get((took["variant"], f"{took['batch']}x{took['length']}")):
+            speeds = took["tokens_per_second"], card["batch_tokens_per_second"]
+            pairs.append((f"{took['variant']}, tokens/s", *speeds))
+    print(f"\n{'the code before, on an H200':>44} measured predicted")
+    for name, took, foretold in pairs:
+        print(f"{name:>44} {took:8,.0f} {foretold:9,.0f} {foretold / took - 1:+7.0%}")
 
 
 def show(row: dict, before: dict | None) -> None:
@@ -687,16 +696,13 @@ def recorded(table: str, rows: list[dict]) -> None:
     RESULTS.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
 
 
-def traffic(table: str) -> list[dict]:
-    """The rows of a table, printed beside those of before."""
-    before = json.loads(RESULTS.read_text())["results"].get("before", {"results": []})["results"]
+def traffic(before: list[dict]) -> list[dict]:
+    """Account for each variant; print it beside the one of before with the same attention."""
     rows = []
     for variant, options in VARIANTS.items():
         rows.append(moved(variant, options))
-        same = (r for r in before if table != "before" and r["variant"] == variant)
+        same = (row for row in before if row["variant"] == variant.split(",")[0])
         show(rows[-1], next(same, None))
-    if table == "before":
-        beside_h200(rows)
     return rows
 
 
@@ -721,8 +727,9 @@ def main() -> None:
             for offload, lengths in LENGTHS.items() for length in lengths]
         recorded("memory", rows)
     if given.only != "memory":
-        table = given.only or "traffic"
-        recorded(table, traffic(table))
+        before = json.loads(RESULTS.read_text())["results"]["before"]["results"]
+        recorded(given.only or "traffic", traffic(before))
+        beside_h200(before)
 
 
 if __name__ == "__main__":
