@@ -574,11 +574,13 @@ def command_words(batch: int, block: int, rows: str = "new", offload: bool = Fal
 
 
 def measured(shape: str, rows: str, offload: bool, detail: int, options: list[str]) -> dict:
-    """Trace one shape twice, the second time to see what lives at the peak; print it."""
+    """Trace one shape without Liger's kernels, which take room away, and again to see what lives
+    at the peak; then with them. Print it."""
     batch, block = map(int, shape.split("x"))
     words = command_words(batch, block, rows, offload) + options
-    first = trace(words, Memory(None))
-    second = trace(words, Memory(first.peak_at))
+    first = trace(words, Memory(None), with_liger=False)
+    second = trace(words, Memory(first.peak_at), with_liger=False)
+    less = trace(words, Memory(None)).peak
     assert second.peak_at == first.peak_at, "two traces of the same differ"
     config = SimpleNamespace(**SIZES)
     planned = script.memory_items(config, first.args, LLAMA_2_PIECES, batch, block)
@@ -593,12 +595,13 @@ def measured(shape: str, rows: str, offload: bool, detail: int, options: list[st
     for name, size in [*kinds.most_common(), ("--plan", total), *planned.items()]:
         note = f"  {total / first.peak - 1:+.1%}" if name == "--plan" else ""
         print(f"{name:>40}: {size / 1e9:7.2f} GB{note}")
+    print(f"with Liger's kernels: {less / 1e9:.2f} GB")
     print("peaks: " + ", ".join(f"{phase} {n / 1e9:.2f}" for phase, n in first.phases.items()))
     for name, size in groups.most_common(detail):
         print(f"{size / 1e9:11.2f} GB  {name}")
     return {
         "shape": shape, "offload": offload, "train_embeddings": rows,
-        "traced_gb": first.peak / 1e9, "plan_gb": total / 1e9, "moment": first.moment,
+        "traced_gb": first.peak / 1e9, "with_liger_gb": less / 1e9, "plan_gb": total / 1e9, "moment": first.moment,
         "at_the_peak_gb": {name: size / 1e9 for name, size in kinds.most_common()}}
 
 
