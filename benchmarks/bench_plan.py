@@ -601,7 +601,8 @@ def measured(shape: str, rows: str, offload: bool, detail: int, options: list[st
         print(f"{size / 1e9:11.2f} GB  {name}")
     return {
         "shape": shape, "offload": offload, "train_embeddings": rows,
-        "traced_gb": first.peak / 1e9, "with_liger_gb": less / 1e9, "plan_gb": total / 1e9, "moment": first.moment,
+        "traced_gb": first.peak / 1e9, "with_liger_gb": less / 1e9, "plan_gb": total / 1e9,
+        "moment": first.moment,
         "at_the_peak_gb": {name: size / 1e9 for name, size in kinds.most_common()}}
 
 

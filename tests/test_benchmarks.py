@@ -148,6 +148,15 @@ def test_the_account_reproduces_what_an_h200_took():
         assert told == pytest.approx(row["milliseconds"], rel=near), row["operator"]
 
 
+def test_a_step_moves_a_third_of_what_it_moved():
+    """Element-wise kernels, copies and reductions of 7B at 8 x 2,048, with Liger's kernels."""
+    before, now = (
+        {row["variant"]: row["overhead_gb"] for row in table_of("plan", table)}
+        for table in ("before", "traffic"))
+    assert now["S²"] <= 0.35 * before["S²"]
+    assert now["full attention"] <= 0.35 * before["full attention"]
+
+
 @pytest.mark.parametrize("length", [64, 256])
 def test_ways_of_full_attention_over_packed_documents_give_the_same(bench_train, length):
     """The reference of the S² picture does the work that train_pt.py's own attention does."""
