@@ -831,29 +831,44 @@ def based_on(cls: type, base: type) -> type:
     return new_class(cls.__name__, (cls, base))
 
 
-class LoraFunction:
-    """y = x W^T + s (x A^T) B^T for x (N, K), frozen W (M, K), A (r, K), B (M, r), as matrix
+class LoraProduct:
+    """y = x W^T + s (x A^T) B^T for x (N, K), frozen W (M, K), A (r, K) and B (M, r), as matrix
     products that add to each other's results. PEFT copies x W^T, scales and adds in three passes
-    over (N, M). For the backward pass it keeps x and x A^T; NF4 is dequantised once more."""
+    over (N, M). LoraGradients has the backward pass; `outlet`, its output, leads there."""
 
     @staticmethod
-    def forward(ctx, x, weight, nf4, bias, A, B, scaling):
+    def forward(ctx, outlet, x, low, weight, nf4, bias, B, scaling):
         import torch
-        dtype, ctx.nf4, ctx.scaling = x.dtype, nf4, scaling
-        low = x @ A.to(dtype).T  # (N, r)
-        ctx.save_for_backward(x, low, weight, A, B)
-        y = torch.nn.functional.linear(x, dense(weight, nf4, dtype), bias)
-        return y.addmm_(low, (scaling * B).to(dtype).T)
+        y = torch.nn.functional.linear(x, dense(weight, nf4, x.dtype), bias)
+        return y.addmm_(low, (scaling * B).to(x.dtype).T)
 
     @staticmethod
     def backward(ctx, slope):
+        return slope, *[None] * 7
+
+
+class LoraGradients:
+    """The backward pass of LoraProduct, which keeps x and x A^T. It is a function of its own that
+    runs before the product: when a layer is recomputed, PyTorch stops as soon as all that was kept
+    is there again, and so does not repeat the layer's last product."""
+
+    @staticmethod
+    def forward(ctx, x, weight, nf4, A, B, scaling):
+        low = x @ A.to(x.dtype).T  # (N, r)
+        ctx.nf4, ctx.scaling = nf4, scaling
+        ctx.save_for_backward(x, low, weight, A, B)
+        ctx.mark_non_differentiable(low)
+        return low, x.new_zeros(()).expand(len(x), len(B))  # (N, M), without memory
+
+    @staticmethod
+    def backward(ctx, _, slope):
         x, low, weight, A, B = ctx.saved_tensors
         d_low = slope @ (ctx.scaling * B).to(slope.dtype)  # (N, r)
-        d_x = None
+        d_A, d_B = (d_low.T @ x).to(A.dtype), (slope.T @ low).to(B.dtype) * ctx.scaling
+        x = d_x = None  # where x was recomputed nothing else holds it: make room for d_x
         if ctx.needs_input_grad[0]:
             d_x = (slope @ dense(weight, ctx.nf4, slope.dtype)).addmm_(d_low, A.to(slope.dtype))
-        d_B = (slope.T @ low).to(B.dtype) * ctx.scaling
-        return d_x, None, None, None, (d_low.T @ x).to(A.dtype), d_B, None
+        return d_x, None, None, d_A, d_B, None
 
 
 def dense(weight: torch.Tensor, nf4: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -863,7 +878,7 @@ def dense(weight: torch.Tensor, nf4: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """The forward pass of a PEFT layer without dropout: LoraFunction in training, else PEFT's."""
+    """The forward pass of a PEFT layer without dropout: LoraProduct in training, else PEFT's."""
     import torch
     if not layer.training or layer.disable_adapters or layer.merged:
         return type(layer).forward(layer, x, *args, **kwargs)
@@ -871,10 +886,12 @@ def lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     # FSDP puts a plain parameter in the weight's place; the state stays with the module.
     nf4 = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
-    factors = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    A, B, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    gradients, product = (
+        based_on(cls, torch.autograd.Function) for cls in (LoraGradients, LoraProduct))
     rows = x.flatten(0, -2).to(dtype)
-    function = based_on(LoraFunction, torch.autograd.Function)
-    y = function.apply(rows, base.weight, nf4, base.bias, *factors)
+    low, outlet = gradients.apply(rows, base.weight, nf4, A, B, scaling)
+    y = product.apply(outlet, rows, low, base.weight, nf4, base.bias, B, scaling)
     return y.view(*x.shape[:-1], -1)
 
 

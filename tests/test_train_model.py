@@ -277,6 +277,41 @@ def test_lora_keeps_its_input_and_the_product_of_rank_r_alone():
     assert kept == [(5, 64), (5, 3)]
 
 
+def test_a_recomputed_layer_skips_its_last_product_and_frees_its_largest_input(
+    tmp_path, monkeypatch
+):
+    """down_proj's product is a layer's last: nothing in the backward pass needs it again. Its input
+    is gone by the time its gradient, of the same size, is made."""
+    import weakref
+
+    model, head = build(tmp_path, "--activation_checkpointing", "true")
+    layers, inputs, alive = model.base_model.model.model.layers, {}, []
+    downs = [layer.mlp.down_proj.base_layer.weight for layer in layers]
+    keep, product, dense = (
+        train_pt.LoraGradients.forward, train_pt.LoraProduct.forward, train_pt.dense)
+    products = []
+
+    def kept(ctx, x, weight, *rest):
+        inputs[id(weight)] = weakref.ref(x.untyped_storage())
+        return keep(ctx, x, weight, *rest)
+
+    def counted(ctx, *rest):
+        products.append(1)
+        return product(ctx, *rest)
+
+    def watched(weight, *rest):
+        if any(weight is down for down in downs):
+            alive.append(inputs[id(weight)]() is not None)
+        return dense(weight, *rest)
+
+    monkeypatch.setattr(train_pt.LoraGradients, "forward", staticmethod(kept))
+    monkeypatch.setattr(train_pt.LoraProduct, "forward", staticmethod(counted))
+    monkeypatch.setattr(train_pt, "dense", watched)
+    gradients(model, head)
+    assert sum(products) == len(layers) * (7 + 6)
+    assert alive == [True] * len(layers) + [False] * len(layers)
+
+
 @pytest.mark.parametrize("way", ["evaluation", "disabled", "merged"])
 def test_lora_leaves_other_ways_to_peft(way):
     layer, x = lora_layer((64, 7), False, torch.float32), torch.randn(5, 64)
