@@ -47,8 +47,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from functools import cache, partial, wraps
 from importlib.metadata import version
+from inspect import unwrap
 from itertools import islice
 from pathlib import Path
 from types import new_class
@@ -72,6 +73,7 @@ IGNORED = -100  # the label of a token that is not predicted
 # Options of the Trainer that a run cannot keep its promises with, by the value that turns them on.
 UNSUPPORTED = {
     "deepspeed": "expected no DeepSpeed; several GPUs: accelerate launch --config_file fsdp.yaml",
+    "liger_kernel_config": "expected none; --use_liger_kernel takes norm, rope and SwiGLU",
     "push_to_hub": "expected false; when the run is done: hf upload NAME OUTPUT_DIR",
     "save_only_model": "expected false; without its optimizer a checkpoint cannot go on",
     "auto_find_batch_size": "expected false; --plan says which batch fits",
@@ -154,6 +156,8 @@ class Arguments(Settings):
         None, "Recompute activations in the backward pass; None: on a GPU.")
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
+    use_liger_kernel: bool | None = option(
+        None, "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel.")
     resume_from_checkpoint: str = option(
         "auto", "A checkpoint's folder; auto: the last; none: anew, the run so far moved aside.")
     per_device_eval_batch_size: int = option(8, "Sequences per device in evaluation.")
@@ -180,6 +184,8 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     if argv is None and "__file__" not in globals():
         argv = []  # a notebook's sys.argv is Jupyter's own
     args, extra, rest = parser.parse_args_into_dataclasses(argv, **parse)
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read when CUDA starts
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package we need not
     import torch
     from transformers import TrainingArguments
@@ -198,7 +204,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     vars(args).update({n: value for n, value in computed.items() if getattr(args, n) is None})
     known = TrainingArguments.__dataclass_fields__
     ours = vars(args) | {
-        "activation_checkpointing": False,  # build_model turns it on
+        "activation_checkpointing": False, "use_liger_kernel": False,  # build_model turns them on
         "activation_checkpointing_kwargs": None, "use_cpu": not on_gpu, "label_names": ["labels"],
         "remove_unused_columns": False,  # it would drop the cut points before the collator
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
@@ -214,11 +220,12 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     except (ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
-    if training.use_liger_kernel and not is_liger_kernel_available():
+    if args.use_liger_kernel and not is_liger_kernel_available():
         parser.error("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel")
-    if training.use_liger_kernel:  # its rope, norm and SwiGLU; the chunked loss stays ours
-        ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}
-        training.liger_kernel_config = (training.liger_kernel_config or {}) | ours
+    if args.use_liger_kernel and training.use_cpu:
+        parser.error("--use_liger_kernel: its kernels run on a GPU, and none is in use")
+    if args.use_liger_kernel is None:
+        args.use_liger_kernel = not training.use_cpu and is_liger_kernel_available()
     version = fsdp_version(training)
     if version == 1:
         parser.error("fsdp_version 1: expected 2; set it in accelerate's configuration")
@@ -421,52 +428,64 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
 
 # --- S² attention --------------------------------------------------------------------------------
 #
-# B sequences of T tokens, H heads of size D. S² attention is causal attention within segments: one
-# set of cut points for the first half of the heads, another, shifted by G/2, for the second half.
-# Laid one after the other, both halves are one sequence of 2·B·T tokens with H/2 heads.
+# B sequences of T tokens, N = B·T, H heads of size D. S² attention is causal attention within
+# segments of at most G tokens. The segments of the second half of the heads are shifted by G/2.
+# After the rope q, k and v lie in memory as (B, T, H, D), so that half of the heads is a view.
 
 
-def cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> dict[str, Any]:
-    """Where segments start in the packed tokens, position_ids (B, T) counting from each document's
-    first token; both halves of the heads in a row for S², only the documents if group is None.
-    Made on the CPU, so that a GPU never waits to learn the lengths."""
+def cut_points(
+    position_ids: torch.Tensor, group: int | None, flash: bool, shift: int = 0
+) -> dict[str, Any]:
+    """Where segments start in N packed tokens: at each document and, unless group is None, at each
+    group of a document. position_ids (B, T) count from each document's first token. Made on the
+    CPU, so that a GPU need not wait for the lengths."""
     import torch
     position = position_ids.cpu().clone()
-    position[:, 0] = 0  # a row is a document's start for attention, whatever its number
+    position[:, 0] = 0  # attention ends with a row, even where its document goes on
     position = position.flatten()
     start = position == 0
-    if group is not None:  # groups count from the document's first token; its ends are half groups
-        start = torch.cat([start | ((position + shift) % group == 0) for shift in (0, group // 2)])
-    starts = start.nonzero().flatten()  # (N,)
+    if group is not None:
+        start |= (position + shift) % group == 0
+    starts = start.nonzero().flatten()  # (segments,)
     ends = torch.cat([starts[1:], torch.tensor([len(start)])])
     lengths = ends - starts
     if flash:
         return {"bounds": torch.cat([starts, ends[-1:]]).int(), "longest": int(lengths.max())}
-    order = lengths.argsort(stable=True)
-    size, count = torch.unique_consecutive(lengths[order], return_counts=True)
-    offset = torch.arange(len(start)) - starts.repeat_interleave(lengths)  # within the segment
-    place = (lengths[order].cumsum(0) - lengths[order])[order.argsort()]  # of a segment, by length
-    inverse = place.repeat_interleave(lengths) + offset
+    # Segments of one length stand together: each length is one call without a mask.
+    by_length = lengths.argsort(stable=True)
+    size, count = torch.unique_consecutive(lengths[by_length], return_counts=True)
+    inside = torch.arange(len(start)) - starts.repeat_interleave(lengths)  # token in its segment
+    new_starts = (lengths[by_length].cumsum(0) - lengths[by_length])[by_length.argsort()]
+    inverse = new_starts.repeat_interleave(lengths) + inside
     runs = list(zip(size.tolist(), count.tolist(), strict=True))
     return {"order": inverse.argsort(), "inverse": inverse, "runs": runs}
 
 
+def all_cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> dict[str, Any]:
+    """Cut points of `documents` for full attention; those of S², `groups` and `shifted`, only where
+    a document is longer than the first shifted group: else S² is full attention."""
+    cuts = {"documents": cut_points(position_ids, None, flash)}
+    if group is not None and int(position_ids.max()) >= group - group // 2:
+        cuts["groups"] = cut_points(position_ids, group, flash)
+        cuts["shifted"] = cut_points(position_ids, group, flash, shift=group // 2)
+    return cuts
+
+
 def flash_is_here(head_size: int) -> bool:
-    """Whether PyTorch's variable-length flash attention runs on the device at hand; its kernels
-    read heads in eights, and varlen_attn does not pad."""
+    """Whether PyTorch's variable-length flash attention runs on the GPU in use. Its kernels need a
+    head size that is a multiple of 8."""
     import torch
     ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     return ampere and head_size % 8 == 0
 
 
-def segment_attention(q, k, v, cuts: dict) -> torch.Tensor:
-    """Causal attention within each segment; q, k, v: (tokens, heads, D)."""
+def segment_attention(q, k, v, cuts: dict, scale: float | None) -> torch.Tensor:
+    """Causal attention within each segment; q, k, v: (N, heads, D), with any strides."""
     import torch
     if "bounds" in cuts:
         from torch.nn.attention.varlen import varlen_attn
-        bounds, longest = cuts["bounds"], cuts["longest"]
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
-    # All segments of one length stand together: each length is one call without a mask.
+        lengths = (cuts["bounds"], cuts["bounds"], cuts["longest"], cuts["longest"])
+        return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), scale=scale)
     q, k, v = (x.index_select(0, cuts["order"]) for x in (q, k, v))
     done, outputs = 0, []
     for length, count in cuts["runs"]:
@@ -474,7 +493,8 @@ def segment_attention(q, k, v, cuts: dict) -> torch.Tensor:
         done = part.stop
         shape = (count, length, *q.shape[1:])
         rows = [x[part].view(shape).transpose(1, 2) for x in (q, k, v)]  # (count, heads, length, D)
-        output = torch.nn.functional.scaled_dot_product_attention(*rows, is_causal=True)
+        output = torch.nn.functional.scaled_dot_product_attention(
+            *rows, is_causal=True, scale=scale)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, cuts["inverse"])
 
@@ -482,10 +502,9 @@ def segment_attention(q, k, v, cuts: dict) -> torch.Tensor:
 def s2_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, cuts=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that Transformers calls: S² in training, each document's full causal
-    attention in evaluation, the stock function with a KV cache or a padding mask."""
+    """The attention function that Transformers calls: S² in training, full causal attention within
+    documents in evaluation, Transformers' own with a KV cache or a padding mask."""
     import torch
-    import torch.nn.functional as F
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         from transformers import AttentionInterface
         if module.training:
@@ -498,29 +517,26 @@ def s2_attention(
     if cuts is None:
         half = query.dtype in (torch.float16, torch.bfloat16)
         flash = query.is_cuda and half and flash_is_here(D)
-        cuts = cut_points(kwargs["position_ids"].expand(B, T), group, flash)
-        cuts = {n: x.to(query.device) if torch.is_tensor(x) else x for n, x in cuts.items()}
+        cuts = all_cut_points(kwargs["position_ids"].expand(B, T), group, flash)
+        for points in cuts.values():
+            points |= {n: x.to(query.device) for n, x in points.items() if torch.is_tensor(x)}
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (N, H, D)
+    if k.shape[1] < H:  # grouped queries: each key serves several heads
+        k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
+    if group is None or "groups" not in cuts:
+        output = segment_attention(q, k, v, cuts["documents"], scaling)
     else:
-        cuts = cuts["documents" if group is None else "groups"]
-    if key.shape[1] < H:  # grouped queries: each key serves several heads
-        key, value = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (key, value))
-    if scaling is not None and scaling != D**-0.5:
-        query = query * (scaling * D**0.5)
-    parts = 1 if group is None else 2
-    heads = math.ceil(H / parts)
-    if heads * parts > H:  # an empty head evens the halves out; its output is dropped
-        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (query, key, value))
-
-    def lay(x: torch.Tensor) -> torch.Tensor:  # (B, H, T, D) to (parts * B * T, H / parts, D)
-        return x.view(B, parts, heads, T, D).permute(1, 0, 3, 2, 4).reshape(-1, heads, D)
-
-    output = segment_attention(lay(query), lay(key), lay(value), cuts)
-    output = output.view(parts, B, T, heads, D).permute(1, 2, 0, 3, 4).reshape(B, T, -1, D)
-    return output[:, :, :H], None
+        halves = zip(*(x.chunk(2, dim=1) for x in (q, k, v)), strict=True)
+        points = cuts["groups"], cuts["shifted"]
+        calls = zip(halves, points, strict=False)  # a single head has no second half
+        outputs = [segment_attention(*qkv, p, scaling) for qkv, p in calls]
+        output = torch.cat(outputs, dim=1)
+    return output.view(B, T, H, D), None
 
 
 def s2_mask(*args, attention_mask=None, q_length=None, kv_length=None, **kwargs):
-    """No mask where the cut points say it all; the stock one for padding and for a KV cache."""
+    """No mask for packed rows, whose cut points say it all; Transformers' own for padding and for
+    a KV cache."""
     if attention_mask is None and q_length == kv_length:
         return None
     from transformers.masking_utils import sdpa_mask
@@ -803,9 +819,7 @@ class Collate:
     def __call__(self, blocks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         import torch
         batch = {name: torch.from_numpy(np.stack([b[name] for b in blocks])) for name in blocks[0]}
-        cuts = {"groups": self.group_size, "documents": None}
-        cuts = {n: cut_points(batch["position_ids"], g, self.flash) for n, g in cuts.items()}
-        return batch | {"cuts": cuts}
+        return batch | {"cuts": all_cut_points(batch["position_ids"], self.group_size, self.flash)}
 
 
 # --- Model ---------------------------------------------------------------------------------------
@@ -813,8 +827,72 @@ class Collate:
 
 @cache
 def based_on(cls: type, base: type) -> type:
-    """A class below with its base class, which is too slow to import for --help."""
+    """Build a class with its base class on demand, so that --help need not import torch."""
     return new_class(cls.__name__, (cls, base))
+
+
+class LoraProduct:
+    """y = x W^T + s (x A^T) B^T for x (N, K), frozen W (M, K), A (r, K) and B (M, r), as matrix
+    products that add to each other's results. PEFT copies x W^T, scales and adds in three passes
+    over (N, M). LoraGradients has the backward pass; `outlet`, its output, leads there."""
+
+    @staticmethod
+    def forward(ctx, outlet, x, low, weight, nf4, bias, B, scaling):
+        import torch
+        y = torch.nn.functional.linear(x, dense(weight, nf4, x.dtype), bias)
+        return y.addmm_(low, (scaling * B).to(x.dtype).T)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope, *[None] * 7
+
+
+class LoraGradients:
+    """The backward pass of LoraProduct, which keeps x and x A^T. It is a function of its own that
+    runs before the product: when a layer is recomputed, PyTorch stops as soon as all that was kept
+    is there again, and so does not repeat the layer's last product."""
+
+    @staticmethod
+    def forward(ctx, x, weight, nf4, A, B, scaling):
+        low = x @ A.to(x.dtype).T  # (N, r)
+        ctx.nf4, ctx.scaling = nf4, scaling
+        ctx.save_for_backward(x, low, weight, A, B)
+        ctx.mark_non_differentiable(low)
+        return low, x.new_zeros(()).expand(len(x), len(B))  # (N, M), without memory
+
+    @staticmethod
+    def backward(ctx, _, slope):
+        x, low, weight, A, B = ctx.saved_tensors
+        d_low = slope @ (ctx.scaling * B).to(slope.dtype)  # (N, r)
+        d_A, d_B = (d_low.T @ x).to(A.dtype), (slope.T @ low).to(B.dtype) * ctx.scaling
+        x = d_x = None  # where x was recomputed nothing else holds it: make room for d_x
+        if ctx.needs_input_grad[0]:
+            d_x = (slope @ dense(weight, ctx.nf4, slope.dtype)).addmm_(d_low, A.to(slope.dtype))
+        return d_x, None, None, d_A, d_B, None
+
+
+def dense(weight: torch.Tensor, nf4: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A layer's weight (M, K); nf4: its quantisation state in bitsandbytes, or None."""
+    from bitsandbytes.functional import dequantize_4bit
+    return weight.to(dtype) if nf4 is None else dequantize_4bit(weight, nf4).to(dtype)
+
+
+def lora_forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The forward pass of a PEFT layer without dropout: LoraProduct in training, else PEFT's."""
+    import torch
+    if not layer.training or layer.disable_adapters or layer.merged:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    base, device, (name,) = layer.get_base_layer(), x.device.type, layer.active_adapters
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    # FSDP puts a plain parameter in the weight's place; the state stays with the module.
+    nf4 = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
+    A, B, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    gradients, product = (
+        based_on(cls, torch.autograd.Function) for cls in (LoraGradients, LoraProduct))
+    rows = x.flatten(0, -2).to(dtype)
+    low, outlet = gradients.apply(rows, base.weight, nf4, A, B, scaling)
+    y = product.apply(outlet, rows, low, base.weight, nf4, base.bias, B, scaling)
+    return y.view(*x.shape[:-1], -1)
 
 
 class TailEmbedding:
@@ -840,38 +918,45 @@ class TailEmbedding:
 
 
 class ChunkedLoss:
-    """Sum of the cross entropy of hidden (N, D) against labels (N,), with head rows `frozen`
-    (V0, D) and `trained` (V1, D), over chunks of C tokens: (C, V) logits exist where (N, V) would.
-    Its slope, softmax - onehot, needs nothing from above but a factor: so each chunk adds to both
-    gradients while its logits are at hand, and the backward pass only scales them."""
+    """Sum of the cross entropy of hidden (N, D) against labels (N,), with V head rows: `frozen`
+    (V0, D), then `trained` (V1, D). Only C of the N rows have logits at one time, (C, V). Their
+    gradient is softmax - onehot times a factor from above: so each chunk adds to the gradients
+    while its logits exist, and the backward pass multiplies by the factor.
+
+    Matrix products are fast where sizes are multiples of 8. So the last V0 % 8 frozen rows join the
+    trained ones in `tail`, which zeros fill up to such a size; their logits are set to -inf."""
 
     @staticmethod
     def forward(ctx, hidden, frozen, trained, labels, train):
         import torch
-        first, dtype = len(frozen), hidden.dtype
+        dtype, V = hidden.dtype, len(frozen) + len(trained)
         wide = torch.promote_types(dtype, torch.float32)
-        new = trained.to(dtype)
+        split = len(frozen) // 8 * 8
+        mine = slice(len(frozen) - split, V - split)  # the trained rows' place in the tail
+        body, tail = frozen[:split], hidden.new_zeros(-(-(V - split) // 8) * 8, hidden.shape[1])
+        tail[: mine.start], tail[mine] = frozen[split:], trained
         total = torch.zeros((), dtype=wide, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if train else None
-        d_trained = torch.zeros_like(trained, dtype=wide) if train and len(trained) else None
+        d_tail = torch.zeros_like(tail, dtype=wide) if train and len(trained) else None
         for start in range(0, len(hidden), LOSS_CHUNK):
             part = slice(start, start + LOSS_CHUNK)
             x, y = hidden[part], labels[part, None]
             kept, y = (y != IGNORED).to(wide), y.clamp(min=0)
-            logits = x.new_empty(len(x), first + len(new), dtype=wide)  # (C, V)
-            logits[:, :first], logits[:, first:] = x @ frozen.T, x @ new.T
+            logits = x.new_empty(len(x), split + len(tail), dtype=wide)  # (C, V), filled up
+            logits[:, :split], logits[:, split:] = x @ body.T, x @ tail.T
+            logits[:, V:] = -math.inf
             top = logits.amax(-1, keepdim=True)
             right = logits.gather(1, y) - top
             mass = logits.sub_(top).exp_().sum(-1, keepdim=True)
             total += ((mass.log() - right) * kept).sum()
             if train:
                 slope = logits.mul_(kept / mass).scatter_add_(1, y, -kept).to(dtype)
-                logits = None  # its room is needed
-                d_hidden[part] = slope[:, :first] @ frozen + slope[:, first:] @ new
-                if d_trained is not None:
-                    d_trained += slope[:, first:].T @ x
+                logits = None  # make room
+                d_hidden[part] = (slope[:, :split] @ body).addmm_(slope[:, split:], tail)
+                if d_tail is not None:
+                    d_tail += slope[:, split:].T @ x
                 slope = None
-        ctx.gradients = d_hidden, d_trained
+        ctx.gradients = d_hidden, None if d_tail is None else d_tail[mine]
         return total
 
     @staticmethod
@@ -882,8 +967,8 @@ class ChunkedLoss:
 
 
 class TailHead(TailEmbedding):
-    """The head on the same plan. Inside the loss it hands the hidden states on, and `loss` applies
-    the head chunk by chunk."""
+    """The head in the same two parts. Inside the loss it returns the hidden states, and `loss`
+    applies the head in chunks."""
 
     in_loss = False
 
@@ -926,13 +1011,47 @@ def train_tail(llama: Any, first: int) -> None:
     llama.loss_function = llama.lm_head.loss
 
 
+def use_liger_kernels(llama: Any) -> None:
+    """Norm, rope and SwiGLU of this model as one kernel each. Liger's own patch would put its
+    classes into Transformers, and later models of this process would fail on a CPU."""
+    from liger_kernel.transformers.functional import liger_rms_norm, liger_rope, liger_swiglu
+    from transformers.models.llama import modeling_llama
+    device, stock = llama.device.type, unwrap(modeling_llama.apply_rotary_pos_emb)
+
+    @wraps(stock)
+    def rope(q, k, cos, sin):
+        return (liger_rope if q.device.type == device else stock)(q, k, cos, sin)
+
+    def norm(module, x):
+        return liger_rms_norm(x, module.weight, module.variance_epsilon)
+
+    def mlp(module, x):
+        return module.down_proj(liger_swiglu(module.gate_proj(x), module.up_proj(x)))
+
+    modeling_llama.apply_rotary_pos_emb = rope  # a function of that file, which all Llamas share
+    for module in llama.modules():
+        if isinstance(module, modeling_llama.LlamaRMSNorm):
+            module.forward = partial(norm, module)
+        elif isinstance(module, modeling_llama.LlamaMLP):
+            module.forward = partial(mlp, module)
+
+
+def checkpoint_norm(norm: Any) -> None:
+    """Recompute a norm in the backward pass. It would keep 6 bytes for each number, most of them in
+    fp32; its input is kept anyway."""
+    from torch.utils.checkpoint import checkpoint
+    norm.forward = partial(checkpoint, norm.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 def build_model(args: Arguments, training: Any, folder: Path, first_new: int) -> tuple[Any, Any]:
     """The base in NF4 with LoRA on its linear layers, trainable rows and norms; and its head.
     (PEFT's prepare_model_for_kbit_training would turn embeddings, norms and the residual stream to
     fp32, twice the memory of checkpoints; nothing here needs it.)"""
     import torch
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+    from transformers.utils import is_liger_kernel_available
     register_attention()
     # PEFT asks for activation checkpointing under its former name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
@@ -957,31 +1076,30 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
         lora_dropout=args.lora_dropout, target_modules=LINEAR_LAYERS)
     model = get_peft_model(model, lora)
     llama = model.base_model.model
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not args.lora_dropout:
+            module.forward = partial(lora_forward, module)
     first = {"new": first_new, "all": 0, "none": llama.config.vocab_size}
     train_tail(llama, first[args.train_embeddings])
+    norms = [module for name, module in llama.named_modules() if name.endswith(tuple(NORMS))]
     if args.train_norms:
-        for name, module in model.named_modules():
-            if name.endswith(tuple(NORMS)):
-                module.weight = torch.nn.Parameter(module.weight.detach().float())
-                # The stream stays in 16 bits: flash kernels refuse fp32.
-                module.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+        for norm in norms:
+            norm.weight = torch.nn.Parameter(norm.weight.detach().float())
+            # The stream stays in 16 bits: flash kernels refuse fp32.
+            norm.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
+    missing = not training.use_cpu and not is_liger_kernel_available()
+    if missing and training.process_index == 0:
+        print("note: liger-kernel is not installed; pip install liger-kernel trains faster")
+    if args.use_liger_kernel:
+        use_liger_kernels(llama)
+    elif args.activation_checkpointing:
+        for norm in norms:
+            checkpoint_norm(norm)
     if args.activation_checkpointing:
         options = json.loads(args.activation_checkpointing_kwargs or "{}")
         offload = options.pop("offload", False) and torch.cuda.is_available()
         llama.activation_checkpointing_enable({"use_reentrant": False} | options, offload=offload)
-        for name, module in llama.named_modules():
-            if name.endswith(tuple(NORMS)):
-                keep_the_input_alone(module)
     return model, llama.lm_head
-
-
-def keep_the_input_alone(norm: Any) -> None:
-    """Recompute a norm in the backward pass of its layer: it would keep 6 bytes a number, most of
-    them in fp32, and what it reads is kept anyway."""
-    from functools import partial
-
-    from torch.utils.checkpoint import checkpoint
-    norm.forward = partial(checkpoint, norm.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:

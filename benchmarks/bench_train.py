@@ -112,8 +112,7 @@ def attention_ways(position) -> dict:
 
     def ours(training: bool):  # cut points come with the batch, so they are not in the time
         module = SimpleNamespace(training=training, config=SimpleNamespace(group_size=group))
-        cuts = {"groups": script.cut_points(position, group, flash=False),
-                "documents": script.cut_points(position, None, flash=False)}
+        cuts = script.all_cut_points(position, group, flash=False)
         return lambda q, k, v: script.s2_attention(module, q, k, v, None, cuts=cuts)[0]
 
     if whole:

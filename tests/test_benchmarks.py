@@ -63,6 +63,100 @@ def test_the_plan_agrees_with_the_account_of_every_tensor():
         assert foretold == pytest.approx(row["traced_gb"], rel=0.01), row
 
 
+@pytest.fixture(scope="module")
+def bench_plan():
+    return benchmark("bench_plan")
+
+
+def table_of(file: str, table: str) -> list[dict]:
+    path = ROOT / "benchmarks" / "results" / f"{file}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["results"][table]["results"]
+
+
+def test_kernels_are_counted_with_their_flops_and_bytes(bench_plan):
+    """Literal tensors: what a GPU computes, reads and writes for them."""
+    import torch
+
+    def launched(call):
+        account = bench_plan.Traffic()
+        account.phase = "forward"
+        with account:
+            call()
+        return [
+            (k.name, k.kind, k.flops, k.bytes, k.indexed)
+            for k, n in account.kernels.items() for _ in range(n)]
+
+    x, y, row = torch.ones(8, 16), torch.ones(8, 16), torch.ones(16)
+    table, ids = torch.ones(1000, 16), torch.zeros(4, dtype=torch.long)
+    element, copy = bench_plan.ELEMENTWISE, bench_plan.COPIES
+    assert launched(lambda: x.view(16, 8).t()[1:].unsqueeze(0).detach()) == []
+    assert launched(lambda: torch.empty(4)) == []
+    assert launched(lambda: x * 2) == [("mul", element, 0, 2 * 512, False)]
+    assert launched(lambda: x + y) == [("add", element, 0, 3 * 512, False)]
+    assert launched(lambda: x.add_(y)) == [("add_", element, 0, 3 * 512, False)]
+    assert launched(lambda: x.copy_(y)) == [("copy_", copy, 0, 2 * 512, False)]
+    assert launched(lambda: x * row) == [("mul", element, 0, 2 * 512 + 64, True)]
+    assert launched(lambda: x * row.expand(8, 16)) == [("mul", element, 0, 2 * 512 + 64, True)]
+    assert launched(lambda: x.t() * y.t()) == [("mul", element, 0, 3 * 512, False)]
+    assert launched(lambda: x.t().contiguous()) == [("clone", copy, 0, 2 * 512, True)]
+    assert launched(lambda: x.bfloat16()) == [("_to_copy", copy, 0, 512 + 256, False)]
+    assert launched(lambda: x.sum(1)) == [("sum", bench_plan.REDUCTIONS, 0, 512 + 32, False)]
+    assert launched(lambda: torch.nn.functional.embedding(ids, table)) == [
+        ("embedding", element, 0, 2 * 4 * 64, True)]
+    flops, sizes = 2 * 8 * 16 * 8, 512 + 512 + 256
+    assert launched(lambda: x @ y.t()) == [("mm", bench_plan.PRODUCTS, flops, sizes, False)]
+    odd = torch.ones(16, 7)  # rows of 28 bytes
+    ((_, kind, flops, _, _),) = launched(lambda: x @ odd)
+    assert (kind, flops) == (bench_plan.UNALIGNED, 2 * 8 * 16 * 7)
+
+
+def test_a_kernel_takes_the_larger_of_its_two_times(bench_plan):
+    """On an H200: 0.86 of 0.8 PFLOP/s, 0.88 of 4.2 TB/s, 1.4 TB/s with an address a number."""
+    def seconds(*figures):
+        return bench_plan.Kernel(*figures).seconds("h200")
+
+    assert seconds(bench_plan.PRODUCTS, "mm", 688e12, 1e9) == pytest.approx(1.0)
+    assert seconds(bench_plan.PRODUCTS, "mm", 1e9, 3.696e12) == pytest.approx(1.0)
+    assert seconds(bench_plan.ELEMENTWISE, "mul", 0, 1.4e12, True) == pytest.approx(1.0)
+    a10 = bench_plan.Kernel(bench_plan.ELEMENTWISE, "mul", 0, 0.528e12, True)
+    assert a10.seconds("a10") == pytest.approx(1.0), "its memory is slower than its addresses"
+
+
+def test_every_layer_costs_the_same(bench_plan):
+    """So that models of one and two layers say what 32 take. What is smaller than 1 KB is the norm
+    of all parameters' norms, one kernel."""
+    words = bench_plan.command_words(*bench_plan.SHAPE)
+    one, two, three = (
+        bench_plan.trace(words, bench_plan.Traffic(), layers, 1).kernels for layers in (1, 2, 3))
+    for kernel in (k for k in three.keys() | one.keys() if k.bytes > 1024):
+        assert three[kernel] - two[kernel] == two[kernel] - one[kernel], kernel
+    assert sum(three.values()) > sum(two.values()) > sum(one.values())
+
+
+def test_the_account_reproduces_what_an_h200_took():
+    """The code that was measured: the whole step within 15%, and every variant of it."""
+    gpu = {row["variant"]: row for row in table_of("gpu", "variants") if row["length"] == 2048}
+    before = {row["variant"]: row for row in table_of("plan", "before")}
+    assert before.keys() == gpu.keys() - {"compiled layers, one-kernel norm"}
+    for variant, row in before.items():
+        told = row["cards"]["h200"]["batch_tokens_per_second"]
+        assert told == pytest.approx(gpu[variant]["tokens_per_second"], rel=0.15), variant
+    operators = before["S²"]["operators"]
+    for row in table_of("gpu", "kernels"):  # an operator by itself is rougher
+        near = 0.05 if row["operator"] == "aten::mm" else 0.45
+        told = operators[row["operator"]]
+        assert told == pytest.approx(row["milliseconds"], rel=near), row["operator"]
+
+
+def test_a_step_moves_a_third_of_what_it_moved():
+    """Element-wise kernels, copies and reductions of 7B at 8 x 2,048, with Liger's kernels."""
+    before, now = (
+        {row["variant"]: row["overhead_gb"] for row in table_of("plan", table)}
+        for table in ("before", "traffic"))
+    assert now["S²"] <= 0.35 * before["S²"]
+    assert now["full attention"] <= 0.35 * before["full attention"]
+
+
 @pytest.mark.parametrize("length", [64, 256])
 def test_ways_of_full_attention_over_packed_documents_give_the_same(bench_train, length):
     """The reference of the S² picture does the work that train_pt.py's own attention does."""
@@ -88,9 +182,9 @@ def test_flex_attention_is_asked_for_the_same_segments():
 
     bench_gpu = benchmark("bench_gpu")
     position = torch.cat([torch.arange(n) for n in (13, 40, 1, 26)]).view(2, 40)
-    halves = train_pt.cut_points(position, 16, flash=True)["bounds"].long().diff()
-    segments = torch.arange(len(halves)).repeat_interleave(halves).view(2, 2, 40)  # half, B, T
-    for shift, segment in zip((0, 8), segments, strict=True):
+    for shift in (0, 8):
+        lengths = train_pt.cut_points(position, 16, True, shift)["bounds"].long().diff()
+        segment = torch.arange(len(lengths)).repeat_interleave(lengths).view(2, 40)  # (B, T)
         rule = bench_gpu.same_segment(position, 16, shift)
         mask = create_mask(rule, 2, 1, 40, 40, device="cpu")[:, 0]
         expected = (segment[:, :, None] == segment[:, None]) & torch.ones(40, 40).tril().bool()
@@ -114,3 +208,26 @@ def test_pictures_are_drawn_from_the_results_alone(bench_train, table, tmp_path,
     (picture,) = tmp_path.iterdir()
     assert picture.name in bench_train.__doc__
     assert picture.stat().st_size > 10_000
+
+
+def test_a_part_of_the_gpu_table_ends_at_its_limit_and_the_next_one_runs(tmp_path, monkeypatch):
+    """What it has measured until then is kept."""
+    bench_gpu = benchmark("bench_gpu")
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import sys, time\n"
+        "print('a warning')\n"
+        "print('{\"row\": \"' + sys.argv[2] + '\"}', flush=True)\n"
+        "time.sleep(60 * (sys.argv[2] == 'slow'))\n")
+    parts = {
+        name: bench_gpu.Part(code, "", ("8x2048",), ("s2",), 3)
+        for name, code in {"slow": "train_pt.py", "quick": "before", "Unsloth": "unsloth"}.items()}
+    monkeypatch.setattr(bench_gpu, "__file__", str(child))
+    monkeypatch.setattr(bench_gpu, "PARTS", parts)
+    monkeypatch.setattr(bench_gpu, "SHORTEST", 0)
+    monkeypatch.setattr(bench_gpu, "find_spec", lambda name: None)
+    slow, killed, quick, done, without = bench_gpu.speed_table(tiny=True, unsloth=None)
+    assert (slow["row"], quick["row"]) == ("slow", "quick")
+    assert killed["exit_code"] == -9 and 3 <= killed["took_s"] < 30
+    assert done["exit_code"] == 0
+    assert without["skipped"] == "unsloth is not installed"

@@ -1,6 +1,8 @@
 """The loss, trainable rows and norms, the adapter's file, NF4 on CPUs, against plain references."""
 
 import copy
+from functools import partial
+from inspect import unwrap
 
 import numpy as np
 import pytest
@@ -99,7 +101,7 @@ def test_no_logits_of_the_whole_batch_exist(chunk):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            if torch.is_tensor(out) and 53 in out.shape:
+            if torch.is_tensor(out) and {53, 56} & {*out.shape}:
                 largest = max(largest, out.numel())
             return out
 
@@ -108,7 +110,7 @@ def test_no_logits_of_the_whole_batch_exist(chunk):
     batch = batch_of([60, 60], 40)
     with Watch(), model.lm_head.inside_the_loss():
         model(**batch).loss.backward()
-    assert largest == 7 * 53
+    assert largest == 7 * 56  # the rows of 53 pieces, filled up to a multiple of 8
 
 
 def test_loss_on_a_packed_batch_is_the_token_weighted_mean_of_the_documents_alone():
@@ -210,3 +212,192 @@ def test_the_stream_stays_in_16_bits_and_masters_in_32(tmp_path):
         model(input_ids=torch.arange(20)[None])
     assert set(seen) == {torch.bfloat16}
     assert {p.dtype for p in train_pt.adapter_tensors(model).values()} == {torch.float32}
+
+
+def lora_layer(size: tuple[int, int], nf4: bool, dtype: torch.dtype, **changes):
+    """One linear layer (K, M) with biases under PEFT's LoRA, its forward ours if not told else."""
+    import bitsandbytes
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(*size, dtype=dtype)
+    if nf4:
+        kind = {"compute_dtype": dtype, "quant_type": "nf4", "compress_statistics": True}
+        layer = bitsandbytes.nn.Linear4bit(*size, **kind)
+        layer.load_state_dict(plain.state_dict())
+        layer.support_avx512bf16_for_cpu = False
+        plain = layer.to("cpu")
+    net = torch.nn.Sequential()
+    net.add_module("linear", plain)
+    lora = LoraConfig(r=3, lora_alpha=7, target_modules=["linear"], **changes)
+    layer = get_peft_model(net, lora).base_model.model.linear
+    for part in (layer.lora_A, layer.lora_B):
+        part["default"].weight = torch.nn.Parameter(torch.randn(part["default"].weight.shape))
+    layer.forward = partial(train_pt.lora_forward, layer)
+    return layer.train()
+
+
+def outcome(forward, layer, x: torch.Tensor, slope: torch.Tensor, autocast: bool) -> list:
+    """The output and the gradients of x, A and B."""
+    x = x.clone().requires_grad_()
+    factors = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = forward(x)
+    return [y, *torch.autograd.grad(y, [x, *factors], slope.to(y.dtype))]
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("size", [(64, 7), (192, 33)])
+def test_lora_by_matrix_products_equals_peft_and_its_formula(nf4, size):
+    x, slope = torch.randn(3, 11, size[0]), torch.randn(3, 11, size[1])
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
+        autocast = dtype == torch.bfloat16
+        layer = lora_layer(size, nf4, dtype)
+        ours = outcome(layer, layer, x.to(dtype), slope, autocast)
+        peft = outcome(partial(type(layer).forward, layer), layer, x.to(dtype), slope, autocast)
+        weight, base = layer.base_layer.weight, layer.base_layer
+        weight = train_pt.dense(weight, getattr(weight, "quant_state", None), torch.float64)
+        A, B = (w["default"].weight.detach().double() for w in (layer.lora_A, layer.lora_B))
+        exact = [w.requires_grad_() for w in (x.to(dtype).double(), A, B)]
+        y = F.linear(exact[0], weight, base.bias.double()) + 7 / 3 * (exact[0] @ A.T @ B.T)
+        exact = [y, *torch.autograd.grad(y, exact, slope.to(dtype).double())]
+        for one, other, true in zip(ours, peft, exact, strict=True):
+            assert one.dtype == other.dtype and one.shape == other.shape
+            assert (one - true).abs().max() <= tolerance * true.abs().max()
+            assert (one - other).abs().max() <= 2 * tolerance * true.abs().max()
+
+
+def test_lora_keeps_its_input_and_the_product_of_rank_r_alone():
+    layer, kept = lora_layer((64, 33), True, torch.bfloat16), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x)
+    x = torch.randn(5, 64, dtype=torch.bfloat16, requires_grad=True)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    kept = [saved.shape for saved in kept if saved.shape[0] == 5]
+    assert kept == [(5, 64), (5, 3)]
+
+
+def test_a_recomputed_layer_skips_its_last_product_and_frees_its_largest_input(
+    tmp_path, monkeypatch
+):
+    """down_proj's product is a layer's last: nothing in the backward pass needs it again. Its input
+    is gone by the time its gradient, of the same size, is made."""
+    import weakref
+
+    model, head = build(tmp_path, "--activation_checkpointing", "true")
+    layers, inputs, alive = model.base_model.model.model.layers, {}, []
+    downs = [layer.mlp.down_proj.base_layer.weight for layer in layers]
+    keep, product, dense = (
+        train_pt.LoraGradients.forward, train_pt.LoraProduct.forward, train_pt.dense)
+    products = []
+
+    def kept(ctx, x, weight, *rest):
+        inputs[id(weight)] = weakref.ref(x.untyped_storage())
+        return keep(ctx, x, weight, *rest)
+
+    def counted(ctx, *rest):
+        products.append(1)
+        return product(ctx, *rest)
+
+    def watched(weight, *rest):
+        if any(weight is down for down in downs):
+            alive.append(inputs[id(weight)]() is not None)
+        return dense(weight, *rest)
+
+    monkeypatch.setattr(train_pt.LoraGradients, "forward", staticmethod(kept))
+    monkeypatch.setattr(train_pt.LoraProduct, "forward", staticmethod(counted))
+    monkeypatch.setattr(train_pt, "dense", watched)
+    gradients(model, head)
+    assert sum(products) == len(layers) * (7 + 6)
+    assert alive == [True] * len(layers) + [False] * len(layers)
+
+
+@pytest.mark.parametrize("way", ["evaluation", "disabled", "merged"])
+def test_lora_leaves_other_ways_to_peft(way):
+    layer, x = lora_layer((64, 7), False, torch.float32), torch.randn(5, 64)
+    trained = layer(x)
+    if way == "evaluation":
+        layer.eval()
+    elif way == "disabled":
+        layer.enable_adapters(False)
+    else:
+        layer.merge()
+    assert torch.equal(layer(x), type(layer).forward(layer, x))
+    near = (layer(x) - trained).abs().max() <= 1e-5 * trained.abs().max()
+    assert near == (way != "disabled")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_whole_model_learns_as_it_does_under_peft(quantization, tmp_path):
+    words = ["--bf16", "false", "--quantization", quantization]
+    model, head = build(tmp_path, *words)
+    stir(model)
+
+    def gradients():
+        model.zero_grad()
+        with head.inside_the_loss():
+            loss = model.train()(**batch_of([30, 20, 14], 64, rows=1000)).loss
+        loss.backward()
+        return [loss, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    ours = gradients()
+    replaced = [m for m in model.modules() if vars(m).pop("forward", None)]
+    assert len(replaced) == 4 * 7
+    for one, other in zip(ours, gradients(), strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_dropout_stays_with_peft(tmp_path):
+    model, _ = build(tmp_path, "--lora_dropout", "0.1")
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("first", [0, 31, 32, 53])
+def test_the_products_of_the_loss_have_sizes_that_are_multiples_of_8(first, monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "mm" in str(func):
+                sizes.update(n for x in args if torch.is_tensor(x) for n in (*x.shape, x.stride(0)))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(train_pt, "LOSS_CHUNK", 16)
+    head = torch.randn(53, 24)
+    function = train_pt.based_on(train_pt.ChunkedLoss, torch.autograd.Function)
+    hidden, trained = torch.randn(32, 24, requires_grad=True), head[first:].requires_grad_()
+    with Watch():
+        function.apply(hidden, head[:first], trained, torch.arange(32), True).backward()
+    assert sizes
+    assert not [n for n in sizes if n % 8 and n != 1]  # 1: along a transposed matrix
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a GPU")
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}])
+def test_liger_kernels_change_neither_loss_nor_gradients_and_no_other_model(changes, monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    pytest.importorskip("liger_kernel")
+    stock = unwrap(modeling_llama.apply_rotary_pos_emb)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", stock)
+    plain = tiny_llama(hidden_size=32, **changes).to("cuda")
+    ours, batch, outcomes = copy.deepcopy(plain), batch_of([9, 30, 4, 19], 31), []
+    words = {name: batch[name].to("cuda") for name in ("input_ids", "position_ids")}
+    for model in (plain, ours):
+        if model is ours:
+            train_pt.use_liger_kernels(ours)
+        loss = model.train()(**words).logits.square().mean()
+        loss.backward()
+        outcomes.append([loss, *(p.grad for p in model.parameters())])
+    for one, other in zip(*outcomes, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+    # A model on the CPU, made later in the same process, is Transformers' own.
+    ids, later = words["input_ids"].cpu(), plain.to("cpu").eval()
+    fresh = modeling_llama.LlamaForCausalLM(plain.config)
+    assert not any("forward" in vars(module) for module in fresh.modules())
+    logits = later(input_ids=ids).logits
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", stock)
+    assert torch.equal(logits, later(input_ids=ids).logits)

@@ -32,9 +32,9 @@ def allowed(position: torch.Tensor, heads: int, group: int | None) -> torch.Tens
     return mask
 
 
-def attend_by_mask(q, k, v, mask):
+def attend_by_mask(q, k, v, mask, scale=None):
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    scores = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
@@ -59,13 +59,10 @@ def test_forward_and_gradients_equal_the_boolean_mask(heads, kv_heads, size, gro
         for n in (heads, kv_heads, kv_heads)
     )
     module = SimpleNamespace(training=training, config=SimpleNamespace(group_size=group))
-    cuts = {
-        "groups": train_pt.cut_points(position, group, flash=False),
-        "documents": train_pt.cut_points(position, None, flash=False),
-    }
-    output, _ = train_pt.s2_attention(module, q, k, v, None, scaling=size**-0.5, cuts=cuts)
+    cuts = train_pt.all_cut_points(position, group, flash=False)
+    output, _ = train_pt.s2_attention(module, q, k, v, None, scaling=0.3, cuts=cuts)
     mask = allowed(position, heads, group if training else None)
-    expected = attend_by_mask(q, k, v, mask).transpose(1, 2)
+    expected = attend_by_mask(q, k, v, mask, scale=0.3).transpose(1, 2)
     assert (output - expected).abs().max() <= 1e-12
 
     slope = torch.randn_like(expected)
@@ -74,7 +71,7 @@ def test_forward_and_gradients_equal_the_boolean_mask(heads, kv_heads, size, gro
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() <= 1e-12
 
-    derived, _ = train_pt.s2_attention(module, q, k, v, None, position_ids=position)
+    derived, _ = train_pt.s2_attention(module, q, k, v, None, scaling=0.3, position_ids=position)
     assert torch.equal(derived, output), "the cut points derived from position_ids are others"
 
 
@@ -103,18 +100,79 @@ def test_a_hundred_random_packings_equal_the_boolean_mask():
         expected = attend_by_mask(q, k, v, allowed(position, heads, group)).transpose(1, 2)
         assert (output - expected).abs().max() <= 1e-12
 
+        # One call for all heads exactly where no group cuts a document.
+        sets = [train_pt.cut_points(position, g, True, s) for g, s in ((None, 0), (group, 0))]
+        sets.append(train_pt.cut_points(position, group, True, group // 2))
+        full, groups, shifted = (points["bounds"].tolist() for points in sets)
+        cut = "groups" in train_pt.all_cut_points(position, group, True)
+        assert cut == (groups != full or shifted != full)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_in_lower_precision_it_stays_as_near_as_the_type_allows(dtype, tolerance):
+    torch.manual_seed(0)
+    position = packed_positions([[19, 14], [33]])
+    q, k, v = (torch.randn(2, n, 33, 16, dtype=dtype, requires_grad=True) for n in (6, 2, 2))
+    module = SimpleNamespace(training=True, config=SimpleNamespace(group_size=8))
+    output, _ = train_pt.s2_attention(module, q, k, v, None, position_ids=position)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = attend_by_mask(*exact, allowed(position, 6, 8)).transpose(1, 2)
+    slope = torch.randn_like(output)
+    ours = [output, *torch.autograd.grad(output, (q, k, v), slope)]
+    theirs = [expected, *torch.autograd.grad(expected, exact, slope.double())]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("heads", [4, 3, 1])
+def test_flash_attention_reads_each_half_of_the_heads_where_it_lies(heads, monkeypatch):
+    """varlen_attn is stood in for by its definition; it must get views, not copies."""
+    import torch.nn.attention.varlen
+
+    torch.manual_seed(0)
+    position = packed_positions([[5, 20, 7], [32]])
+    # As projections and the rope leave them: (B, T, H, D) in memory, (B, H, T, D) to look at.
+    memory = [torch.randn(2, 32, heads, 8, dtype=torch.float64) for _ in range(3)]
+    q, k, v = (x.transpose(1, 2) for x in memory)
+    calls = []
+
+    def varlen_attn(q, k, v, starts, ends, longest, also_longest, window_size, scale):
+        assert window_size == (-1, 0), "not causal"
+        calls.append([x.data_ptr() for x in (q, k, v)])
+        lengths = starts.diff().tolist()
+        assert longest == also_longest == max(lengths)
+        parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        outputs = []
+        for part in parts:
+            rows = (x.transpose(0, 1) for x in part)  # (heads, length, D)
+            outputs.append(torch.nn.functional.scaled_dot_product_attention(
+                *rows, is_causal=True, scale=scale).transpose(0, 1))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    module = SimpleNamespace(training=True, config=SimpleNamespace(group_size=8))
+    cuts = train_pt.all_cut_points(position, 8, flash=True)
+    output, _ = train_pt.s2_attention(module, q, k, v, None, cuts=cuts)
+    expected = attend_by_mask(q, k, v, allowed(position, heads, 8)).transpose(1, 2)
+    assert (output - expected).abs().max() <= 1e-12
+    starts = [0, (heads + 1) // 2] if heads > 1 else [0]
+    assert calls == [[x[0, 0, start:].data_ptr() for x in memory] for start in starts]
+
 
 def test_cut_points_for_the_gpu_are_the_same_segments():
     position = packed_positions([[5, 20, 7], [32]])
-    bounds = train_pt.cut_points(position, 8, flash=True)
-    lengths = bounds["bounds"].diff()
-    runs = train_pt.cut_points(position, 8, flash=False)["runs"]
-    assert bounds["bounds"].dtype == torch.int32
-    assert bounds["longest"] == lengths.max() == 8
-    assert sorted(lengths.tolist()) == [size for size, count in runs for _ in range(count)]
-    # First half of the heads, first row: 5 | 8 8 4 | 7; shifted by 4: 4 1 | 4 8 8 | 4 3.
-    assert lengths[:5].tolist() == [5, 8, 8, 4, 7]
-    assert lengths[9 : 9 + 7].tolist() == [4, 1, 4, 8, 8, 4, 3]
+    cuts = train_pt.all_cut_points(position, 8, flash=True)
+    on_cpu = train_pt.all_cut_points(position, 8, flash=False)
+    for name, longest in (("documents", 32), ("groups", 8), ("shifted", 8)):
+        bounds, lengths = cuts[name]["bounds"], cuts[name]["bounds"].diff()
+        assert bounds.dtype == torch.int32
+        assert bounds[0] == 0 and bounds[-1] == 64
+        assert cuts[name]["longest"] == lengths.max() == longest
+        runs = on_cpu[name]["runs"]
+        assert sorted(lengths.tolist()) == [size for size, count in runs for _ in range(count)]
+    assert cuts["groups"]["bounds"].diff()[:5].tolist() == [5, 8, 8, 4, 7]
+    assert cuts["shifted"]["bounds"].diff()[:7].tolist() == [4, 1, 4, 8, 8, 4, 3]
 
 
 @pytest.fixture(scope="module")
