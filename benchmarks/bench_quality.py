@@ -1,0 +1,143 @@
+"""What each start of the new rows is worth, measured on a small base that really knows English.
+
+    python benchmarks/bench_quality.py                      # every table
+
+Results: benchmarks/results/quality.json.
+"""
+
+import gzip
+import json
+import math
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+WORK = ROOT / "outputs" / "bench_quality"
+SEED, WINDOW, DRAWN = 0, 256, 2048
+BASE = {
+    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 2048}
+BASE_STEPS, BASE_ROWS, BASE_RATE = 1300, 16, 3e-3
+sys.path.insert(0, str(ROOT))
+
+import extend_vocab as script  # noqa: E402
+
+# --- Material ------------------------------------------------------------------------------------
+
+
+def read(name: str) -> list[str]:
+    return list(script.documents(DATA / name, "--corpus"))
+
+
+def english_pages() -> list[str]:
+    """The pages of the labelled WET file whose label, the first path segment, is `en`."""
+    pages = []
+    records = gzip.open(DATA / "labelled.wet.gz").read().split(b"WARC/1.0")
+    for record in records:
+        head, _, body = record.replace(b"\r\n", b"\n").partition(b"\n\n")
+        if re.search(rb"WARC-Target-URI: https://[^/]+/en/", head):
+            pages.append(body.decode("utf-8", "replace").strip())
+    return pages
+
+
+def texts_by_use() -> dict[str, dict[str, list[str]]]:
+    """Disjoint texts: what the base is trained on, what the extended model is, and held out."""
+    from opencc import OpenCC
+
+    english, drcd, lines = english_pages(), read("drcd_dev.jsonl"), read("hongloumeng.txt")
+    novel = ["\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]
+    half, end = len(novel) // 2, len(novel) * 19 // 20
+    simplified = read("cmrc_trial.jsonl")
+    taiwan = [OpenCC("s2tw").convert(text) for text in simplified]
+    chinese = (simplified + taiwan + drcd[:150]) * 2 + novel[:half]
+    return {
+        "base": {"english": english[:-600], "chinese": chinese},
+        "training": {"modern": drcd[150:300], "novel": novel[half:end],
+                     "english": english[-600:-150]},
+        "held_out": {"modern": drcd[300:], "novel": novel[end:], "english": english[-150:]}}
+
+
+def packed(encode, texts: list[str], seed: int):
+    """The documents in random order as one row of tokens, each between BOS and EOS."""
+    import random
+
+    import torch
+
+    order = random.Random(seed).sample(texts, len(texts))
+    return torch.tensor([i for ids in encode(order) for i in (1, *ids, 2)])
+
+
+def sampled_loss(hidden, head, labels, generator):
+    """Cross entropy of hidden states (N, H) under a head (V, H), from a part of its columns: all
+    the labels and DRAWN of the rest, weighted so that the sum over all V is estimated without bias.
+    A whole softmax over 61,388 pieces would take most of a small model's time."""
+    import torch
+
+    seen = labels.unique()
+    rest = torch.ones(len(head), dtype=torch.bool)
+    rest[seen] = False
+    rest = rest.nonzero()[:, 0]
+    drawn = rest[torch.randperm(len(rest), generator=generator)[:DRAWN]]
+    logits = (hidden @ head[torch.cat([seen, drawn])].T).float()  # (N, seen + drawn)
+    logits[:, len(seen) :] += math.log(len(rest) / len(drawn))
+    return torch.nn.functional.cross_entropy(logits, torch.searchsorted(seen, labels))
+
+
+# --- The base ------------------------------------------------------------------------------------
+
+
+def train_base(folder: Path) -> dict:
+    """A small Llama with Llama 2's tokenizer, trained on English and a little Chinese."""
+    import torch
+    from sentencepiece import SentencePieceProcessor
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    encode = SentencePieceProcessor(str(DATA / "llama2-tokenizer.model")).encode
+    texts = texts_by_use()["base"]
+    streams = {kind: packed(encode, found, SEED) for kind, found in texts.items()}
+    counts = {kind: len(stream) for kind, stream in streams.items()}
+    windows = torch.cat(list(streams.values()))
+    windows = windows[: len(windows) // WINDOW * WINDOW].view(-1, WINDOW)
+    windows = windows[torch.randperm(len(windows), generator=generator)]
+    steps = min(BASE_STEPS, len(windows) // BASE_ROWS)
+    print(counts, steps, "steps", flush=True)
+    model = LlamaForCausalLM(LlamaConfig(**BASE, vocab_size=32_000))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    start = time.monotonic()
+    for step in range(steps):
+        progress = step / steps
+        rate = BASE_RATE * min((step + 1) / 50, 0.55 + 0.45 * math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = windows[step * BASE_ROWS : (step + 1) * BASE_ROWS]
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(input_ids=batch).last_hidden_state[:, :-1].flatten(0, 1)
+            loss = sampled_loss(hidden, model.lm_head.weight, batch[:, 1:].flatten(), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
+        optimizer.step()
+        if step % 20 == 0 or step == steps - 1:
+            print(step, round(loss.item(), 3), round(time.monotonic() - start), flush=True)
+    partial = folder.with_name(folder.name + ".partial")
+    model.to(torch.bfloat16).save_pretrained(partial)
+    shutil.copy(DATA / "llama2-tokenizer.model", partial / "tokenizer.model")
+    record = {"tokens": counts, "steps": steps, "tokens_per_step": BASE_ROWS * WINDOW,
+              "rate": BASE_RATE, "loss": loss.item(), "seconds": time.monotonic() - start, **BASE}
+    (partial / "training.json").write_text(json.dumps(record))
+    partial.rename(folder)
+    return record
+
+
+if __name__ == "__main__":
+    import torch
+    torch.set_num_threads(1)
+    WORK.mkdir(parents=True, exist_ok=True)
+    print(train_base(WORK / "base"))
