@@ -42,9 +42,10 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
 from io import BytesIO
-from itertools import chain
+from itertools import accumulate, chain
 from math import log
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal, get_args
 
 from tqdm import tqdm
@@ -63,6 +64,7 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 INITS = ("mean_subtoken", "mean", "random")  # --eval_loss measures these and the run's own
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
+DISTILL_RATE, DISTILL_SAVE = 0.05, 300  # of the old rows' standard deviation; seconds
 SIMPLIFIED_SHARE = 0.1  # above it, a corpus is said to be Simplified
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
 PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch", "opencc")
@@ -141,6 +143,7 @@ class Arguments:
     init_head: str | None = option(None, "The same for the head's rows alone; None: as --init.")
     match_norms: bool = option(
         False, "Scale every new row to the mean norm of the base's rows of the same matrix.")
+    distill_tokens: int = option(1_000_000, "Tokens of the corpus that --init distilled reads.")
     eval_text: str | None = option(
         None, "Text to report on (file or folder); None: 2%% held out of the corpus.")
     eval_loss: Literal["auto", "yes", "no"] = option(
@@ -655,6 +658,83 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, i
 
 
 # --- The model -----------------------------------------------------------------------------------
+
+
+def distill_windows(model, documents: list, args: Arguments) -> list[list[int]]:
+    """--distill_tokens ids of documents drawn by their weights, in windows that start with BOS."""
+    chance, bos, encode = random.Random(args.seed), model.trainer_spec.bos_id, processor(model).encode
+    totals, ids = list(accumulate(weight for weight, _ in documents)), []
+    while len(ids) < args.distill_tokens:
+        (_, text), = chance.choices(documents, cum_weights=totals)
+        ids += [bos, *encode(text)]
+    places = range(0, args.distill_tokens, LOSS_WINDOW)
+    return [[bos, *ids[place : place + LOSS_WINDOW]] for place in places]
+
+
+def distill_losses(llama, rows: dict[str, Any], window: list[int], table: list[list[int]]) -> tuple:
+    """The student's distance from the teacher, relative to the teacher's size, and the student's
+    cross entropy on the next piece, through which only the head's new rows learn."""
+    import torch
+    embedding, head = llama.get_input_embeddings().weight, llama.get_output_embeddings().weight
+    old, ids = len(embedding), torch.tensor(window, device=llama.device)  # (T,)
+    spelled = torch.tensor([[i for number in window for i in table[number]]], device=llama.device)
+    ends = torch.tensor([len(table[number]) for number in window]).cumsum(0) - 1
+    with torch.no_grad():
+        teacher = llama.model(input_ids=spelled).last_hidden_state[0, ends].float()  # (T, H)
+    new, inputs = ids >= old, embedding[ids.clamp(max=old - 1)].float()
+    inputs = inputs.index_put((new,), rows[EMBEDDING][ids[new] - old]).to(embedding.dtype)
+    student = llama.model(inputs_embeds=inputs[None]).last_hidden_state[0].float()
+    distance = (student - teacher).square().mean() / teacher.square().mean()
+    states = student[:-1].detach()
+    known = (states.to(head.dtype) @ head.T).float()
+    logits = torch.cat([known, states @ rows[HEAD].T], 1)  # (T - 1, V + N)
+    return distance, torch.nn.functional.cross_entropy(logits, ids[1:])
+
+
+def distill(folder: Path, state: Path, model, table: list, windows: list, rows_of, key) -> dict:
+    """Rows that the base itself teaches, as Token Distillation does (Dobler et al., ICLR 2026).
+
+    The frozen base reads each window twice: spelled in its own pieces (the teacher) and in the new
+    ones (the student). Input rows learn to give the student the teacher's hidden state after every
+    piece; output rows learn to predict the next piece. Frequent pieces come often, so they are
+    learnt first. The state on disk lets a run that was stopped go on.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    settings = {"dtype": torch.float32}
+    if torch.cuda.is_available():
+        settings = {"dtype": torch.bfloat16, "device_map": "cuda"}
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    llama = AutoModelForCausalLM.from_pretrained(folder, **settings).requires_grad_(False)
+    matrices = {EMBEDDING: llama.get_input_embeddings().weight}
+    if not llama.config.tie_word_embeddings:
+        matrices[HEAD] = llama.get_output_embeddings().weight
+    rows, groups = {}, []
+    for name, matrix in matrices.items():
+        rows[name] = rows_of(name, matrix.cpu()).to(matrix.device, torch.float32).requires_grad_()
+        groups.append({"params": rows[name], "peak": DISTILL_RATE * matrix.float().std().item()})
+    optimizer, step = torch.optim.Adam(groups, lr=0, betas=(0.9, 0.95)), 0
+    if state.is_file() and (saved := torch.load(state, map_location="cpu"))["key"] == key:
+        step = saved["step"]
+        optimizer.load_state_dict(saved["optimizer"])
+        for name, matrix in saved["rows"].items():
+            rows[name].data.copy_(matrix)
+        print(f"going on after {step} of {len(windows)} windows")
+    both = {HEAD: rows[EMBEDDING]} | rows  # a tied head is the embedding
+    saved_at = monotonic()
+    for step in tqdm(range(step, len(windows)), "distilling", len(windows), initial=step):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * (1 - step / len(windows))
+        sum(distill_losses(llama, both, windows[step], table)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if monotonic() - saved_at > DISTILL_SAVE or step == len(windows) - 1:
+            found = {"key": key, "step": step + 1, "optimizer": optimizer.state_dict()}
+            torch.save(found | {"rows": rows}, part := state.with_suffix(".part"))
+            part.replace(state)
+            saved_at = monotonic()
+    return {name: matrix.detach().cpu() for name, matrix in rows.items()}
 
 
 def new_rows(

@@ -5,6 +5,7 @@
 Results: benchmarks/results/quality.json.
 """
 
+import functools
 import gzip
 import json
 import math
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 WORK = ROOT / "outputs" / "bench_quality"
 SEED, WINDOW, DRAWN = 0, 256, 2048
+NEW_PIECES, EVAL_CHARS = 29_388, 16_000
 BASE = {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
     "max_position_embeddings": 2048}
@@ -44,6 +46,7 @@ def english_pages() -> list[str]:
     return pages
 
 
+@functools.cache
 def texts_by_use() -> dict[str, dict[str, list[str]]]:
     """Disjoint texts: what the base is trained on, what the extended model is, and held out."""
     from opencc import OpenCC
@@ -58,6 +61,7 @@ def texts_by_use() -> dict[str, dict[str, list[str]]]:
         "base": {"english": english[:-600], "chinese": chinese},
         "training": {"modern": drcd[150:300], "novel": novel[half:end],
                      "english": english[-600:-150]},
+        "pieces": {"modern": drcd[:300], "novel": novel[:end]},
         "held_out": {"modern": drcd[300:], "novel": novel[end:], "english": english[-150:]}}
 
 
@@ -134,6 +138,107 @@ def train_base(folder: Path) -> dict:
     (partial / "training.json").write_text(json.dumps(record))
     partial.rename(folder)
     return record
+
+
+# --- The extension -------------------------------------------------------------------------------
+
+
+def extension() -> tuple:
+    """Llama 2's tokenizer, its extension to 61,388 pieces by the README's recipe (the novel and
+    modern text, weighted 1:8), the spellings of the new pieces, and the weighted documents."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    texts, llama = texts_by_use(), ModelProto()
+    llama.ParseFromString((DATA / "llama2-tokenizer.model").read_bytes())
+    train = [(weight, text) for kind, weight in (("modern", 8), ("novel", 1))
+             for text in texts["pieces"][kind]]
+    candidates = script.train_pieces(train, script.Arguments(), NEW_PIECES)
+    extended, _ = script.merge_pieces(llama, candidates, 32_000 + NEW_PIECES)
+    new = [piece.piece for piece in extended.pieces][32_000:]
+    return llama, extended, script.spellings(llama, new), train
+
+
+def held_out(tokenizer, seed: int = SEED) -> dict:
+    """Of each kind of text held out: windows of tokens, each behind BOS, and the characters."""
+    import torch
+
+    found = {}
+    for kind, texts in texts_by_use()["held_out"].items():
+        some = script.sample(texts, EVAL_CHARS, seed)
+        windows = [
+            torch.tensor([1, *ids[first : first + WINDOW]]) for ids in tokenizer.encode(some)
+            for first in range(0, len(ids), WINDOW)]
+        found[kind] = windows, sum(map(len, some))
+    return found
+
+
+def bits(body, embedding, heads: dict, material: dict) -> dict:
+    """Bits per character of each kind of text, for each head (V, H) on the same hidden states."""
+    import torch
+
+    nats = {name: dict.fromkeys(material, 0.0) for name in heads}
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for kind, (windows, _) in material.items():
+            for window in windows:
+                hidden = body(inputs_embeds=embedding[window[None]]).last_hidden_state[0, :-1]
+                for name, head in heads.items():
+                    logits = (hidden @ head.T).float()
+                    loss = torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum")
+                    nats[name][kind] += loss.item()
+    return {
+        name: {kind: found[kind] / math.log(2) / material[kind][1] for kind in found}
+        for name, found in nats.items()}
+
+
+# --- The starts ----------------------------------------------------------------------------------
+
+
+def matrices_of(llama) -> dict:
+    """The base's embedding and head, by their names in the files."""
+    return {script.EMBEDDING: llama.get_input_embeddings().weight.detach(),
+            script.HEAD: llama.get_output_embeddings().weight.detach()}
+
+
+def rows_by(rule: str, name: str, matrix, material: tuple, seed: int):
+    """New rows of one matrix by a rule's name, as float32; ", scaled": to the old rows' norm."""
+    base, extended, spelling, documents = material
+    rule, scaled = rule.removesuffix(", scaled"), rule.endswith(", scaled")
+    if rule == "aligned":
+        return aligned_rows(matrix, base, extended, documents, seed)
+    if rule == "distilled":
+        return distilled_rows(base, extended, spelling, documents, seed)[name]
+    return script.new_rows(name, matrix, spelling, rule, 0.02, seed, scaled)
+
+
+@functools.cache
+def base_model():
+    """The trained base, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(WORK / "base", dtype="float32").eval()
+
+
+def bits_of_heads(llama, embedding, heads: dict, material: dict) -> dict:
+    """Bits per character of every kind of text, for several heads' new rows on the same input rows:
+    the body and the old rows' part of the softmax are computed once."""
+    import torch
+
+    nats = {name: dict.fromkeys(material, 0.0) for name in heads}
+    old_head = llama.get_output_embeddings().weight.bfloat16()
+    heads = {name: head.bfloat16() for name, head in heads.items()}
+    with torch.inference_mode():
+        for kind, (windows, _) in material.items():
+            for window in windows:
+                states = llama.model(inputs_embeds=embedding[window[None]]).last_hidden_state
+                states, labels = states[0, :-1].bfloat16(), window[1:]
+                known = (states @ old_head.T).float()  # (T, V)
+                for name, head in heads.items():
+                    logits = torch.cat([known, (states @ head.T).float()], 1)
+                    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+                    nats[name][kind] += loss.item()
+    chars = {kind: characters for kind, (_, characters) in material.items()}
+    return {name: {kind: nats[name][kind] / math.log(2) / chars[kind] for kind in chars}
+            for name in nats}
 
 
 if __name__ == "__main__":
