@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 WORK = ROOT / "outputs" / "bench_quality"
 SEED, WINDOW, DRAWN = 0, 256, 2048
-NEW_PIECES, EVAL_CHARS = 29_388, 16_000
+DISTILL_TOKENS = 100_000
+NEW_PIECES, EVAL_CHARS, SEEDS = 29_388, 8_000, (0, 1, 2)
+TRAIN_STEPS, TRAIN_ROWS, TRAIN_RATE, CHECKED = 240, 4, 1e-3, (60, 240)
 BASE = {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
     "max_position_embeddings": 2048}
@@ -172,24 +174,6 @@ def held_out(tokenizer, seed: int = SEED) -> dict:
     return found
 
 
-def bits(body, embedding, heads: dict, material: dict) -> dict:
-    """Bits per character of each kind of text, for each head (V, H) on the same hidden states."""
-    import torch
-
-    nats = {name: dict.fromkeys(material, 0.0) for name in heads}
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        for kind, (windows, _) in material.items():
-            for window in windows:
-                hidden = body(inputs_embeds=embedding[window[None]]).last_hidden_state[0, :-1]
-                for name, head in heads.items():
-                    logits = (hidden @ head.T).float()
-                    loss = torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum")
-                    nats[name][kind] += loss.item()
-    return {
-        name: {kind: found[kind] / math.log(2) / material[kind][1] for kind in found}
-        for name, found in nats.items()}
-
-
 # --- The starts ----------------------------------------------------------------------------------
 
 
@@ -208,6 +192,25 @@ def rows_by(rule: str, name: str, matrix, material: tuple, seed: int):
     if rule == "distilled":
         return distilled_rows(base, extended, spelling, documents, seed)[name]
     return script.new_rows(name, matrix, spelling, rule, 0.02, seed, scaled)
+
+
+def distilled_rows(base, extended, spelling: list, documents: list, seed: int) -> dict:
+    """The script's distilled rows, kept on disk for the other tables."""
+    import torch
+
+    path = WORK / f"distilled_{seed}.pt"
+    if not path.is_file():
+        args = script.Arguments(seed=seed, distill_tokens=DISTILL_TOKENS)
+        windows = script.distill_windows(extended, documents, args)
+        table = [[number] for number in range(len(base.pieces))] + spelling
+
+        def rows_of(name: str, matrix):
+            return script.new_rows(name, matrix, spelling, "mean_subtoken", 0.02, seed)
+
+        state = WORK / f"state_{seed}.pt"
+        torch.save(
+            script.distill(WORK / "base", state, extended, table, windows, rows_of, seed), path)
+    return torch.load(path)
 
 
 @functools.cache
@@ -239,6 +242,112 @@ def bits_of_heads(llama, embedding, heads: dict, material: dict) -> dict:
     chars = {kind: characters for kind, (_, characters) in material.items()}
     return {name: {kind: nats[name][kind] / math.log(2) / chars[kind] for kind in chars}
             for name in nats}
+
+
+
+def starts() -> dict:
+    """Bits per character before training, for every pair of an input rule and an output rule."""
+    import torch
+
+    llama, material = base_model(), extension()
+    base, extended, *_ = material
+    texts = {kind: script.sample(found, EVAL_CHARS, SEED)
+             for kind, found in texts_by_use()["held_out"].items()}
+    tokenizer, bos = script.processor(base), base.trainer_spec.bos_id
+    with torch.inference_mode():
+        of_base = {kind: script.bits_per_character(llama, tokenizer, found, bos, 32_000)
+                   for kind, found in texts.items()}
+    print("base", of_base, flush=True)
+    held = held_out(script.processor(extended))
+    del held["english"]  # no new piece is in it
+    matrices, results = matrices_of(llama), []
+    for seed in SEEDS:
+        rules = RULES if seed == SEED else DRAWN_RULES
+        new = {rule: {name: rows_by(rule, name, matrix, material, seed).float()
+                      for name, matrix in matrices.items()} for rule in rules}
+        heads = {rule: found[script.HEAD] for rule, found in new.items()}
+        for rule, found in new.items():
+            embedding = torch.cat([matrices[script.EMBEDDING], found[script.EMBEDDING]])
+            wanted = heads if seed == SEED else {rule: heads[rule]}
+            for head, bits in bits_of_heads(llama, embedding, wanted, held).items():
+                results.append({"input": rule, "output": head, "seed": seed, **bits})
+                print(json.dumps(results[-1]), flush=True)
+    return {"base": of_base, "characters": EVAL_CHARS, "starts": results}
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+def stream_of(encode, share: float, seed: int):
+    """Windows (N, WINDOW) to train on, Chinese, and that share of all in English, evenly mixed."""
+    import torch
+
+    texts, order = texts_by_use()["training"], torch.Generator().manual_seed(seed)
+    count = TRAIN_STEPS * TRAIN_ROWS
+    english = round(share * count)
+    chosen = []
+    chinese = texts["modern"] * 2 + texts["novel"]
+    for found, wanted in ((chinese, count - english), (texts["english"], english)):
+        stream = packed(encode, found, seed)
+        windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)
+        repeated = windows.repeat(-(-wanted // len(windows)), 1)
+        chosen.append(repeated[torch.randperm(len(windows), generator=order)][:wanted]
+                      if wanted <= len(windows) else repeated[:wanted])
+    mixed = torch.cat(chosen)
+    return mixed[torch.randperm(len(mixed), generator=order)]
+
+
+def train(rules: tuple, material: tuple, seed: int, share: float = 0.0, rows_rate: float = 1.0):
+    """Train as train_pt.py does: LoRA of rank 32 on every linear layer, the new rows and the norms;
+    bits per character before the first step and at CHECKED."""
+    import copy
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    _, extended, *_ = material
+    llama, names = copy.deepcopy(base_model()), (script.EMBEDDING, script.HEAD)
+    matrices = matrices_of(llama)
+    new = [rows_by(rule, name, matrices[name], material, seed).float().clone().requires_grad_()
+           for rule, name in zip(rules, names, strict=True)]
+    linear = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear")
+    adapted = get_peft_model(llama, linear)
+    body = adapted.base_model.model.model
+    rest = []
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name or "norm" in name)
+        rest += [parameter] if parameter.requires_grad else []
+    optimizer = torch.optim.AdamW(
+        [{"params": new, "factor": rows_rate}, {"params": rest, "factor": 1.0}],
+        betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    held = held_out(script.processor(extended))
+
+    def measure() -> dict:
+        embedding = torch.cat([matrices[script.EMBEDDING], new[0].detach()])
+        return bits_of_heads(adapted.base_model.model, embedding, {"": new[1].detach()}, held)[""]
+
+    points, start = [{"step": 0, **measure()}], time.monotonic()
+    windows = stream_of(script.processor(extended).encode, share, seed)
+    for step in range(1, TRAIN_STEPS + 1):
+        rate = TRAIN_RATE * min(step / 20, 0.5 + 0.5 * math.cos(math.pi * step / TRAIN_STEPS))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        batch = windows[(step - 1) * TRAIN_ROWS : step * TRAIN_ROWS]
+        embedding, head = (torch.cat([matrices[n], rows]) for n, rows in zip(names, new, strict=True))
+        with torch.autocast("cpu", torch.bfloat16):
+            states = body(inputs_embeds=torch.nn.functional.embedding(batch, embedding))
+            states = states.last_hidden_state[:, :-1].flatten(0, 1)
+            loss = sampled_loss(states, head, batch[:, 1:].flatten(), generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*new, *rest], 1)
+        optimizer.step()
+        if step in CHECKED:
+            points.append({"step": step, "loss": loss.item(), **measure()})
+            print(json.dumps(points[-1]), round(time.monotonic() - start), flush=True)
+    return points
 
 
 if __name__ == "__main__":
