@@ -40,6 +40,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from hashlib import sha256
 from importlib.metadata import version
 from io import BytesIO
 from itertools import accumulate, chain
@@ -64,7 +65,8 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 INITS = ("mean_subtoken", "mean", "random")  # --eval_loss measures these and the run's own
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
-DISTILL_RATE, DISTILL_SAVE = 0.05, 300  # of the old rows' standard deviation; seconds
+DISTILL_START, DISTILL_RATE = "mean_subtoken", 0.05  # times the old rows' standard deviation
+DISTILL_SAVE = 300  # seconds between two states on the disk
 SIMPLIFIED_SHARE = 0.1  # above it, a corpus is said to be Simplified
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
 PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch", "opencc")
@@ -135,7 +137,7 @@ class Arguments:
     picture: str = option("pictures/vocab.png", "Where to draw the report.")
     init: Literal[
         "mean_subtoken", "first_subtoken", "last_subtoken", "weighted_subtoken", "mean",
-        "multivariate", "random"] = option(
+        "multivariate", "random", "distilled"] = option(
         "mean_subtoken", "New rows, from the base's rows that spell the piece: their mean, the "
         "first, the last, or weights that double towards the last (in the head: the first); or "
         "the mean of all rows (Hewitt 2021), a normal draw with their mean and covariance, or "
@@ -187,6 +189,8 @@ def check(args: Arguments) -> None:
         raise UserError(f"--init_head {args.init_head}: expected one of {', '.join(known)}")
     if args.max_chars < 1000:
         raise UserError(f"--max_chars {args.max_chars}: expected 1000 or more")
+    if args.distill_tokens < 1:
+        raise UserError(f"--distill_tokens {args.distill_tokens}: expected 1 or more")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed}: expected 0 to {2**32 - 1}")
 
@@ -297,6 +301,12 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     dtypes = {dtype for _, dtype in matrices.values()}
     if "quantization_config" in config or not dtypes <= {"BF16", "F16", "F32"}:
         raise UserError(f"{given}: is quantised; expected weights in bf16, fp16 or fp32")
+    if "distilled" in (args.init, args.init_head):
+        import torch
+        size = sum(path.stat().st_size for path in shards) / 1e9
+        if size > CPU_LOSS_BYTES / 1e9 and not torch.cuda.is_available():
+            wanted = f"expected a GPU, or a base of {CPU_LOSS_BYTES / 1e9} GB at most"
+            raise UserError(f"--init distilled: {size:.1f} GB of weights and no GPU; {wanted}")
     return base, config, shards
 
 
@@ -485,7 +495,7 @@ def segments(text: str) -> Iterator[str]:
         yield from filter(str.strip, (run[i : i + 1000] for i in range(0, len(run), 1000)))
 
 
-# --- The tokenizer -------------------------------------------------------------------------------
+# --- The pieces ----------------------------------------------------------------------------------
 
 
 def train_pieces(documents: list, args: Arguments, wanted: int, **changes) -> list[str]:
@@ -628,6 +638,9 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     save_json(folder / "tokenizer_config.json", settings)
 
 
+# --- The proof -----------------------------------------------------------------------------------
+
+
 def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, int]:
     """Stop unless the folder's tokenizer is exact; what was counted goes into the report. Left out
     are texts that no SentencePiece tokenizer can give back (with U+2581 in them) or that spell a
@@ -657,84 +670,7 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, i
     return dict.fromkeys(trials, 0) | {"texts_compared": len(texts)}
 
 
-# --- The model -----------------------------------------------------------------------------------
-
-
-def distill_windows(model, documents: list, args: Arguments) -> list[list[int]]:
-    """--distill_tokens ids of documents drawn by their weights, in windows that start with BOS."""
-    chance, bos, encode = random.Random(args.seed), model.trainer_spec.bos_id, processor(model).encode
-    totals, ids = list(accumulate(weight for weight, _ in documents)), []
-    while len(ids) < args.distill_tokens:
-        (_, text), = chance.choices(documents, cum_weights=totals)
-        ids += [bos, *encode(text)]
-    places = range(0, args.distill_tokens, LOSS_WINDOW)
-    return [[bos, *ids[place : place + LOSS_WINDOW]] for place in places]
-
-
-def distill_losses(llama, rows: dict[str, Any], window: list[int], table: list[list[int]]) -> tuple:
-    """The student's distance from the teacher, relative to the teacher's size, and the student's
-    cross entropy on the next piece, through which only the head's new rows learn."""
-    import torch
-    embedding, head = llama.get_input_embeddings().weight, llama.get_output_embeddings().weight
-    old, ids = len(embedding), torch.tensor(window, device=llama.device)  # (T,)
-    spelled = torch.tensor([[i for number in window for i in table[number]]], device=llama.device)
-    ends = torch.tensor([len(table[number]) for number in window]).cumsum(0) - 1
-    with torch.no_grad():
-        teacher = llama.model(input_ids=spelled).last_hidden_state[0, ends].float()  # (T, H)
-    new, inputs = ids >= old, embedding[ids.clamp(max=old - 1)].float()
-    inputs = inputs.index_put((new,), rows[EMBEDDING][ids[new] - old]).to(embedding.dtype)
-    student = llama.model(inputs_embeds=inputs[None]).last_hidden_state[0].float()
-    distance = (student - teacher).square().mean() / teacher.square().mean()
-    states = student[:-1].detach()
-    known = (states.to(head.dtype) @ head.T).float()
-    logits = torch.cat([known, states @ rows[HEAD].T], 1)  # (T - 1, V + N)
-    return distance, torch.nn.functional.cross_entropy(logits, ids[1:])
-
-
-def distill(folder: Path, state: Path, model, table: list, windows: list, rows_of, key) -> dict:
-    """Rows that the base itself teaches, as Token Distillation does (Dobler et al., ICLR 2026).
-
-    The frozen base reads each window twice: spelled in its own pieces (the teacher) and in the new
-    ones (the student). Input rows learn to give the student the teacher's hidden state after every
-    piece; output rows learn to predict the next piece. Frequent pieces come often, so they are
-    learnt first. The state on disk lets a run that was stopped go on.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    settings = {"dtype": torch.float32}
-    if torch.cuda.is_available():
-        settings = {"dtype": torch.bfloat16, "device_map": "cuda"}
-        settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    llama = AutoModelForCausalLM.from_pretrained(folder, **settings).requires_grad_(False)
-    matrices = {EMBEDDING: llama.get_input_embeddings().weight}
-    if not llama.config.tie_word_embeddings:
-        matrices[HEAD] = llama.get_output_embeddings().weight
-    rows, groups = {}, []
-    for name, matrix in matrices.items():
-        rows[name] = rows_of(name, matrix.cpu()).to(matrix.device, torch.float32).requires_grad_()
-        groups.append({"params": rows[name], "peak": DISTILL_RATE * matrix.float().std().item()})
-    optimizer, step = torch.optim.Adam(groups, lr=0, betas=(0.9, 0.95)), 0
-    if state.is_file() and (saved := torch.load(state, map_location="cpu"))["key"] == key:
-        step = saved["step"]
-        optimizer.load_state_dict(saved["optimizer"])
-        for name, matrix in saved["rows"].items():
-            rows[name].data.copy_(matrix)
-        print(f"going on after {step} of {len(windows)} windows")
-    both = {HEAD: rows[EMBEDDING]} | rows  # a tied head is the embedding
-    saved_at = monotonic()
-    for step in tqdm(range(step, len(windows)), "distilling", len(windows), initial=step):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * (1 - step / len(windows))
-        sum(distill_losses(llama, both, windows[step], table)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if monotonic() - saved_at > DISTILL_SAVE or step == len(windows) - 1:
-            found = {"key": key, "step": step + 1, "optimizer": optimizer.state_dict()}
-            torch.save(found | {"rows": rows}, part := state.with_suffix(".part"))
-            part.replace(state)
-            saved_at = monotonic()
-    return {name: matrix.detach().cpu() for name, matrix in rows.items()}
+# --- The rows ------------------------------------------------------------------------------------
 
 
 def new_rows(
@@ -772,6 +708,98 @@ def new_rows(
             block *= norm / block.norm(dim=1, keepdim=True).clamp_min(1e-12)
         rows[first : first + 1024] = block
     return rows
+
+
+def distill_windows(model, documents: list, args: Arguments) -> list[list[int]]:
+    """--distill_tokens ids of documents drawn by their weights, in windows that start with BOS."""
+    chance, bos, encode = random.Random(args.seed), model.trainer_spec.bos_id, processor(model)
+    totals, ids = list(accumulate(weight for weight, _ in documents)), []
+    while len(ids) < args.distill_tokens:
+        (_, text), = chance.choices(documents, cum_weights=totals)
+        ids += [bos, *encode.encode(text)]
+    places = range(0, args.distill_tokens, LOSS_WINDOW)
+    return [[bos, *ids[place : place + LOSS_WINDOW]] for place in places]
+
+
+def distill_losses(llama, rows: dict[str, Any], window: list[int], table: list[list[int]]) -> tuple:
+    """The student's distance from the teacher, relative to the teacher's size, and the student's
+    cross entropy on the next piece, through which only the head's new rows learn."""
+    import torch
+    embedding, head = llama.get_input_embeddings().weight, llama.get_output_embeddings().weight
+    old, ids = len(embedding), torch.tensor(window, device=llama.device)  # (T,)
+    spelled = torch.tensor([[i for number in window for i in table[number]]], device=llama.device)
+    ends = torch.tensor([len(table[number]) for number in window]).cumsum(0) - 1
+    with torch.no_grad():
+        teacher = llama.model(input_ids=spelled).last_hidden_state[0, ends].float()  # (T, H)
+    new, inputs = ids >= old, embedding[ids.clamp(max=old - 1)].float()
+    inputs = inputs.index_put((new,), rows[EMBEDDING][ids[new] - old]).to(embedding.dtype)
+    student = llama.model(inputs_embeds=inputs[None]).last_hidden_state[0].float()
+    distance = (student - teacher).square().mean() / teacher.square().mean()
+    states = student[:-1].detach()
+    known = (states.to(head.dtype) @ head.T).float()
+    logits = torch.cat([known, states @ rows[HEAD].T], 1)  # (T - 1, V + N)
+    return distance, torch.nn.functional.cross_entropy(logits, ids[1:])
+
+
+def distill(
+    folder: Path, state: Path, base, model, spelling: list, documents: list, rows_of,
+    args: Arguments,
+) -> dict[str, Any]:
+    """Rows that the base itself teaches, as Token Distillation does (Dobler et al., ICLR 2026).
+
+    The frozen base reads each window twice: spelled in its own pieces (the teacher) and in the new
+    ones (the student). Input rows learn to give the student the teacher's hidden state after every
+    piece; output rows learn to predict the next piece. Frequent pieces come often, so they are
+    learnt first. The state on disk lets a run that was stopped go on.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    windows = distill_windows(model, documents, args)
+    table = [[number] for number in range(len(base.pieces))] + spelling
+    found = {number for window in windows for number in window if number >= len(base.pieces)}
+    tokens, spelled = (sum(map(len, w)) for w in (windows, [table[i] for w in windows for i in w]))
+    print(f"distilling: {tokens:,} tokens, {spelled:,} in the base's pieces, go through the base; "
+          f"{len(found):,} of {len(spelling):,} new pieces are in them", flush=True)
+    settings = {"dtype": torch.float32}
+    if torch.cuda.is_available():
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16)
+        settings = {"dtype": torch.bfloat16, "device_map": "cuda", "quantization_config": nf4}
+    llama = AutoModelForCausalLM.from_pretrained(folder, **settings).requires_grad_(False)
+    matrices = {EMBEDDING: llama.get_input_embeddings().weight}
+    if not llama.config.tie_word_embeddings:
+        matrices[HEAD] = llama.get_output_embeddings().weight
+    rows, groups = {}, []
+    for name, matrix in matrices.items():
+        start = rows_of(name, matrix.cpu(), DISTILL_START)
+        rows[name] = start.to(matrix.device, torch.float32).requires_grad_()
+        groups.append({"params": rows[name], "peak": DISTILL_RATE * matrix.float().std().item()})
+    optimizer, done = torch.optim.Adam(groups, lr=0, betas=(0.9, 0.95)), 0
+    key = sha256(repr([str(folder), windows, table]).encode()).hexdigest()
+    if state.is_file() and (saved := torch.load(state, map_location="cpu"))["key"] == key:
+        done = saved["done"]
+        optimizer.load_state_dict(saved["optimizer"])
+        for name, learnt in saved["rows"].items():
+            rows[name].data.copy_(learnt)
+        print(f"going on after {done} of {len(windows)} windows")
+    both, saved_at = {HEAD: rows[EMBEDDING]} | rows, monotonic()  # a tied head is the embedding
+    for window in tqdm(windows[done:], "distilling", len(windows), initial=done, unit=" windows"):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * (1 - done / len(windows))
+        sum(distill_losses(llama, both, window, table)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        done += 1
+        if done == len(windows) or monotonic() - saved_at > DISTILL_SAVE:
+            part = state.with_suffix(".part")
+            content = {"done": done, "optimizer": optimizer.state_dict(), "rows": rows}
+            torch.save({"key": key} | content, part)
+            part.replace(state)
+            saved_at = monotonic()
+    return {name: learnt.detach().cpu() for name, learnt in rows.items()}
+
+
+# --- The model -----------------------------------------------------------------------------------
 
 
 def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of, more: int) -> None:
@@ -860,9 +888,8 @@ def starting_losses(folder: Path, base, model, texts: list[str], rows_of, args: 
     with torch.inference_mode():
         losses = {"base": bits_per_character(llama, processor(base), texts, bos, old)}
         for init in dict.fromkeys((*INITS, own)):
-            rule = {} if init == own else {"init": init, "match_norms": False}
             for name, matrix in matrices.items():
-                matrix[old:] = rows_of(name, matrix[:old].cpu(), **rule)
+                matrix[old:] = rows_of(name, matrix[:old].cpu(), init if init in INITS else None)
             losses[init] = bits_per_character(llama, processor(model), texts, bos, new)
     return losses
 
@@ -1012,18 +1039,24 @@ def main(argv: list[str] | None = None) -> None:
     spelling = spellings(base, [piece.piece for piece in model.pieces][len(base.pieces) :])
     std = config.get("initializer_range", 0.02)
     inits = {EMBEDDING: args.init, HEAD: args.init_head or args.init}
+    taught: dict[str, Any] = {}  # the rows of --init distilled
 
-    def rows_of(name: str, matrix, **changes) -> Any:
-        rule = {"init": inits[name], "match_norms": args.match_norms} | changes
-        return new_rows(name, matrix, spelling, std=std, seed=args.seed, **rule)
+    def rows_of(name: str, matrix, init: str | None = None) -> Any:
+        init = init or inits[name]
+        if init == "distilled":
+            return taught[name].to(matrix.dtype)
+        return new_rows(name, matrix, spelling, init, std, args.seed)
 
     report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
     report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
     report["replaced_pieces"] = len(replaced)
+    state = output.resolve().with_name(f".{output.name}.distilled")
     with build_aside(output) as folder:
         write_tokenizer(folder, base_folder, model)
         texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, texts, args.seed)
+        if "distilled" in inits.values():
+            taught |= distill(base_folder, state, base, model, spelling, train, rows_of, args)
         resize_model(folder, base_folder, shards, rows_of, len(spelling))
         save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         texts = sample(report_texts, LOSS_CHARS, args.seed)
@@ -1032,6 +1065,7 @@ def main(argv: list[str] | None = None) -> None:
         record |= {"versions": {name: version(name) for name in PACKAGES}, "results": report}
         save_json(folder / "run.json", record)
         show(report, report_texts[0], model, Path(args.picture))
+    state.unlink(missing_ok=True)
     print(f"wrote {output} and {args.picture}; next: python train_pt.py")
 
 

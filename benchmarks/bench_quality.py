@@ -5,27 +5,44 @@
 Results: benchmarks/results/quality.json.
 """
 
+import argparse
 import functools
 import gzip
 import json
 import math
+import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
-WORK = ROOT / "outputs" / "bench_quality"
-SEED, WINDOW, DRAWN = 0, 256, 2048
-DISTILL_TOKENS = 100_000
-NEW_PIECES, EVAL_CHARS, SEEDS = 29_388, 8_000, (0, 1, 2)
-TRAIN_STEPS, TRAIN_ROWS, TRAIN_RATE, CHECKED = 240, 4, 1e-3, (60, 240)
+RESULTS = ROOT / "benchmarks" / "results" / "quality.json"
+PICTURE = ROOT / "pictures" / "readme_init.png"
+WORK = ROOT / "outputs" / "bench_quality"  # kept: the base and every finished run
+SEED, SEEDS, WINDOW, COLUMNS = 0, (0, 1, 2), 256, 3072
 BASE = {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
     "max_position_embeddings": 2048}
-BASE_STEPS, BASE_ROWS, BASE_RATE = 1300, 16, 3e-3
+BASE_STEPS, BASE_ROWS, BASE_RATE = 420, 16, 3e-3
+NEW_PIECES, EVAL_CHARS, DISTILL_TOKENS = 29_388, 8_000, 100_000
+TRAIN_STEPS, TRAIN_ROWS, TRAIN_RATE, CHECKED = 240, 4, 1e-3, (60, 120, 240)
+RULES = [
+    "random", "multivariate", "mean", "first_subtoken", "last_subtoken", "weighted_subtoken",
+    "mean_subtoken", "aligned", "distilled"]
+RULES += [f"{rule}, scaled" for rule in RULES[3:7]]
+DRAWN_RULES = ["random", "multivariate", "aligned", "distilled"]  # those that a seed changes
+STARTS = {
+    "random": ("random", "random"),
+    "mean_subtoken": ("mean_subtoken", "mean_subtoken"),
+    "distilled": ("distilled", "distilled")}
+REPLAY_START, SHARES, FACTORS = "mean_subtoken", (0, 0.05, 0.1, 0.25), (0.1, 1, 10)
 sys.path.insert(0, str(ROOT))
 
 import extend_vocab as script  # noqa: E402
@@ -78,18 +95,20 @@ def packed(encode, texts: list[str], seed: int):
 
 
 def sampled_loss(hidden, head, labels, generator):
-    """Cross entropy of hidden states (N, H) under a head (V, H), from a part of its columns: all
-    the labels and DRAWN of the rest, weighted so that the sum over all V is estimated without bias.
-    A whole softmax over 61,388 pieces would take most of a small model's time."""
+    """Cross entropy of hidden states (N, H) under a head (V, H), from COLUMNS of its rows: all the
+    labels, and others drawn at random, weighted so that the sum over V is estimated without bias.
+    A whole softmax over 61,388 pieces would take most of a small model's time. The number is
+    constant because oneDNN keeps a compiled kernel for every shape of a matrix."""
     import torch
 
     seen = labels.unique()
     rest = torch.ones(len(head), dtype=torch.bool)
     rest[seen] = False
     rest = rest.nonzero()[:, 0]
-    drawn = rest[torch.randperm(len(rest), generator=generator)[:DRAWN]]
-    logits = (hidden @ head[torch.cat([seen, drawn])].T).float()  # (N, seen + drawn)
-    logits[:, len(seen) :] += math.log(len(rest) / len(drawn))
+    drawn = rest[torch.randperm(len(rest), generator=generator)[: COLUMNS - len(seen)]]
+    logits = (hidden @ head[torch.cat([seen, drawn])].T).float()  # (N, COLUMNS)
+    logits = logits + torch.tensor([0.0, math.log(len(rest) / len(drawn))]).repeat_interleave(
+        torch.tensor([len(seen), len(drawn)]))
     return torch.nn.functional.cross_entropy(logits, torch.searchsorted(seen, labels))
 
 
@@ -105,7 +124,9 @@ def train_base(folder: Path) -> dict:
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     encode = SentencePieceProcessor(str(DATA / "llama2-tokenizer.model")).encode
-    texts = texts_by_use()["base"]
+    share = BASE_STEPS * BASE_ROWS * WINDOW  # more text than that need not be encoded
+    texts = {kind: script.sample(found, 3 * share if kind == "english" else share // 5, SEED)
+             for kind, found in texts_by_use()["base"].items()}
     streams = {kind: packed(encode, found, SEED) for kind, found in texts.items()}
     counts = {kind: len(stream) for kind, stream in streams.items()}
     windows = torch.cat(list(streams.values()))
@@ -201,15 +222,13 @@ def distilled_rows(base, extended, spelling: list, documents: list, seed: int) -
     path = WORK / f"distilled_{seed}.pt"
     if not path.is_file():
         args = script.Arguments(seed=seed, distill_tokens=DISTILL_TOKENS)
-        windows = script.distill_windows(extended, documents, args)
-        table = [[number] for number in range(len(base.pieces))] + spelling
 
-        def rows_of(name: str, matrix):
-            return script.new_rows(name, matrix, spelling, "mean_subtoken", 0.02, seed)
+        def rows_of(name: str, matrix, init: str):
+            return script.new_rows(name, matrix, spelling, init, 0.02, seed)
 
-        state = WORK / f"state_{seed}.pt"
-        torch.save(
-            script.distill(WORK / "base", state, extended, table, windows, rows_of, seed), path)
+        found = script.distill(WORK / "base", WORK / f"state_{seed}", base, extended, spelling,
+                               documents, rows_of, args)
+        torch.save(found, path)
     return torch.load(path)
 
 
@@ -335,7 +354,8 @@ def train(rules: tuple, material: tuple, seed: int, share: float = 0.0, rows_rat
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         batch = windows[(step - 1) * TRAIN_ROWS : step * TRAIN_ROWS]
-        embedding, head = (torch.cat([matrices[n], rows]) for n, rows in zip(names, new, strict=True))
+        embedding = torch.cat([matrices[script.EMBEDDING], new[0]])
+        head = torch.cat([matrices[script.HEAD], new[1]])
         with torch.autocast("cpu", torch.bfloat16):
             states = body(inputs_embeds=torch.nn.functional.embedding(batch, embedding))
             states = states.last_hidden_state[:, :-1].flatten(0, 1)
@@ -350,8 +370,116 @@ def train(rules: tuple, material: tuple, seed: int, share: float = 0.0, rows_rat
     return points
 
 
-if __name__ == "__main__":
+
+def run(key: str, *given, **more) -> list[dict]:
+    """The points of one training run, kept on disk: a benchmark that was stopped goes on."""
+    path = WORK / "runs.json"
+    done = json.loads(path.read_text()) if path.is_file() else {}
+    if key not in done:
+        print(f"--- {key}", flush=True)
+        done[key] = train(*given, **more)
+        path.write_text(json.dumps(done))
+    return done[key]
+
+
+def training() -> list[dict]:
+    """The starts that are worth it, trained with the same seeds on the same text."""
+    material = extension()
+    return [
+        {"start": name, "seed": seed, "points": run(f"{name}, seed {seed}", rules, material, seed)}
+        for seed in SEEDS for name, rules in STARTS.items()]
+
+
+def replay() -> list[dict]:
+    """English mixed into the training text by tokens."""
+    material, rules = extension(), STARTS[REPLAY_START]
+    return [
+        {"english": share, "seed": seed, "points": run(
+            f"{REPLAY_START}, seed {seed}" + f", {share:.0%} English" * (share > 0),
+            rules, material, seed, share=share)}
+        for seed in SEEDS for share in SHARES]
+
+
+def rates() -> list[dict]:
+    """Another learning rate for the new rows, as a multiple of the rest's."""
+    material, rules = extension(), STARTS[REPLAY_START]
+    return [
+        {"rows_rate": factor, "seed": seed, "points": run(
+            f"{REPLAY_START}, seed {seed}" + f", rows at {factor:g}" * (factor != 1),
+            rules, material, seed, rows_rate=factor)}
+        for seed in SEEDS for factor in FACTORS]
+
+
+# --- Main ----------------------------------------------------------------------------------------
+
+
+def draw(table: dict) -> None:
+    """Bits per character on modern text along the training, start by start, mean of the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, kind in zip(axes, ("modern", "novel"), strict=True):
+        for name in STARTS:
+            runs = [row["points"] for row in table["results"] if row["start"] == name]
+            if runs:
+                steps = [point["step"] for point in runs[0]]
+                found = [sum(points) / len(runs) for points in
+                         zip(*([p[kind] for p in points] for points in runs), strict=True)]
+                axis.plot(steps, found, marker="o", label=name)
+        axis.set_title({"modern": "modern text (DRCD)", "novel": "紅樓夢"}[kind])
+        axis.set_xlabel("training steps")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("bits per character")
+    axes[1].legend(frameon=False)
+    figure.savefig(PICTURE, dpi=120)
+    print(f"drew {PICTURE.relative_to(ROOT)}")
+
+
+def stamp() -> dict:
+    """Where, when and how a table was measured."""
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    packages = ("torch", "transformers", "peft", "tokenizers", "sentencepiece", "opencc")
+    return {
+        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
+        "command": " ".join(["python", "benchmarks/bench_quality.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
+        "hardware": f"{cpu[1] if cpu else platform.machine()}, one of {os.cpu_count()} cores, "
+        f"{memory:.0f} GB, no GPU",
+        "seed": list(SEEDS), "base": json.loads((WORK / "base" / "training.json").read_text())}
+
+
+def main() -> None:
+    """Measure the chosen tables; each keeps its own stamp when another is measured again."""
     import torch
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = {"starts": starts, "training": training, "replay": replay, "rates": rates}
+    parser.add_argument("--only", nargs="+", choices=tables, help="these tables")
+    parser.add_argument("--draw", action="store_true", help="only the picture, from the results")
+    args = parser.parse_args()
     torch.set_num_threads(1)
+    if not args.draw and not DATA.is_dir():
+        print(f"skipped: {DATA} with its real material is missing")
+        return
     WORK.mkdir(parents=True, exist_ok=True)
-    print(train_base(WORK / "base"))
+    if not args.draw and not (WORK / "base").is_dir():
+        train_base(WORK / "base")
+    for name in [] if args.draw else args.only or tables:
+        print(f"--- {name}", flush=True)
+        start = time.monotonic()
+        table = stamp() | {"results": tables[name](), "seconds": time.monotonic() - start}
+        done = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"results": {}}
+        done["results"][name] = table
+        script.save_json(RESULTS, done)
+    measured = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else {}
+    if "training" in measured:
+        draw(measured["training"])
+
+
+if __name__ == "__main__":
+    main()
