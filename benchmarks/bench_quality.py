@@ -32,6 +32,7 @@ BASE = {
     "max_position_embeddings": 2048}
 BASE_STEPS, BASE_ROWS, BASE_RATE = 420, 16, 3e-3
 NEW_PIECES, EVAL_CHARS, DISTILL_TOKENS = 29_388, 8_000, 100_000
+CONTEXT, NEAREST = 4, 8  # characters on either side; old pieces for a new one
 TRAIN_STEPS, TRAIN_ROWS, TRAIN_RATE, CHECKED = 240, 4, 1e-3, (60, 120, 240)
 RULES = [
     "random", "multivariate", "mean", "first_subtoken", "last_subtoken", "weighted_subtoken",
@@ -166,6 +167,7 @@ def train_base(folder: Path) -> dict:
 # --- The extension -------------------------------------------------------------------------------
 
 
+@functools.cache
 def extension() -> tuple:
     """Llama 2's tokenizer, its extension to 61,388 pieces by the README's recipe (the novel and
     modern text, weighted 1:8), the spellings of the new pieces, and the weighted documents."""
@@ -198,6 +200,72 @@ def held_out(tokenizer, seed: int = SEED) -> dict:
 # --- The starts ----------------------------------------------------------------------------------
 
 
+def context_vectors(model, texts: list[str], signs) -> tuple:
+    """For every piece of a tokenizer the sum of the random vectors of the CONTEXT characters before
+    each place where it stands and of those behind it, (V, 2 D), and its number of places. Sums of
+    characters do not depend on how the context is cut, so two tokenizers share one space."""
+    import numpy as np
+
+    tokenizer, dims = script.processor(model, prefix=False), signs.shape[1]
+    widths = np.array([
+        1 if p.type == p.BYTE else len(p.piece.replace(script.SPACE, " ").encode())
+        for p in model.pieces])  # in bytes of UTF-8
+    vectors = np.zeros((len(widths), 2 * dims), np.float32)
+    places = np.zeros(len(widths), np.int64)
+    for text in texts:
+        for first in range(0, len(text), 20_000):
+            part = text[first : first + 20_000]
+            ids = np.array(tokenizer.encode(part))
+            code = np.frombuffer(part.encode("utf-32-le"), np.uint32)
+            sums = np.zeros((len(code) + 1, dims), np.float32)
+            np.cumsum(signs[code % len(signs)], 0, out=sums[1:])
+            size = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
+            character = np.repeat(np.arange(len(code)), size)  # of each byte
+            end = np.cumsum(widths[ids])
+            begin, end = character[end - widths[ids]], character[end - 1] + 1
+            before = sums[begin] - sums[np.maximum(begin - CONTEXT, 0)]
+            behind = sums[np.minimum(end + CONTEXT, len(code))] - sums[end]
+            np.add.at(vectors, ids, np.concatenate([before, behind], 1))
+            places += np.bincount(ids, minlength=len(places))
+    return vectors, places
+
+
+def alignment(base, extended, documents: list, seed: int) -> tuple:
+    """For every new piece the ids of the NEAREST old pieces that stand in the most similar contexts
+    and their weights, (N, NEAREST): TokAlign (Li et al., ACL 2025) with random indexing."""
+    import numpy as np
+
+    texts, size = ["\n".join(text for _, text in documents)], 1 << 16
+    code = np.frombuffer(texts[0].encode("utf-32-le"), np.uint32) % size
+    often = np.maximum(np.bincount(code, minlength=size), 20)
+    signs = np.random.default_rng(seed).choice([-1, 1], (size, 128)) / np.sqrt(often)[:, None]
+    signs = signs.astype(np.float32)
+    (old, often), (new, places) = (context_vectors(m, texts, signs) for m in (base, extended))
+    mean = new.sum(0) / places.sum()
+    known = np.flatnonzero(often >= 5)
+
+    def directions(vectors, count):
+        centred = vectors / np.maximum(count, 1)[:, None] - mean
+        return centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(1e-9)
+
+    old = directions(old[known], often[known])
+    new = directions(new[len(base.pieces) :], places[len(base.pieces) :])
+    ids, weights = [], []
+    for first in range(0, len(new), 2048):
+        cosine = new[first : first + 2048] @ old.T
+        best = np.argpartition(-cosine, NEAREST, 1)[:, :NEAREST]
+        weight = np.exp(10 * np.take_along_axis(cosine, best, 1))
+        ids.append(known[best])
+        weights.append(weight / weight.sum(1, keepdims=True))
+    return np.concatenate(ids), np.concatenate(weights)
+
+
+@functools.cache
+def alignment_of(seed: int) -> tuple:
+    base, extended, _, documents = extension()
+    return alignment(base, extended, documents, seed)
+
+
 def matrices_of(llama) -> dict:
     """The base's embedding and head, by their names in the files."""
     return {script.EMBEDDING: llama.get_input_embeddings().weight.detach(),
@@ -206,10 +274,13 @@ def matrices_of(llama) -> dict:
 
 def rows_by(rule: str, name: str, matrix, material: tuple, seed: int):
     """New rows of one matrix by a rule's name, as float32; ", scaled": to the old rows' norm."""
+    import torch
+
     base, extended, spelling, documents = material
     rule, scaled = rule.removesuffix(", scaled"), rule.endswith(", scaled")
     if rule == "aligned":
-        return aligned_rows(matrix, base, extended, documents, seed)
+        ids, weights = map(torch.from_numpy, alignment_of(seed))
+        return (weights[..., None] * matrix[ids]).sum(1)
     if rule == "distilled":
         return distilled_rows(base, extended, spelling, documents, seed)[name]
     return script.new_rows(name, matrix, spelling, rule, 0.02, seed, scaled)
