@@ -62,7 +62,6 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-INITS = ("mean_subtoken", "mean", "random")  # --eval_loss measures these and the run's own
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
 DISTILL_START, DISTILL_RATE = "mean_subtoken", 0.05  # times the old rows' standard deviation
@@ -149,8 +148,8 @@ class Arguments:
     eval_text: str | None = option(
         None, "Text to report on (file or folder); None: 2%% held out of the corpus.")
     eval_loss: Literal["auto", "yes", "no"] = option(
-        "auto", "Report the loss before training for every --init; auto: if the model fits the "
-        "GPU or is under 0.4 GB.")
+        "auto", "Report bits per character before training; auto: if the model fits the GPU or is "
+        "under 0.4 GB.")
     max_chars: int = option(
         20_000_000, "Characters read of each --corpus at most, files in random order.")
     seed: int = option(0, "Seed of the file order and of --init random.")
@@ -866,43 +865,32 @@ def measure(model, texts: list[str]) -> dict[str, float]:
     return {"characters_per_token": chars / len(ids), "byte_token_share": spelled / len(ids)}
 
 
-def starting_losses(folder: Path, base, model, texts: list[str], rows_of, args: Arguments) -> dict:
-    """Bits per character (which compares across tokenizers, as loss per token does not) before any
-    training: the base with its own tokenizer, then INITS and this run's. Empty where the model is
-    too large for this machine, see --eval_loss."""
+def bits_before_training(folder: Path, base, model, texts: list[str], wanted: str) -> dict:
+    """Bits per character, which compares across tokenizers as loss per token does not, of the base
+    and the extended model. Empty where the model is too large for this machine, see --eval_loss."""
     import torch
     from transformers import AutoModelForCausalLM
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size
-    own = args.init if args.init_head in (None, args.init) else f"{args.init}, {args.init_head}"
-    own += ", norms matched" * args.match_norms
-    if args.eval_loss == "no" or (args.eval_loss == "auto" and not gpu and size > CPU_LOSS_BYTES):
+    if wanted == "no" or (wanted == "auto" and not gpu and size > CPU_LOSS_BYTES):
         return {}
-    print("measuring the loss before training for each --init", flush=True)
+    print("measuring the loss before training", flush=True)
     dtype, device = ("auto", "cuda") if gpu else (torch.float32, "cpu")
     llama = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device).eval()
-    matrices = {EMBEDDING: llama.get_input_embeddings().weight}
-    if not llama.config.tie_word_embeddings:
-        matrices[HEAD] = llama.get_output_embeddings().weight
-    bos, old, new = base.trainer_spec.bos_id, len(base.pieces), len(model.pieces)
-    with torch.inference_mode():
-        losses = {"base": bits_per_character(llama, processor(base), texts, bos, old)}
-        for init in dict.fromkeys((*INITS, own)):
-            for name, matrix in matrices.items():
-                matrix[old:] = rows_of(name, matrix[:old].cpu(), init if init in INITS else None)
-            losses[init] = bits_per_character(llama, processor(model), texts, bos, new)
-    return losses
+    return {name: bits_per_character(llama, tokenizer, texts)
+            for name, tokenizer in (("base", base), ("extended", model))}
 
 
-def bits_per_character(llama, tokenizer, texts: list[str], bos: int, rows: int) -> float:
-    """-log2 p of the texts over their characters, in windows that start with BOS; only the first
-    rows of the head count, so that a base is not charged for pieces that it does not have."""
+def bits_per_character(llama, model, texts: list[str]) -> float:
+    """-log2 p of the texts over their characters, in windows that start with BOS; only the
+    tokenizer's own rows of the head count, so that a base pays for no piece that it lacks."""
     import torch
-    nats, device = 0.0, llama.device
-    for ids in tokenizer.encode(texts):
+    nats, bos, device = 0.0, model.trainer_spec.bos_id, llama.device
+    for ids in processor(model).encode(texts):
         for first in range(0, len(ids), LOSS_WINDOW):
             window = torch.tensor([[bos, *ids[first : first + LOSS_WINDOW]]], device=device)
-            logits = llama(input_ids=window).logits[0, :-1, :rows].float()  # (T, V)
+            with torch.inference_mode():
+                logits = llama(input_ids=window).logits[0, :-1, : len(model.pieces)].float()
             nats += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
     return nats / log(2) / sum(map(len, texts))
 
@@ -913,13 +901,12 @@ def show(report: dict, text: str, model, picture: Path) -> None:
     old, new, panels = report["base_vocab_size"], report["vocab_size"], {}
     print(f"{'':24}{'base':>12}{'extended':>12}\n{'pieces':24}{old:12,}{new:12,}")
     for title, key, factor in [("characters per token", "characters_per_token", 1),
-                               ("byte tokens, %", "byte_token_share", 100)]:
-        base, extended = factor * report["base"][key], factor * report["extended"][key]
-        print(f"{title:24}{base:12.2f}{extended:12.2f}")
-        panels[title] = {f"base\n{old:,}": base, f"extended\n{new:,}": extended}
-    for name, bits in report["bits_per_character_before_training"].items():
-        print(f"bits per character before training, {name}: {bits:.2f}")
-        panels.setdefault("bits per character before training", {})[name] = bits
+                               ("byte tokens, %", "byte_token_share", 100),
+                               ("bits/char untrained", "bits_per_character", 1)]:
+        if key in report["base"]:
+            base, extended = factor * report["base"][key], factor * report["extended"][key]
+            print(f"{title:24}{base:12.2f}{extended:12.2f}")
+            panels[title] = {f"base\n{old:,}": base, f"extended\n{new:,}": extended}
     print(f"proof: {report['proof']}; {report['replaced_pieces']} dead candidates were replaced")
     print("sample: " + "|".join(processor(model).encode(text[:60], out_type=str)))
     figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
@@ -1060,8 +1047,9 @@ def main(argv: list[str] | None = None) -> None:
         resize_model(folder, base_folder, shards, rows_of, len(spelling))
         save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         texts = sample(report_texts, LOSS_CHARS, args.seed)
-        losses = starting_losses(folder, base, model, texts, rows_of, args)
-        report["bits_per_character_before_training"] = losses
+        bits = bits_before_training(folder, base, model, texts, args.eval_loss)
+        for name, found in bits.items():
+            report[name]["bits_per_character"] = found
         record |= {"versions": {name: version(name) for name in PACKAGES}, "results": report}
         save_json(folder / "run.json", record)
         show(report, report_texts[0], model, Path(args.picture))

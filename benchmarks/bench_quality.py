@@ -343,10 +343,8 @@ def starts() -> dict:
     base, extended, *_ = material
     texts = {kind: script.sample(found, EVAL_CHARS, SEED)
              for kind, found in texts_by_use()["held_out"].items()}
-    tokenizer, bos = script.processor(base), base.trainer_spec.bos_id
-    with torch.inference_mode():
-        of_base = {kind: script.bits_per_character(llama, tokenizer, found, bos, 32_000)
-                   for kind, found in texts.items()}
+    of_base = {kind: script.bits_per_character(llama, base, found)
+               for kind, found in texts.items()}
     print("base", of_base, flush=True)
     held = held_out(script.processor(extended))
     del held["english"]  # no new piece is in it
