@@ -455,7 +455,7 @@ def test_matched_norms_are_the_old_rows_mean_norm(init):
 
 
 def test_each_matrix_by_its_own_rule(base, corpus, tmp_path):
-    more = ["--init", "last_subtoken", "--init_head", "first_subtoken", "--eval_loss", "yes"]
+    more = ["--init", "last_subtoken", "--init_head", "first_subtoken"]
     script.main(options(base, corpus, *more))
     old, new = weights(base), weights(tmp_path / "outputs" / "extended")
     pieces = [piece.piece for piece in proto(tmp_path / "outputs" / "extended").pieces][BASE_SIZE:]
@@ -463,9 +463,6 @@ def test_each_matrix_by_its_own_rule(base, corpus, tmp_path):
     for name, place in ((script.EMBEDDING, -1), (script.HEAD, 0)):
         expected = old[name][[ids[place] for ids in spelling]]
         assert torch.equal(new[name][BASE_SIZE:], expected)
-    results = json.loads(Path("outputs/extended/run.json").read_text())["results"]
-    losses = results["bits_per_character_before_training"]
-    assert set(losses) == {"base", *script.INITS, "last_subtoken, first_subtoken"}
 
 
 def test_mean_is_the_mean_of_all_rows_and_random_has_the_configs_width():
@@ -529,7 +526,8 @@ def test_distilled_rows_learn_and_nothing_else_changes(tied, corpus, tmp_path, m
         with torch.no_grad():
             found = [torch.stack(script.distill_losses(llama, rows, w, table)) for w in windows]
         losses[init] = torch.stack(found).mean(0)
-    assert (losses["distilled"] < 0.9 * losses["mean_subtoken"]).all(), losses
+    (distance, loss), (far, high) = losses["distilled"], losses["mean_subtoken"]
+    assert distance < 0.6 * far and loss < high - 0.05, losses
 
 
 def test_distilling_that_is_stopped_goes_on_to_the_same_bytes(base, corpus, tmp_path, monkeypatch):
