@@ -31,9 +31,9 @@ BASE = {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
     "max_position_embeddings": 2048}
 BASE_STEPS, BASE_ROWS, BASE_RATE = 420, 16, 3e-3
-NEW_PIECES, EVAL_CHARS, DISTILL_TOKENS = 29_388, 8_000, 100_000
+NEW_PIECES, EVAL_CHARS, DISTILL_TOKENS = 29_388, 6_000, 100_000
 CONTEXT, NEAREST = 4, 8  # characters on either side; old pieces for a new one
-TRAIN_STEPS, TRAIN_ROWS, TRAIN_RATE, CHECKED = 240, 4, 1e-3, (60, 120, 240)
+TRAIN_STEPS, TRAIN_ROWS, TRAIN_RATE, CHECKED = 240, 2, 1e-3, (60, 240)
 RULES = [
     "random", "multivariate", "mean", "first_subtoken", "last_subtoken", "weighted_subtoken",
     "mean_subtoken", "aligned", "distilled"]
@@ -95,19 +95,27 @@ def packed(encode, texts: list[str], seed: int):
     return torch.tensor([i for ids in encode(order) for i in (1, *ids, 2)])
 
 
-def sampled_loss(hidden, head, labels, generator):
-    """Cross entropy of hidden states (N, H) under a head (V, H), from COLUMNS of its rows: all the
+def look_up(old, new, ids):
+    """Rows of two matrices that stand one behind the other, without joining them."""
+    import torch
+
+    added = (ids >= len(old))[..., None]
+    return torch.where(added, new[(ids - len(old)).clamp(min=0)], old[ids.clamp(max=len(old) - 1)])
+
+
+def sampled_loss(hidden, head, size: int, labels, generator):
+    """Cross entropy of hidden states (N, H) under a head of V rows, from COLUMNS of them: all the
     labels, and others drawn at random, weighted so that the sum over V is estimated without bias.
     A whole softmax over 61,388 pieces would take most of a small model's time. The number is
     constant because oneDNN keeps a compiled kernel for every shape of a matrix."""
     import torch
 
     seen = labels.unique()
-    rest = torch.ones(len(head), dtype=torch.bool)
+    rest = torch.ones(size, dtype=torch.bool)
     rest[seen] = False
     rest = rest.nonzero()[:, 0]
     drawn = rest[torch.randperm(len(rest), generator=generator)[: COLUMNS - len(seen)]]
-    logits = (hidden @ head[torch.cat([seen, drawn])].T).float()  # (N, COLUMNS)
+    logits = (hidden @ head(torch.cat([seen, drawn])).T).float()  # (N, COLUMNS)
     logits = logits + torch.tensor([0.0, math.log(len(rest) / len(drawn))]).repeat_interleave(
         torch.tensor([len(seen), len(drawn)]))
     return torch.nn.functional.cross_entropy(logits, torch.searchsorted(seen, labels))
@@ -147,7 +155,9 @@ def train_base(folder: Path) -> dict:
         batch = windows[step * BASE_ROWS : (step + 1) * BASE_ROWS]
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(input_ids=batch).last_hidden_state[:, :-1].flatten(0, 1)
-            loss = sampled_loss(hidden, model.lm_head.weight, batch[:, 1:].flatten(), generator)
+            head = model.lm_head.weight
+            labels = batch[:, 1:].flatten()
+            loss = sampled_loss(hidden, head.__getitem__, len(head), labels, generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
@@ -423,12 +433,12 @@ def train(rules: tuple, material: tuple, seed: int, share: float = 0.0, rows_rat
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         batch = windows[(step - 1) * TRAIN_ROWS : step * TRAIN_ROWS]
-        embedding = torch.cat([matrices[script.EMBEDDING], new[0]])
-        head = torch.cat([matrices[script.HEAD], new[1]])
+        embeds, head = (functools.partial(look_up, matrices[n], rows)
+                        for n, rows in zip(names, new, strict=True))
         with torch.autocast("cpu", torch.bfloat16):
-            states = body(inputs_embeds=torch.nn.functional.embedding(batch, embedding))
-            states = states.last_hidden_state[:, :-1].flatten(0, 1)
-            loss = sampled_loss(states, head, batch[:, 1:].flatten(), generator)
+            states = body(inputs_embeds=embeds(batch)).last_hidden_state[:, :-1].flatten(0, 1)
+            labels = batch[:, 1:].flatten()
+            loss = sampled_loss(states, head, len(extended.pieces), labels, generator)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*new, *rest], 1)
