@@ -65,7 +65,7 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
 DISTILL_START, DISTILL_RATE = "mean_subtoken", 0.05  # times the old rows' standard deviation
-DISTILL_SAVE = 300  # seconds between two states on the disk
+SHARE_WINDOWS, DISTILL_SAVE = 16, 300  # seconds between two states on the disk
 SIMPLIFIED_SHARE = 0.1  # above it, a corpus is said to be Simplified
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
 PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch", "opencc")
@@ -709,6 +709,15 @@ def new_rows(
     return rows
 
 
+def count_uses(model, documents: list) -> Counter:
+    """How often each piece stands in the documents, by their weights."""
+    uses, encode = Counter(), processor(model)
+    for weight, text in documents:
+        for number in encode.encode(text):
+            uses[number] += weight
+    return uses
+
+
 def distill_windows(model, documents: list, args: Arguments) -> list[list[int]]:
     """--distill_tokens ids of documents drawn by their weights, in windows that start with BOS."""
     chance, bos, encode = random.Random(args.seed), model.trainer_spec.bos_id, processor(model)
@@ -720,16 +729,42 @@ def distill_windows(model, documents: list, args: Arguments) -> list[list[int]]:
     return [[bos, *ids[place : place + LOSS_WINDOW]] for place in places]
 
 
+def teacher_states(llama, window: list[int], table: list[list[int]]) -> Any:
+    """The base's last hidden states (T, H), after the last old token of every piece."""
+    import torch
+    spelled = torch.tensor([[i for number in window for i in table[number]]], device=llama.device)
+    ends = torch.tensor([len(table[number]) for number in window]).cumsum(0) - 1
+    with torch.no_grad():
+        return llama.model(input_ids=spelled).last_hidden_state[0, ends].float()
+
+
+def shared_rows(matrix, spelling: list[list[int]], uses: Counter, states) -> Any:
+    """Output rows (N, H) that share out what the base gives to a piece's first old token, among all
+    pieces that begin with it, as the corpus uses them.
+
+    A head has no bias; but there is a direction u on which all hidden states h are near 1 (least
+    squares), and the row of the first token plus u log(share) has its logit plus log(share).
+    """
+    import torch
+    gram = states.T @ states
+    gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    u = torch.linalg.solve(gram, states.sum(0))  # (H,)
+    count = [uses[len(matrix) + number] + 0.1 for number in range(len(spelling))]
+    total = Counter()
+    for ids, number in zip(spelling, count, strict=True):
+        total[ids[0]] += number
+    shares = [number / total[ids[0]] for ids, number in zip(spelling, count, strict=True)]
+    first = matrix[[ids[0] for ids in spelling]].float()
+    return first + torch.tensor(shares, device=u.device).log()[:, None] * u
+
+
 def distill_losses(llama, rows: dict[str, Any], window: list[int], table: list[list[int]]) -> tuple:
     """The student's distance from the teacher, relative to the teacher's size, and the student's
     cross entropy on the next piece, through which only the head's new rows learn."""
     import torch
     embedding, head = llama.get_input_embeddings().weight, llama.get_output_embeddings().weight
     old, ids = len(embedding), torch.tensor(window, device=llama.device)  # (T,)
-    spelled = torch.tensor([[i for number in window for i in table[number]]], device=llama.device)
-    ends = torch.tensor([len(table[number]) for number in window]).cumsum(0) - 1
-    with torch.no_grad():
-        teacher = llama.model(input_ids=spelled).last_hidden_state[0, ends].float()  # (T, H)
+    teacher = teacher_states(llama, window, table)
     new, inputs = ids >= old, embedding[ids.clamp(max=old - 1)].float()
     inputs = inputs.index_put((new,), rows[EMBEDDING][ids[new] - old]).to(embedding.dtype)
     student = llama.model(inputs_embeds=inputs[None]).last_hidden_state[0].float()
@@ -755,7 +790,7 @@ def distill(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     windows = distill_windows(model, documents, args)
     table = [[number] for number in range(len(base.pieces))] + spelling
-    found = {number for window in windows for number in window if number >= len(base.pieces)}
+    found = set(chain.from_iterable(windows)).difference(range(len(base.pieces)))
     tokens, spelled = (sum(map(len, w)) for w in (windows, [table[i] for w in windows for i in w]))
     print(f"distilling: {tokens:,} tokens, {spelled:,} in the base's pieces, go through the base; "
           f"{len(found):,} of {len(spelling):,} new pieces are in them", flush=True)
@@ -771,6 +806,10 @@ def distill(
     rows, groups = {}, []
     for name, matrix in matrices.items():
         start = rows_of(name, matrix.cpu(), DISTILL_START)
+        if name == HEAD:
+            some = [teacher_states(llama, window, table) for window in windows[:SHARE_WINDOWS]]
+            uses = count_uses(model, documents)
+            start = shared_rows(matrix, spelling, uses, torch.cat(some))
         rows[name] = start.to(matrix.device, torch.float32).requires_grad_()
         groups.append({"params": rows[name], "peak": DISTILL_RATE * matrix.float().std().item()})
     optimizer, done = torch.optim.Adam(groups, lr=0, betas=(0.9, 0.95)), 0

@@ -42,6 +42,7 @@ DRAWN_RULES = ["random", "multivariate", "aligned", "distilled"]  # those that a
 STARTS = {
     "random": ("random", "random"),
     "mean_subtoken": ("mean_subtoken", "mean_subtoken"),
+    "shared": ("last_subtoken", "shared"),
     "distilled": ("distilled", "distilled")}
 REPLAY_START, SHARES, FACTORS = "mean_subtoken", (0, 0.05, 0.1, 0.25), (0.1, 1, 10)
 sys.path.insert(0, str(ROOT))
@@ -267,7 +268,7 @@ def alignment(base, extended, documents: list, seed: int) -> tuple:
         weight = np.exp(10 * np.take_along_axis(cosine, best, 1))
         ids.append(known[best])
         weights.append(weight / weight.sum(1, keepdims=True))
-    return np.concatenate(ids), np.concatenate(weights)
+    return np.concatenate(ids), np.concatenate(weights).astype(np.float32)
 
 
 @functools.cache
@@ -291,6 +292,8 @@ def rows_by(rule: str, name: str, matrix, material: tuple, seed: int):
     if rule == "aligned":
         ids, weights = map(torch.from_numpy, alignment_of(seed))
         return (weights[..., None] * matrix[ids]).sum(1)
+    if rule == "shared":
+        return script.shared_rows(matrix, spelling, *uses_and_states(seed))
     if rule == "distilled":
         return distilled_rows(base, extended, spelling, documents, seed)[name]
     return script.new_rows(name, matrix, spelling, rule, 0.02, seed, scaled)
@@ -311,6 +314,19 @@ def distilled_rows(base, extended, spelling: list, documents: list, seed: int) -
                                documents, rows_of, args)
         torch.save(found, path)
     return torch.load(path)
+
+
+@functools.cache
+def uses_and_states(seed: int) -> tuple:
+    """How often the corpus uses each piece, and hidden states of the base along the corpus."""
+    import torch
+
+    base, extended, spelling, documents = extension()
+    args = script.Arguments(seed=seed, distill_tokens=script.SHARE_WINDOWS * script.LOSS_WINDOW)
+    table = [[number] for number in range(len(base.pieces))] + spelling
+    states = [script.teacher_states(base_model(), window, table)
+              for window in script.distill_windows(extended, documents, args)]
+    return script.count_uses(extended, documents), torch.cat(states)
 
 
 @functools.cache
