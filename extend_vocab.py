@@ -40,11 +40,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from hashlib import sha256
 from importlib.metadata import version
 from io import BytesIO
-from itertools import chain
+from itertools import accumulate, chain
 from math import log
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal, get_args
 
 from tqdm import tqdm
@@ -60,9 +62,10 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-INITS = ("mean_subtoken", "mean", "random")  # --eval_loss measures these and the run's own
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
+DISTILL_START, DISTILL_RATE = "mean_subtoken", 0.05  # times the old rows' standard deviation
+SHARE_WINDOWS, DISTILL_SAVE = 16, 300  # seconds between two states on the disk
 SIMPLIFIED_SHARE = 0.1  # above it, a corpus is said to be Simplified
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
 PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch", "opencc")
@@ -133,7 +136,7 @@ class Arguments:
     picture: str = option("pictures/vocab.png", "Where to draw the report.")
     init: Literal[
         "mean_subtoken", "first_subtoken", "last_subtoken", "weighted_subtoken", "mean",
-        "multivariate", "random"] = option(
+        "multivariate", "random", "distilled"] = option(
         "mean_subtoken", "New rows, from the base's rows that spell the piece: their mean, the "
         "first, the last, or weights that double towards the last (in the head: the first); or "
         "the mean of all rows (Hewitt 2021), a normal draw with their mean and covariance, or "
@@ -141,11 +144,12 @@ class Arguments:
     init_head: str | None = option(None, "The same for the head's rows alone; None: as --init.")
     match_norms: bool = option(
         False, "Scale every new row to the mean norm of the base's rows of the same matrix.")
+    distill_tokens: int = option(1_000_000, "Tokens of the corpus that --init distilled reads.")
     eval_text: str | None = option(
         None, "Text to report on (file or folder); None: 2%% held out of the corpus.")
     eval_loss: Literal["auto", "yes", "no"] = option(
-        "auto", "Report the loss before training for every --init; auto: if the model fits the "
-        "GPU or is under 0.4 GB.")
+        "auto", "Report bits per character before training; auto: if the model fits the GPU or is "
+        "under 0.4 GB.")
     max_chars: int = option(
         20_000_000, "Characters read of each --corpus at most, files in random order.")
     seed: int = option(0, "Seed of the file order and of --init random.")
@@ -184,6 +188,8 @@ def check(args: Arguments) -> None:
         raise UserError(f"--init_head {args.init_head}: expected one of {', '.join(known)}")
     if args.max_chars < 1000:
         raise UserError(f"--max_chars {args.max_chars}: expected 1000 or more")
+    if args.distill_tokens < 1:
+        raise UserError(f"--distill_tokens {args.distill_tokens}: expected 1 or more")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed}: expected 0 to {2**32 - 1}")
 
@@ -294,6 +300,12 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     dtypes = {dtype for _, dtype in matrices.values()}
     if "quantization_config" in config or not dtypes <= {"BF16", "F16", "F32"}:
         raise UserError(f"{given}: is quantised; expected weights in bf16, fp16 or fp32")
+    if "distilled" in (args.init, args.init_head):
+        import torch
+        size = sum(path.stat().st_size for path in shards) / 1e9
+        if size > CPU_LOSS_BYTES / 1e9 and not torch.cuda.is_available():
+            wanted = f"expected a GPU, or a base of {CPU_LOSS_BYTES / 1e9} GB at most"
+            raise UserError(f"--init distilled: {size:.1f} GB of weights and no GPU; {wanted}")
     return base, config, shards
 
 
@@ -482,7 +494,7 @@ def segments(text: str) -> Iterator[str]:
         yield from filter(str.strip, (run[i : i + 1000] for i in range(0, len(run), 1000)))
 
 
-# --- The tokenizer -------------------------------------------------------------------------------
+# --- The pieces ----------------------------------------------------------------------------------
 
 
 def train_pieces(documents: list, args: Arguments, wanted: int, **changes) -> list[str]:
@@ -625,6 +637,9 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
     save_json(folder / "tokenizer_config.json", settings)
 
 
+# --- The proof -----------------------------------------------------------------------------------
+
+
 def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, int]:
     """Stop unless the folder's tokenizer is exact; what was counted goes into the report. Left out
     are texts that no SentencePiece tokenizer can give back (with U+2581 in them) or that spell a
@@ -654,7 +669,7 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, i
     return dict.fromkeys(trials, 0) | {"texts_compared": len(texts)}
 
 
-# --- The model -----------------------------------------------------------------------------------
+# --- The rows ------------------------------------------------------------------------------------
 
 
 def new_rows(
@@ -692,6 +707,137 @@ def new_rows(
             block *= norm / block.norm(dim=1, keepdim=True).clamp_min(1e-12)
         rows[first : first + 1024] = block
     return rows
+
+
+def count_uses(model, documents: list) -> Counter:
+    """How often each piece stands in the documents, by their weights."""
+    uses, encode = Counter(), processor(model)
+    for weight, text in documents:
+        for number in encode.encode(text):
+            uses[number] += weight
+    return uses
+
+
+def distill_windows(model, documents: list, args: Arguments) -> list[list[int]]:
+    """--distill_tokens ids of documents drawn by their weights, in windows that start with BOS."""
+    chance, bos, encode = random.Random(args.seed), model.trainer_spec.bos_id, processor(model)
+    totals, ids = list(accumulate(weight for weight, _ in documents)), []
+    while len(ids) < args.distill_tokens:
+        (_, text), = chance.choices(documents, cum_weights=totals)
+        ids += [bos, *encode.encode(text)]
+    places = range(0, args.distill_tokens, LOSS_WINDOW)
+    return [[bos, *ids[place : place + LOSS_WINDOW]] for place in places]
+
+
+def teacher_states(llama, window: list[int], table: list[list[int]]) -> Any:
+    """The base's last hidden states (T, H), after the last old token of every piece."""
+    import torch
+    spelled = torch.tensor([[i for number in window for i in table[number]]], device=llama.device)
+    ends = torch.tensor([len(table[number]) for number in window]).cumsum(0) - 1
+    with torch.no_grad():
+        return llama.model(input_ids=spelled).last_hidden_state[0, ends].float()
+
+
+def shared_rows(matrix, spelling: list[list[int]], uses: Counter, states) -> Any:
+    """Output rows (N, H) that share out what the base gives to a piece's first old token, among all
+    pieces that begin with it, as the corpus uses them.
+
+    A head has no bias; but there is a direction u on which all hidden states h are near 1 (least
+    squares), and the row of the first token plus u log(share) has its logit plus log(share).
+    """
+    import torch
+    gram = states.T @ states
+    gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    u = torch.linalg.solve(gram, states.sum(0))  # (H,)
+    count = [uses[len(matrix) + number] + 0.1 for number in range(len(spelling))]
+    total = Counter()
+    for ids, number in zip(spelling, count, strict=True):
+        total[ids[0]] += number
+    shares = [number / total[ids[0]] for ids, number in zip(spelling, count, strict=True)]
+    first = matrix[[ids[0] for ids in spelling]].float()
+    return first + torch.tensor(shares, device=u.device).log()[:, None] * u
+
+
+def distill_losses(llama, rows: dict[str, Any], window: list[int], table: list[list[int]]) -> tuple:
+    """The student's distance from the teacher, relative to the teacher's size, and the student's
+    cross entropy on the next piece, through which only the head's new rows learn."""
+    import torch
+    embedding, head = llama.get_input_embeddings().weight, llama.get_output_embeddings().weight
+    old, ids = len(embedding), torch.tensor(window, device=llama.device)  # (T,)
+    teacher = teacher_states(llama, window, table)
+    new, inputs = ids >= old, embedding[ids.clamp(max=old - 1)].float()
+    inputs = inputs.index_put((new,), rows[EMBEDDING][ids[new] - old]).to(embedding.dtype)
+    student = llama.model(inputs_embeds=inputs[None]).last_hidden_state[0].float()
+    distance = (student - teacher).square().mean() / teacher.square().mean()
+    states = student[:-1].detach()
+    known = (states.to(head.dtype) @ head.T).float()
+    logits = torch.cat([known, states @ rows[HEAD].T], 1)  # (T - 1, V + N)
+    return distance, torch.nn.functional.cross_entropy(logits, ids[1:])
+
+
+def distill(
+    folder: Path, state: Path, base, model, spelling: list, documents: list, rows_of,
+    args: Arguments,
+) -> dict[str, Any]:
+    """Rows that the base itself teaches, as Token Distillation does (Dobler et al., ICLR 2026).
+
+    The frozen base reads each window twice: spelled in its own pieces (the teacher) and in the new
+    ones (the student). Input rows learn to give the student the teacher's hidden state after every
+    piece; output rows learn to predict the next piece. Frequent pieces come often, so they are
+    learnt first. The state on disk lets a run that was stopped go on.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    windows = distill_windows(model, documents, args)
+    table = [[number] for number in range(len(base.pieces))] + spelling
+    found = set(chain.from_iterable(windows)).difference(range(len(base.pieces)))
+    tokens, spelled = (sum(map(len, w)) for w in (windows, [table[i] for w in windows for i in w]))
+    print(f"distilling: {tokens:,} tokens, {spelled:,} in the base's pieces, go through the base; "
+          f"{len(found):,} of {len(spelling):,} new pieces are in them", flush=True)
+    settings = {"dtype": torch.float32}
+    if torch.cuda.is_available():
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16)
+        settings = {"dtype": torch.bfloat16, "device_map": "cuda", "quantization_config": nf4}
+    llama = AutoModelForCausalLM.from_pretrained(folder, **settings).requires_grad_(False)
+    matrices = {EMBEDDING: llama.get_input_embeddings().weight}
+    if not llama.config.tie_word_embeddings:
+        matrices[HEAD] = llama.get_output_embeddings().weight
+    rows, groups = {}, []
+    for name, matrix in matrices.items():
+        start = rows_of(name, matrix.cpu(), DISTILL_START)
+        if name == HEAD:
+            some = [teacher_states(llama, window, table) for window in windows[:SHARE_WINDOWS]]
+            uses = count_uses(model, documents)
+            start = shared_rows(matrix, spelling, uses, torch.cat(some))
+        rows[name] = start.to(matrix.device, torch.float32).requires_grad_()
+        groups.append({"params": rows[name], "peak": DISTILL_RATE * matrix.float().std().item()})
+    optimizer, done = torch.optim.Adam(groups, lr=0, betas=(0.9, 0.95)), 0
+    key = sha256(repr([str(folder), windows, table]).encode()).hexdigest()
+    if state.is_file() and (saved := torch.load(state, map_location="cpu"))["key"] == key:
+        done = saved["done"]
+        optimizer.load_state_dict(saved["optimizer"])
+        for name, learnt in saved["rows"].items():
+            rows[name].data.copy_(learnt)
+        print(f"going on after {done} of {len(windows)} windows")
+    both, saved_at = {HEAD: rows[EMBEDDING]} | rows, monotonic()  # a tied head is the embedding
+    for window in tqdm(windows[done:], "distilling", len(windows), initial=done, unit=" windows"):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * (1 - done / len(windows))
+        sum(distill_losses(llama, both, window, table)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        done += 1
+        if done == len(windows) or monotonic() - saved_at > DISTILL_SAVE:
+            part = state.with_suffix(".part")
+            content = {"done": done, "optimizer": optimizer.state_dict(), "rows": rows}
+            torch.save({"key": key} | content, part)
+            part.replace(state)
+            saved_at = monotonic()
+    return {name: learnt.detach().cpu() for name, learnt in rows.items()}
+
+
+# --- The model -----------------------------------------------------------------------------------
 
 
 def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of, more: int) -> None:
@@ -758,44 +904,32 @@ def measure(model, texts: list[str]) -> dict[str, float]:
     return {"characters_per_token": chars / len(ids), "byte_token_share": spelled / len(ids)}
 
 
-def starting_losses(folder: Path, base, model, texts: list[str], rows_of, args: Arguments) -> dict:
-    """Bits per character (which compares across tokenizers, as loss per token does not) before any
-    training: the base with its own tokenizer, then INITS and this run's. Empty where the model is
-    too large for this machine, see --eval_loss."""
+def bits_before_training(folder: Path, base, model, texts: list[str], wanted: str) -> dict:
+    """Bits per character, which compares across tokenizers as loss per token does not, of the base
+    and the extended model. Empty where the model is too large for this machine, see --eval_loss."""
     import torch
     from transformers import AutoModelForCausalLM
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size
-    own = args.init if args.init_head in (None, args.init) else f"{args.init}, {args.init_head}"
-    own += ", norms matched" * args.match_norms
-    if args.eval_loss == "no" or (args.eval_loss == "auto" and not gpu and size > CPU_LOSS_BYTES):
+    if wanted == "no" or (wanted == "auto" and not gpu and size > CPU_LOSS_BYTES):
         return {}
-    print("measuring the loss before training for each --init", flush=True)
+    print("measuring the loss before training", flush=True)
     dtype, device = ("auto", "cuda") if gpu else (torch.float32, "cpu")
     llama = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device).eval()
-    matrices = {EMBEDDING: llama.get_input_embeddings().weight}
-    if not llama.config.tie_word_embeddings:
-        matrices[HEAD] = llama.get_output_embeddings().weight
-    bos, old, new = base.trainer_spec.bos_id, len(base.pieces), len(model.pieces)
-    with torch.inference_mode():
-        losses = {"base": bits_per_character(llama, processor(base), texts, bos, old)}
-        for init in dict.fromkeys((*INITS, own)):
-            rule = {} if init == own else {"init": init, "match_norms": False}
-            for name, matrix in matrices.items():
-                matrix[old:] = rows_of(name, matrix[:old].cpu(), **rule)
-            losses[init] = bits_per_character(llama, processor(model), texts, bos, new)
-    return losses
+    return {name: bits_per_character(llama, tokenizer, texts)
+            for name, tokenizer in (("base", base), ("extended", model))}
 
 
-def bits_per_character(llama, tokenizer, texts: list[str], bos: int, rows: int) -> float:
-    """-log2 p of the texts over their characters, in windows that start with BOS; only the first
-    rows of the head count, so that a base is not charged for pieces that it does not have."""
+def bits_per_character(llama, model, texts: list[str]) -> float:
+    """-log2 p of the texts over their characters, in windows that start with BOS; only the
+    tokenizer's own rows of the head count, so that a base pays for no piece that it lacks."""
     import torch
-    nats, device = 0.0, llama.device
-    for ids in tokenizer.encode(texts):
+    nats, bos, device = 0.0, model.trainer_spec.bos_id, llama.device
+    for ids in processor(model).encode(texts):
         for first in range(0, len(ids), LOSS_WINDOW):
             window = torch.tensor([[bos, *ids[first : first + LOSS_WINDOW]]], device=device)
-            logits = llama(input_ids=window).logits[0, :-1, :rows].float()  # (T, V)
+            with torch.inference_mode():
+                logits = llama(input_ids=window).logits[0, :-1, : len(model.pieces)].float()
             nats += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
     return nats / log(2) / sum(map(len, texts))
 
@@ -806,13 +940,12 @@ def show(report: dict, text: str, model, picture: Path) -> None:
     old, new, panels = report["base_vocab_size"], report["vocab_size"], {}
     print(f"{'':24}{'base':>12}{'extended':>12}\n{'pieces':24}{old:12,}{new:12,}")
     for title, key, factor in [("characters per token", "characters_per_token", 1),
-                               ("byte tokens, %", "byte_token_share", 100)]:
-        base, extended = factor * report["base"][key], factor * report["extended"][key]
-        print(f"{title:24}{base:12.2f}{extended:12.2f}")
-        panels[title] = {f"base\n{old:,}": base, f"extended\n{new:,}": extended}
-    for name, bits in report["bits_per_character_before_training"].items():
-        print(f"bits per character before training, {name}: {bits:.2f}")
-        panels.setdefault("bits per character before training", {})[name] = bits
+                               ("byte tokens, %", "byte_token_share", 100),
+                               ("bits/char untrained", "bits_per_character", 1)]:
+        if key in report["base"]:
+            base, extended = factor * report["base"][key], factor * report["extended"][key]
+            print(f"{title:24}{base:12.2f}{extended:12.2f}")
+            panels[title] = {f"base\n{old:,}": base, f"extended\n{new:,}": extended}
     print(f"proof: {report['proof']}; {report['replaced_pieces']} dead candidates were replaced")
     print("sample: " + "|".join(processor(model).encode(text[:60], out_type=str)))
     figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
@@ -932,26 +1065,34 @@ def main(argv: list[str] | None = None) -> None:
     spelling = spellings(base, [piece.piece for piece in model.pieces][len(base.pieces) :])
     std = config.get("initializer_range", 0.02)
     inits = {EMBEDDING: args.init, HEAD: args.init_head or args.init}
+    taught: dict[str, Any] = {}  # the rows of --init distilled
 
-    def rows_of(name: str, matrix, **changes) -> Any:
-        rule = {"init": inits[name], "match_norms": args.match_norms} | changes
-        return new_rows(name, matrix, spelling, std=std, seed=args.seed, **rule)
+    def rows_of(name: str, matrix, init: str | None = None) -> Any:
+        init = init or inits[name]
+        if init == "distilled":
+            return taught[name].to(matrix.dtype)
+        return new_rows(name, matrix, spelling, init, std, args.seed)
 
     report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
     report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
     report["replaced_pieces"] = len(replaced)
+    state = output.resolve().with_name(f".{output.name}.distilled")
     with build_aside(output) as folder:
         write_tokenizer(folder, base_folder, model)
         texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, texts, args.seed)
+        if "distilled" in inits.values():
+            taught |= distill(base_folder, state, base, model, spelling, train, rows_of, args)
         resize_model(folder, base_folder, shards, rows_of, len(spelling))
         save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         texts = sample(report_texts, LOSS_CHARS, args.seed)
-        losses = starting_losses(folder, base, model, texts, rows_of, args)
-        report["bits_per_character_before_training"] = losses
+        bits = bits_before_training(folder, base, model, texts, args.eval_loss)
+        for name, found in bits.items():
+            report[name]["bits_per_character"] = found
         record |= {"versions": {name: version(name) for name in PACKAGES}, "results": report}
         save_json(folder / "run.json", record)
         show(report, report_texts[0], model, Path(args.picture))
+    state.unlink(missing_ok=True)
     print(f"wrote {output} and {args.picture}; next: python train_pt.py")
 
 

@@ -1,14 +1,12 @@
-"""What the extended tokenizer and the new rows are worth, measured on real text.
+"""What the extended tokenizer is worth on real text, and what resizing a 7B model costs.
 
-    python benchmarks/bench_vocab.py                          # every table, half an hour
+    python benchmarks/bench_vocab.py                          # both tables
     python benchmarks/bench_vocab.py --only tokenizers        # some of the tables: 2 minutes
     python benchmarks/bench_vocab.py --only resize            # minutes, and 45 GB of disk
     python benchmarks/bench_vocab.py --draw                   # the picture again, from the results
 
 tokenizers  Characters per token, byte tokens and dead pieces on DRCD for Llama 2, Chinese-LLaMA-2
             and ours, by corpus and weight; then what was tried and not kept.
-rows        Bits per character before training, for each --init, on a small Llama that was trained
-            first, against how long it was trained.
 resize      A 13.5 GB model with Llama 2 7B's shapes resized: time as a ratio to `cp -r` of the same
             folder in the same run, peak memory.
 
@@ -16,9 +14,7 @@ Results: benchmarks/results/vocab.json, table by table, and pictures/readme_voca
 """
 
 import argparse
-import copy
 import json
-import math
 import os
 import platform
 import re
@@ -39,7 +35,6 @@ PICTURE = ROOT / "pictures" / "readme_vocab.png"
 WORK = ROOT / "outputs" / "bench_vocab"
 DRCD = "drcd_dev.jsonl"
 NEW_PIECES, TRAINED_ARTICLES, SEED = 29_388, 300, 0
-CURVE_CHARS, LEARNING_RATE = 12_000, 4e-3
 sys.path.insert(0, str(ROOT))
 
 import extend_vocab as script  # noqa: E402
@@ -131,125 +126,6 @@ def draw(table: dict) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(PICTURE, dpi=120)
     print(f"drew {PICTURE.relative_to(ROOT)}")
-
-
-# --- The rows ------------------------------------------------------------------------------------
-
-
-def starting_losses(steps: int = 4000) -> dict:
-    """Train a small Llama on Llama 2's tokens; at some steps extend it three ways and measure."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(SEED)
-    torch.set_num_threads(1)
-    trained, unseen = texts_by_kind()
-    some = {kind: script.sample(texts, CURVE_CHARS, SEED) for kind, texts in unseen.items()}
-    base, extended, spelling = pieces_in_use(trained, unseen)
-    encode = script.processor(base).encode
-    stream = torch.tensor([i for t in trained["modern"] * 2 + trained["novel"] for i in encode(t)])
-    print(f"{len(base.pieces):,} pieces, {len(stream):,} tokens to train on", flush=True)
-    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3}
-    sizes |= {"num_attention_heads": 2, "vocab_size": len(base.pieces)}
-    model, window, rows = LlamaForCausalLM(LlamaConfig(**sizes)), script.LOSS_WINDOW, 4
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1, betas=(0.9, 0.95), weight_decay=0.1)
-    curve, points = [], {steps >> halvings for halvings in range(6)}
-    for step in range(1, steps + 1):
-        rate = LEARNING_RATE * min(step / 100, 0.55 + 0.45 * math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        starts = torch.randint(len(stream) - window, (rows,)).tolist()
-        batch = torch.stack([stream[start : start + window] for start in starts])
-        batch = torch.cat([torch.full((rows, 1), base.trainer_spec.bos_id), batch], 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
-        optimizer.step()
-        if step in points:
-            point = {"step": step, "tokens": step * window * rows, "loss": loss.item()}
-            point |= bits_of_each_init(model, base, extended, spelling, some)
-            curve.append(point)
-            print(json.dumps(point), flush=True)
-    last = bits_of_each_init(model, base, extended, spelling, unseen)
-    print(json.dumps(last), flush=True)
-    training = {"texts": "300 DRCD articles twice, 95% of the novel once", "stream": len(stream)}
-    training |= {"learning_rate": LEARNING_RATE, "batch": [rows, window], **sizes}
-    chars = {kind: sum(map(len, texts)) for kind, texts in unseen.items()}
-    return {
-        "training": training, "curve_characters": CURVE_CHARS, "curve": curve,
-        "last_characters": chars, "last": last}
-
-
-def texts_by_kind() -> tuple[dict, dict]:
-    """Texts to train on, and texts of the same kinds that nothing was trained on."""
-    drcd, lines = read(DRCD), read("hongloumeng.txt")
-    novel = ["\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]
-    cut = len(novel) * 19 // 20
-    trained = {"modern": drcd[:TRAINED_ARTICLES], "novel": novel[:cut]}
-    return trained, {"modern": drcd[TRAINED_ARTICLES:], "novel": novel[cut:]}
-
-
-def pieces_in_use(trained: dict, unseen: dict):
-    """Llama 2's tokenizer and its extension to 61,388, both without the old pieces that neither the
-    texts nor the new pieces use: the tokens are the same, and a small model's softmax is trained
-    the sooner. And the spellings of all new pieces in old ones."""
-    llama = load("llama2-tokenizer.model")
-    weighted = [(8, t) for t in trained["modern"]] + [(1, t) for t in trained["novel"]]
-    candidates = script.train_pieces(weighted, script.Arguments(), NEW_PIECES)
-    whole = script.merge_pieces(llama, candidates, 61_388)[0]
-    new = list(whole.pieces)[32_000:]
-    surfaces = [piece.piece.replace(script.SPACE, " ") for piece in new]
-    texts = [t for kinds in (trained, unseen) for kind in sorted(kinds) for t in kinds[kind]]
-    base = used_pieces(llama, [*texts, *surfaces])
-    extended = type(base)()
-    extended.CopyFrom(base)
-    extended.pieces.extend(new)
-    for small, large in ((base, llama), (extended, whole)):
-        one, two = (script.processor(m).encode(texts[-99:], out_type=str) for m in (small, large))
-        assert one == two
-    return base, extended, script.spellings(base, [piece.piece for piece in new])
-
-
-def bits_of_each_init(model, base, extended, spelling: list, unseen: dict) -> dict:
-    """Bits per character by kind of text: the base's, and the extended model's for every init."""
-    import torch
-
-    bos, size, std = base.trainer_spec.bos_id, len(base.pieces), model.config.initializer_range
-    tokenizers = {"base": script.processor(base), "extended": script.processor(extended)}
-
-    def bits(llama, name: str) -> dict:
-        rows = llama.config.vocab_size
-        return {
-            kind: script.bits_per_character(llama, tokenizers[name], texts, bos, rows)
-            for kind, texts in unseen.items()}
-
-    with torch.inference_mode():
-        found = {"base": bits(model, "base")}
-        for init in script.INITS:
-            larger = copy.deepcopy(model)
-            larger.resize_token_embeddings(len(extended.pieces), mean_resizing=False)
-            for name, matrix in (
-                (script.EMBEDDING, larger.get_input_embeddings().weight),
-                (script.HEAD, larger.get_output_embeddings().weight)):
-                matrix[size:] = script.new_rows(name, matrix[:size], spelling, init, std, SEED)
-            found[init] = bits(larger, "extended")
-    return {kind: {name: found[name][kind] for name in found} for kind in unseen}
-
-
-def used_pieces(model, texts: list[str]):
-    """The tokenizer without the pieces that the texts never use: the same tokens, and a much
-    smaller softmax to train. Merges only pass through parts of the pieces that come out, so
-    keeping those parts keeps every merge."""
-    used = {piece for row in script.processor(model).encode(texts, out_type=str) for piece in row}
-    parts = {p[i:j] for p in used for i in range(len(p)) for j in range(i + 1, len(p) + 1)}
-    smaller = type(model)()
-    smaller.CopyFrom(model)
-    del smaller.pieces[:]
-    kept = [p for p in model.pieces if p.type != p.NORMAL or p.piece in parts]
-    smaller.pieces.extend(kept)
-    return smaller
 
 
 # --- The model -----------------------------------------------------------------------------------
@@ -372,7 +248,7 @@ def main() -> None:
     """Measure the chosen tables; each keeps its own stamp when another is measured again."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"tokenizers": tokenizers, "resize": resize, "rows": starting_losses}
+    tables = {"tokenizers": tokenizers, "resize": resize}
     parser.add_argument("--only", nargs="+", choices=tables, help="these tables")
     parser.add_argument("--draw", action="store_true", help="only the picture, from the results")
     args = parser.parse_args()

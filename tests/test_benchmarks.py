@@ -200,6 +200,27 @@ def test_packed_documents_have_the_lengths_that_the_docstring_says(bench_train):
     assert np.percentile(lengths, [5, 95]) == pytest.approx([190, 2600], rel=0.08)
 
 
+def test_the_sampled_softmax_estimates_the_whole_one(monkeypatch):
+    """All columns drawn: the same. Fewer: exp(loss) of one label is right on average."""
+    import torch
+
+    bench_quality, generator = benchmark("bench_quality"), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    states, head = torch.randn(7, 5), torch.randn(61, 5)
+    labels = torch.tensor([3, 60, 3, 0, 9, 9, 1])
+    whole = torch.nn.functional.cross_entropy(states @ head.T, labels)
+    monkeypatch.setattr(bench_quality, "COLUMNS", 61)
+    found = bench_quality.sampled_loss(states, head.__getitem__, 61, labels, generator)
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=0)
+    monkeypatch.setattr(bench_quality, "COLUMNS", 30)
+    one = [
+        bench_quality.sampled_loss(states[:1], head.__getitem__, 61, labels[:1], generator).exp()
+        for _ in range(3000)]
+    whole = torch.nn.functional.cross_entropy(states[:1] @ head.T, labels[:1]).exp()
+    torch.testing.assert_close(torch.stack(one).mean(), whole, rtol=0.02, atol=0)
+    assert torch.stack(one).std() > 0.05 * whole, "the draws differ"
+
+
 @pytest.mark.parametrize("table", ["attention", "memory", "quality"])
 def test_pictures_are_drawn_from_the_results_alone(bench_train, table, tmp_path, monkeypatch):
     tables = json.loads((ROOT / "benchmarks" / "results" / "train.json").read_text())["results"]

@@ -1,5 +1,6 @@
 """extend_vocab.py: ids kept, pieces alive, runtimes agreed, rows exact, refusals clear."""
 
+import copy
 import errno
 import hashlib
 import json
@@ -22,6 +23,7 @@ import extend_vocab as script
 
 BASE_SIZE, NEW_SIZE = 359, 6239  # odd on purpose; 5,401 characters and some 400 words are new
 HIDDEN = 36
+BUDGET = ["--distill_tokens", "20000"]
 
 # --- Material ------------------------------------------------------------------------------------
 
@@ -453,7 +455,7 @@ def test_matched_norms_are_the_old_rows_mean_norm(init):
 
 
 def test_each_matrix_by_its_own_rule(base, corpus, tmp_path):
-    more = ["--init", "last_subtoken", "--init_head", "first_subtoken", "--eval_loss", "yes"]
+    more = ["--init", "last_subtoken", "--init_head", "first_subtoken"]
     script.main(options(base, corpus, *more))
     old, new = weights(base), weights(tmp_path / "outputs" / "extended")
     pieces = [piece.piece for piece in proto(tmp_path / "outputs" / "extended").pieces][BASE_SIZE:]
@@ -461,9 +463,6 @@ def test_each_matrix_by_its_own_rule(base, corpus, tmp_path):
     for name, place in ((script.EMBEDDING, -1), (script.HEAD, 0)):
         expected = old[name][[ids[place] for ids in spelling]]
         assert torch.equal(new[name][BASE_SIZE:], expected)
-    results = json.loads(Path("outputs/extended/run.json").read_text())["results"]
-    losses = results["bits_per_character_before_training"]
-    assert set(losses) == {"base", *script.INITS, "last_subtoken, first_subtoken"}
 
 
 def test_mean_is_the_mean_of_all_rows_and_random_has_the_configs_width():
@@ -476,6 +475,91 @@ def test_mean_is_the_mean_of_all_rows_and_random_has_the_configs_width():
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
     assert draw[0].std().item() == pytest.approx(0.3, rel=0.02)
     assert abs(draw[0].mean().item()) < 0.01
+
+
+def test_the_distance_and_the_cross_entropy_by_hand(tmp_path):
+    """The teacher's state after a piece's last old token; the softmax over old and new rows."""
+    folder = write_base(tmp_path / "base", dtype=torch.float32)
+    llama = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(6)
+    rows = {name: torch.randn(3, HIDDEN) for name in (script.EMBEDDING, script.HEAD)}
+    spelling = [[5, 6, 7], [8, 9], [300, 301, 302, 303]]
+    table = [[number] for number in range(BASE_SIZE)] + spelling
+    window = [1, BASE_SIZE, 44, BASE_SIZE + 2, BASE_SIZE + 1, 45]
+    distance, loss = script.distill_losses(llama, rows, window, table)
+    both = copy.deepcopy(llama)
+    both.resize_token_embeddings(BASE_SIZE + 3, mean_resizing=False)
+    both.get_input_embeddings().weight.data[BASE_SIZE:] = rows[script.EMBEDDING]
+    both.get_output_embeddings().weight.data[BASE_SIZE:] = rows[script.HEAD]
+    with torch.no_grad():
+        taught = llama.model(torch.tensor([[1, 5, 6, 7, 44, 300, 301, 302, 303, 8, 9, 45]]))
+        ids = torch.tensor([window])
+        learning = both(ids, labels=ids, output_hidden_states=True)
+    teacher = taught.last_hidden_state[0][[0, 3, 4, 8, 10, 11]]
+    student = learning.hidden_states[-1][0]
+    expected = ((student - teacher) ** 2).sum() / (teacher**2).sum()
+    torch.testing.assert_close(distance, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss, learning.loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_distilled_rows_learn_and_nothing_else_changes(tied, corpus, tmp_path, monkeypatch):
+    """Both losses fall below those of the start; the base's rows are the base's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    base = write_base(tmp_path / "base", tied, torch.float32)
+    losses = {}
+    for init in ("mean_subtoken", "distilled"):
+        script.main(options(base, corpus, "--init", init, *BUDGET, "--overwrite"))
+        result = tmp_path / "outputs" / "extended"
+        old, new = weights(base), weights(result)
+        for name, tensor in old.items():
+            assert torch.equal(new[name][: len(tensor)], tensor)
+        pieces = [piece.piece for piece in proto(result).pieces]
+        table = [[number] for number in range(BASE_SIZE)]
+        table += script.spellings(proto(base), pieces[BASE_SIZE:])
+        rows = {script.EMBEDDING: new[script.EMBEDDING][BASE_SIZE:]}
+        rows[script.HEAD] = new[script.EMBEDDING if tied else script.HEAD][BASE_SIZE:]
+        args = script.Arguments(distill_tokens=900, seed=1)
+        documents = [(1, text) for text in script.documents(corpus, "--corpus")]
+        windows = script.distill_windows(proto(result), documents, args)
+        llama = AutoModelForCausalLM.from_pretrained(base)
+        with torch.no_grad():
+            found = [torch.stack(script.distill_losses(llama, rows, w, table)) for w in windows]
+        losses[init] = torch.stack(found).mean(0)
+    (distance, loss), (far, high) = losses["distilled"], losses["mean_subtoken"]
+    assert distance < 0.6 * far and loss < high - 0.05, losses
+
+
+def test_distilling_that_is_stopped_goes_on_to_the_same_bytes(base, corpus, tmp_path, monkeypatch):
+    words = options(base, corpus, "--init", "distilled", "--distill_tokens", 3000)
+    script.main(words)
+    expected = weights(tmp_path / "outputs" / "extended")
+    shutil.rmtree(tmp_path / "outputs")
+    monkeypatch.setattr(script, "DISTILL_SAVE", 0)
+    losses, count = script.distill_losses, iter(range(99))
+
+    def stop_at_the_third(*given):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return losses(*given)
+
+    monkeypatch.setattr(script, "distill_losses", stop_at_the_third)
+    with pytest.raises(SystemExit) as stop:
+        script.main(words)
+    assert stop.value.code == 130
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == [".extended.distilled"]
+    script.main(words)
+    assert next(count) == 3 + 1 + 3, "six windows, the fourth begun twice"
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["extended"]
+    for name, tensor in weights(tmp_path / "outputs" / "extended").items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_a_large_base_without_a_gpu_is_not_distilled(base, corpus, monkeypatch, capsys):
+    monkeypatch.setattr(script, "CPU_LOSS_BYTES", 1000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refusal(capsys, *options(base, corpus, "--init_head", "distilled"))
+    assert "GB of weights and no GPU; expected a GPU" in said
 
 
 @pytest.mark.parametrize(
@@ -537,16 +621,16 @@ def test_the_report_says_what_was_done(extended):
     assert results["extended"]["characters_per_token"] > results["base"]["characters_per_token"]
     assert results["extended"]["byte_token_share"] < 0.1 < results["base"]["byte_token_share"]
     assert [v for k, v in results["proof"].items() if k != "texts_compared"] == [0] * 5
-    losses = results["bits_per_character_before_training"]
-    assert set(losses) == {"base", *script.INITS}
-    assert all(0 < bits < 100 for bits in losses.values())
+    assert all(0 < results[name]["bits_per_character"] < 100 for name in ("base", "extended"))
     assert (extended.parent.parent / "pictures" / "vocab.png").stat().st_size > 10_000
 
 
 def test_bits_per_character_equal_a_plain_loop(base):
-    """By hand: BOS before each window, the softmax over the first rows only."""
+    """By hand: BOS before each window, the softmax over the tokenizer's own rows only."""
     llama = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    tokenizer = script.processor(proto(base))
+    smaller = proto(base)
+    del smaller.pieces[-1]  # the model has a row more
+    tokenizer = script.processor(smaller)
     texts, rows, nats = ["the token of 中文", "xy" * 350], BASE_SIZE - 1, 0.0
     for text in texts:
         ids = tokenizer.encode(text)
@@ -559,8 +643,7 @@ def test_bits_per_character_equal_a_plain_loop(base):
                 scores = logits[position, :rows]
                 nats -= (scores[target] - scores.exp().sum().log()).item()
     expected = nats / torch.log(torch.tensor(2.0)).item() / sum(map(len, texts))
-    with torch.no_grad():
-        found = script.bits_per_character(llama, tokenizer, texts, 1, rows)
+    found = script.bits_per_character(llama, smaller, texts)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -588,6 +671,7 @@ def test_bits_per_character_equal_a_plain_loop(base):
         ("--vocab_size", "359", "expected more than the base's 359"),
         ("--vocab_size", "900", "or more, for the base's 359 pieces"),
         ("--vocab_size", "99999999999", "less than 10 million"),
+        ("--distill_tokens", "0", "--distill_tokens 0: expected 1 or more"),
         ("--init_head", "best", "expected one of mean_subtoken, first_subtoken"),
         ("--seed", "-1", "expected 0 to 4294967295"),
         ("--max_chars", "3", "expected 1000 or more"),
