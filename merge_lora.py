@@ -55,6 +55,7 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from unittest import mock
 
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -66,7 +67,7 @@ if TYPE_CHECKING:  # heavy imports wait inside the functions that use them, so t
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names, PyTorch's
 SIZES = {"BF16": 2, "F16": 2, "F32": 4}  # bytes
-BLOCK = 1 << 19  # values in a block of rows: 2 MB in fp32, small enough for a core's cache
+BLOCK = 1 << 18  # values in a block of rows: 1 MB in fp32, small enough for a core's cache
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER_NAME = re.compile(  # base_model.model.<module>.<what it is>
@@ -691,6 +692,8 @@ def choose_base(parts: dict[str, Part], args: Arguments, adapters: list[Adapter]
         raise UserError("--device cuda: PyTorch sees no GPU here; expected one; pass --device cpu")
     nf4 = NF4 | (trained or {})
     trained_on = nf4.pop("device", None) or "an unknown device"
+    import_bitsandbytes()
+    nf4["threads"] = torch.get_num_threads()
     nf4["device"] = args.device or ("cpu" if trained_on == "cpu" else here)
     print(f"quantising on {nf4['device']}; the adapter was trained on {trained_on}"
           + ("" if trained_on == nf4["device"] else "; few values of 10,000 may differ"))
@@ -805,25 +808,63 @@ def check_shapes(parts: dict[str, Part], base: dict[str, Stored], config: dict, 
 # --- Merging, block by block ---------------------------------------------------------------------
 
 
+def import_bitsandbytes() -> None:
+    """Without torch.compile: importing it loads a compiler (2 s and 120 MB) for functions that are
+    not called here. Without its warning of a kernel that is not used here."""
+    import torch
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with mock.patch.object(torch, "compile", lambda function, **_: function):
+        import bitsandbytes.functional  # noqa: F401
+
+
+def quantize(rows: "Tensor", nf4: dict, packed: "Tensor", scales: "Tensor") -> None:
+    """bitsandbytes' quantize_4bit into two tensors: the packed values and the scale of each 64. On
+    a CPU its search for the nearest code would take most of a merge's time; to count the midpoints
+    between codes that lie below a value takes a twentieth, and gives the same."""
+    import bitsandbytes.functional as bnb
+    import numpy as np
+    import torch
+    size, kind = nf4["blocksize"], nf4["quant_type"]
+    if (nf4["device"], kind) != ("cpu", "nf4"):
+        values, state = bnb.quantize_4bit(rows, blocksize=size, quant_type=kind)
+        packed[:], scales[:] = values.view(packed.shape), state.absmax.view(scales.shape)
+        return
+    rows = rows.view(-1, size).float()
+    torch.amax(rows.abs(), 1, out=scales.view(-1))
+    rows *= (1 / scales.clamp(min=1e-38)).view(-1, 1)
+    code = bnb.get_4bit_type(kind, "cpu")
+    nearest, below = np.zeros(rows.shape, np.uint8), np.empty(rows.shape, bool)
+    for midpoint in ((code[:-1] + code[1:]) / 2).numpy():
+        nearest += np.greater(rows.numpy(), midpoint, out=below).view(np.uint8)
+    pairs = torch.from_numpy(nearest).view(torch.int16)  # of a pair, the first is the low byte
+    packed[:] = ((pairs << 4) | (pairs >> 8)).view(packed.shape)
+
+
 def dequantized(tensor: Stored, nf4: dict) -> Iterator["Tensor"]:
     """A tensor as its 4-bit copy holds it, block by block, equal to bitsandbytes' quantize_4bit and
     dequantize_4bit of the whole: each 64 values are quantised alone, and only the quantising of
     their scales looks at the tensor as one. So pack it all (half a byte a value), then unpack."""
-    import torch
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel not used here
     import bitsandbytes.functional as bnb
+    import torch
     loaded_as = getattr(torch, nf4["compute_dtype"])  # as train_pt.py loads what it quantises
-    settings = {"blocksize": nf4["blocksize"], "quant_type": nf4["quant_type"]}
-    blocks = (tensor.block(*bounds).to(nf4["device"], loaded_as) for bounds in tensor.blocks())
-    packed = [bnb.quantize_4bit(block, **settings) for block in blocks]
-    scales = torch.cat([state.absmax for _, state in packed])
+    width, size, device = tensor.shape[-1], nf4["blocksize"], nf4["device"]
+    packed = torch.empty((tensor.rows, width // 2), dtype=torch.uint8, device=device)
+    scales = torch.empty((tensor.rows, width // size), device=device)
+    for begin, end in tensor.blocks():
+        rows = tensor.block(begin, end).to(device, loaded_as)
+        quantize(rows, nf4, packed[begin:end], scales[begin:end])
     if nf4["double_quant"]:
+        # PyTorch's mean of a large tensor on a CPU depends on the number of threads in its last
+        # bit, so take as many as whoever quantises the whole.
+        torch.set_num_threads(nf4["threads"])
         mean = scales.mean()
+        torch.set_num_threads(1)
         scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256))
         scales += mean
-    for values, state in packed:
-        state.absmax, scales = scales.tensor_split([len(state.absmax)])
-        yield bnb.dequantize_4bit(values, state).cpu()
+    for begin, end in tensor.blocks():
+        values, shape = packed[begin:end].view(-1, 1), (end - begin, width)
+        yield torch.ops.bitsandbytes.dequantize_4bit(
+            values, scales[begin:end].view(-1), size, nf4["quant_type"], shape, loaded_as).cpu()
 
 
 def apply_change(change: Change, like: Stored) -> Callable[..., "Tensor"]:

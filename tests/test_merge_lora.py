@@ -277,6 +277,31 @@ def test_dequantized_is_nearer_to_what_was_trained(qlora, capsys):
     assert "bits per character" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_4bit_copy_is_that_of_bitsandbytes(tmp_path, dtype, threads, kind):
+    """Also where a mean depends on the number of threads, at ties and in blocks of zeros."""
+    import bitsandbytes.functional as bnb
+
+    tensor = 0.02 * torch.randn((1100, 2048), generator=torch.Generator().manual_seed(0))
+    tensor[3], tensor[5, 7], tensor[5, 9] = 0, 1.0, -1.0
+    tensor[6] = torch.arange(2048) / 128 - 8
+    save_file({"it": tensor.to(torch.bfloat16)}, tmp_path / "it.safetensors")
+    stored = merge_lora.read_tensors(tmp_path, "it", "it.safetensors")["it"]
+    settings = {"quant_type": kind, "compute_dtype": dtype, "device": "cpu", "threads": threads}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        whole = stored.block(0, stored.rows).to(getattr(torch, dtype))
+        theirs = bnb.dequantize_4bit(*bnb.quantize_4bit(
+            whole, blocksize=64, compress_statistics=True, quant_type=kind))
+        ours = torch.cat(list(merge_lora.dequantized(stored, merge_lora.NF4 | settings)))
+    finally:
+        torch.set_num_threads(before)
+    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
 def test_widths_that_bitsandbytes_misreads_are_refused(tmp_path, capsys):
     base = make_base(tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter")
