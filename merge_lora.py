@@ -1,14 +1,14 @@
-"""A LoRA adapter and its base to one usable model: exactly what was trained, on a laptop.
+"""Merge a LoRA adapter into its base: one usable model, exactly what was trained, on a laptop.
 
 In: an adapter's folder (outputs/pt, a checkpoint in it, any PEFT LoRA adapter, or a hub id), which
 names its base. Out, in outputs/merged: safetensors, config, generation config, model card, run.json
 and the tokenizer, with tokenizer.model byte for byte (saved by Transformers 5 it is left out, and
-llama.cpp then mis-tokenises without a word).
+llama.cpp then mis-tokenises without a word). --push_to_hub uploads that folder.
 
 Streaming: no model is built. Tensors flow from file to file in blocks of rows, so memory stays at a
-few hundred MB for any size, most of it PyTorch itself, and time is near that of a copy. The bytes
-are read and written here: the safetensors package writes only what is whole in memory and reads by
-memory maps, which is slower. The format is a length (8 bytes), a JSON header, and the tensors.
+few hundred MB for any size. The bytes are read and written here: the safetensors package writes
+only what is whole in memory and reads by memory maps, which is slower. The format is a length
+(8 bytes), a JSON header, and the tensors.
 
 Exact: equal to PEFT 0.21's merge_and_unload on CPU, bit for bit. Like PEFT we take A and B to fp32,
     delta = (B @ A) * scaling            # (out, r) @ (r, in)
@@ -19,8 +19,7 @@ scales each row to its trained length.
 An adapter trained on a 4-bit base (QLoRA, Dettmers et al. 2023) has learned to live with that
 base's rounding. It is merged into what it saw, the base quantised and dequantised: --merge_into.
 
-Whole: all that adapter_config.json promises (target_modules, modules_to_save and
-trainable_token_indices) must be in the file, or the merge is refused.
+Whole: all that adapter_config.json promises must be in the file, or the merge is refused.
 
 Several adapters of one base: the mean of their merged weights, in fp32. A chat model of the same
 base: merged + scale * (chat - base), in fp32, a chat vector (Huang et al. 2024). It brings
@@ -55,6 +54,7 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from unittest import mock
 
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -66,9 +66,10 @@ if TYPE_CHECKING:  # heavy imports wait inside the functions that use them, so t
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}  # safetensors' names, PyTorch's
 SIZES = {"BF16": 2, "F16": 2, "F32": 4}  # bytes
-BLOCK = 1 << 19  # values in a block of rows: 2 MB in fp32, small enough for a core's cache
+BLOCK = 1 << 18  # values in a block of rows: 1 MB in fp32, small enough for a core's cache
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = ENDS = "model.embed_tokens.weight", "lm_head.weight"
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 ADAPTER_NAME = re.compile(  # base_model.model.<module>.<what it is>
     r"base_model\.model\.(.+?)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?"
     r"|token_adapter\.trainable_tokens_delta|(?:base_layer\.)?weight|bias)")
@@ -84,7 +85,8 @@ KNOWN_VALUES = {
     "peft_type": ("LORA",), "bias": ("none", None),
     # These leave the base as it was; PiSSA, OLoRA, LoftQ, ... change it before training begins.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
+TERMS = ["LICENSE*", "NOTICE*", "USE_POLICY*"]  # Llama 2's licence travels with its weights
+TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
 NF4 = {  # QLoRA's settings, for --merge_into dequantized when the adapter does not tell its own
     "quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": "bfloat16",
     "skip_modules": ["lm_head"]}
@@ -94,10 +96,9 @@ PASSAGE = (
     "小時，隔壁的阿伯搬出收音機，小孩反而高興，說終於看得見星星。我端著熱豆漿站在騎樓下，看清潔隊把吹落"
     "的樹枝一截一截鋸開，搬上卡車。捷運已經恢復行駛，學校也公布下午照常上課，日子好像什麼都沒發生過；只"
     "有公園那棵倒下的老榕樹，提醒路過的人，夜裡的風有多大。")
-QUANTIZATION = "luojiu_quantization"
 # The key under which train_pt.py writes into the metadata of adapter_model.safetensors how the base
-# was held: JSON with load_in_4bit, bnb_4bit_quant_type, bnb_4bit_use_double_quant and
-# bnb_4bit_compute_dtype (as in BitsAndBytesConfig), and device (cuda or cpu round differently).
+# was held: JSON, named as in BitsAndBytesConfig, and device (cuda or cpu round differently).
+QUANTIZATION = "luojiu_quantization"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # from file systems without locks
 AGAIN = "copy or download it again"
 INEXACT = "cannot be merged exactly"
@@ -149,6 +150,8 @@ class Arguments:
     verify_tokens: int = option(512, "How many tokens of that text are read at most.")
     push_to_hub: str | None = option(
         None, "Hub repository (user/name) to upload to, private if new; None: none.")
+    push_dry_run: bool = option(
+        False, "With --push_to_hub: show the files and the model card, and upload nothing.")
 
 
 def parse_args(argv: list[str] | None) -> Arguments:
@@ -167,22 +170,28 @@ def parse_args(argv: list[str] | None) -> Arguments:
 
 def check(args: Arguments) -> None:
     """Expand ~ in every path; refuse what can be refused before anything is read."""
+    from huggingface_hub import get_token
     args.adapter = [os.path.expanduser(name) for name in args.adapter]
     for name in ("base_model", "output_dir", "verify", "chat_model"):
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
-    if not args.max_shard_size > 0:
-        raise UserError(f"--max_shard_size {args.max_shard_size}: expected a number of GB above 0")
-    if args.verify_tokens < 2:
-        raise UserError(f"--verify_tokens {args.verify_tokens}: expected 2 or more")
-    if not 0 < args.chat_scale <= 10:
-        raise UserError(f"--chat_scale {args.chat_scale}: expected a number above 0, to 10")
-    if args.chat_embeddings and not args.chat_model:
-        raise UserError("--chat_embeddings true: expected a chat model; pass --chat_model")
-    if args.verify and len(args.adapter) > 1:
-        raise UserError("--verify: one adapter expected, not several; PEFT does not average them")
-    if args.push_to_hub and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", args.push_to_hub):
-        raise UserError(f"--push_to_hub {args.push_to_hub}: expected a repository as user/name")
+    push = f"--push_to_hub {args.push_to_hub}"
+    upload = args.push_to_hub and not args.push_dry_run
+    refuse(
+        (not args.max_shard_size > 0,
+         f"--max_shard_size {args.max_shard_size}: expected a number of GB above 0"),
+        (args.verify_tokens < 2, f"--verify_tokens {args.verify_tokens}: expected 2 or more"),
+        (not 0 < args.chat_scale <= 10,
+         f"--chat_scale {args.chat_scale}: expected a number above 0, to 10"),
+        (args.chat_embeddings and not args.chat_model,
+         "--chat_embeddings true: expected a chat model; pass --chat_model"),
+        (args.verify and len(args.adapter) > 1,
+         "--verify: one adapter expected, not several; PEFT does not average them"),
+        (args.push_to_hub and not re.fullmatch(HUB_ID, args.push_to_hub),
+         f"{push}: expected a repository as user/name"),
+        (args.push_dry_run and not args.push_to_hub,
+         "--push_dry_run true: expected a repository; pass --push_to_hub user/name"),
+        (upload and not get_token(), f"{push}: no token; run hf auth login, or set HF_TOKEN"))
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -215,7 +224,14 @@ def user_errors() -> Iterator[None]:
     raise SystemExit(code)
 
 
-# --- Both models ---------------------------------------------------------------------------------
+def refuse(*findings: tuple[Any, str]) -> None:
+    """Stop at the first finding that is true, with its message."""
+    for wrong, message in findings:
+        if wrong:
+            raise UserError(message)
+
+
+# --- Reading models and adapters -----------------------------------------------------------------
 
 
 def find_model(name_or_path: str, option: str) -> Path:
@@ -250,7 +266,7 @@ def fingerprint(folder: Path) -> str:
     """Name a model's weights without reading gigabytes: the sha256 of config.json and, for every
     *.safetensors in name order, its name, its header and both ends (1,024 bytes) of each tensor."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         with path.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
             digest.update(path.name.encode() + header)
@@ -263,34 +279,6 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def find_adapter(name: str) -> Path:
-    """The local folder of an adapter; without one, the error says what to run or to pass."""
-    shown, folder = f"--adapter {name}", Path(name)
-    if not folder.exists() and re.fullmatch(r"(?!outputs/)\w[\w.-]*/\w[\w.-]*", name):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-        wanted = ["adapter_*", "run.json", *TOKENIZER_FILES]
-        with suppress(HfHubHTTPError, LocalEntryNotFoundError, ConnectionError):
-            folder = Path(snapshot_download(name, allow_patterns=wanted))
-    files = ("adapter_config.json", "adapter_model.safetensors")
-    missing = [file for file in files if not (folder / file).is_file()]
-    steps = [int(path.parent.name[11:]) for path in folder.glob(f"checkpoint-*/{files[0]}")]
-    if missing and steps:
-        last = folder / f"checkpoint-{max(steps)}"
-        raise UserError(f"{shown}: training is not finished; pass --adapter {last}")
-    if missing == [files[1]] and (folder / "adapter_model.bin").is_file():
-        convert = ("import sys, torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v "
-                   "in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])")
-        raise UserError(
-            f"{shown}: its weights are in adapter_model.bin; expected {files[1]}; convert them: "
-            f"python -c '{convert}' {folder}/adapter_model.bin {folder}/{files[1]}")
-    if missing:
-        raise UserError(
-            f"{shown}: no {missing[0]} there, nor on the hub if that can be reached; expected a "
-            "PEFT LoRA adapter; run python train_pt.py first")
-    return folder
-
-
 def load_json(path: Path, shown: str) -> dict:
     """A JSON object, or an error that names the option by which the file came."""
     with suppress(ValueError):  # not UTF-8, or not JSON
@@ -298,6 +286,15 @@ def load_json(path: Path, shown: str) -> dict:
         if isinstance(found, dict):
             return found
     raise UserError(f"{shown}: {path} is broken; expected a JSON object; {AGAIN}")
+
+
+def pickled(folder: Path) -> str | None:
+    """Of a model whose weights are in .bin files: what is wrong, and the command that mends it."""
+    names = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    return names and (
+        f"its weights are in {names[0]}; expected *.safetensors; convert them: python -c \"from "
+        f"transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', "
+        f"dtype='auto').save_pretrained('{folder}')\"")
 
 
 @dataclass(frozen=True)
@@ -335,6 +332,9 @@ class Stored:
             raise UserError(f"{self.path}: {self.name} has NaN or inf; {remedy}")
         return rows
 
+    def whole(self) -> "Tensor":
+        return self.block(0, self.rows).float()
+
 
 def finite(rows: "Tensor") -> bool:
     """No NaN, no infinity; the sum tells in one pass, unless it overflows by itself."""
@@ -346,14 +346,11 @@ def read_tensors(folder: Path, shown: str, file: str = "model.safetensors") -> d
     which they lie there. All of their bytes must be there."""
     from safetensors import SafetensorError, safe_open
     index, names, tensors = folder / f"{file}.index.json", {file}, {}
-    if index.is_file() and not (folder / file).is_file():
+    if not (folder / file).is_file():
+        if not index.is_file():
+            wrong = pickled(folder) or f"no {file} there, nor its index; {AGAIN}"
+            raise UserError(f"{shown}: {wrong}")
         names = set(load_json(index, shown).get("weight_map", {}).values())
-    elif not (folder / file).is_file():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        wrong = f"its weights are in {pickled[0]}" if pickled else f"no {file} there, nor its index"
-        remedy = ("load it with AutoModelForCausalLM, save it with save_pretrained(new folder) and "
-                  "pass that folder") if pickled else AGAIN
-        raise UserError(f"{shown}: {wrong}; expected safetensors; {remedy}")
     for path in (folder / name for name in sorted(names)):
         try:
             safe_open(path, "np")  # it holds the header against the file's size
@@ -374,6 +371,62 @@ def read_tensors(folder: Path, shown: str, file: str = "model.safetensors") -> d
 
 
 @dataclass
+class Model:
+    """A base or a chat model as it lies on the disk."""
+
+    folder: Path
+    shown: str  # the option by which it came
+    config: dict
+    tensors: dict[str, Stored]
+
+
+def read_model(name: str, option: str) -> Model:
+    """Find a model. It must have every tensor that its config asks for, in its shape, and no other;
+    for a family other than Llama only the vocabulary is held against the config."""
+    folder, shown = find_model(name, option), f"{option} {name}"
+    config = load_json(folder / "config.json", shown)
+    if config.get("quantization_config"):
+        raise UserError(f"{shown}: it is quantised; pass the 16-bit model that it was made from")
+    # Old checkpoints hold inv_freq buffers, which models now compute.
+    tensors = {n: t for n, t in read_tensors(folder, shown).items() if not n.endswith("inv_freq")}
+    if EMBEDDING not in tensors:
+        raise UserError(f"{shown}: no {EMBEDDING} in it; expected a Llama or a model like it")
+    if config.setdefault("tie_word_embeddings", HEAD not in tensors):
+        tensors.pop(HEAD, None)
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    rows = {name: (config.get("vocab_size"), *found[name][1:]) for name in found.keys() & ENDS}
+    expected = llama_shapes(config) if config.get("model_type") == "llama" else found | rows
+    for name in sorted(expected.keys() | found.keys()):
+        has, due = found.get(name, "missing"), expected.get(name, "no such tensor")
+        if has != due:
+            raise UserError(f"{shown}: {name} is {has}; expected {due} by config.json; {AGAIN}")
+    return Model(folder, shown, config, tensors)
+
+
+def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a Llama of this config has. (Transformers would tell too, by an empty
+    model, but loading what makes one takes as long as merging a gigabyte.)"""
+    width, inner, rows = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or width // heads
+    wide, narrow = heads * size, (config.get("num_key_value_heads") or heads) * size
+    matrices = {
+        "self_attn.q_proj": (wide, width), "self_attn.k_proj": (narrow, width),
+        "self_attn.v_proj": (narrow, width), "self_attn.o_proj": (width, wide),
+        "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner)}
+    layer = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
+    for name, shape in matrices.items():
+        layer[f"{name}.weight"] = shape
+        if config.get("attention_bias" if "attn" in name else "mlp_bias"):
+            layer[f"{name}.bias"] = shape[:1]
+    head = {} if config.get("tie_word_embeddings") else {HEAD: (rows, width)}
+    return {EMBEDDING: (rows, width), "model.norm.weight": (width,)} | head | {
+        f"model.layers.{i}.{name}": shape
+        for i in range(config["num_hidden_layers"]) for name, shape in layer.items()}
+
+
+@dataclass
 class Adapter:
     """An adapter as it lies on the disk."""
 
@@ -386,6 +439,32 @@ class Adapter:
     quantization: dict | None  # the 4-bit settings of its training; empty: 16 bits; None: not known
 
 
+def find_adapter(name: str) -> Path:
+    """The local folder of an adapter; without one, the error says what to run or to pass."""
+    shown, folder = f"--adapter {name}", Path(name)
+    if not folder.exists() and re.fullmatch(rf"(?!outputs/){HUB_ID}", name):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        wanted = ["adapter_*", "run.json", "trainloss.png", *TOKENIZER]
+        with suppress(HfHubHTTPError, LocalEntryNotFoundError, ConnectionError):
+            folder = Path(snapshot_download(name, allow_patterns=wanted))
+    config, weights = "adapter_config.json", "adapter_model.safetensors"
+    missing = [file for file in (config, weights) if not (folder / file).is_file()]
+    steps = [path.parent.name[11:] for path in folder.glob(f"checkpoint-*/{config}")]
+    last = max((int(step) for step in steps if step.isdecimal()), default=None)
+    convert = ("import sys, torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v "
+               "in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])")
+    refuse(
+        (missing and last,
+         f"{shown}: training is not finished; pass --adapter {folder}/checkpoint-{last}"),
+        (missing == [weights] and (folder / "adapter_model.bin").is_file(),
+         f"{shown}: its weights are in adapter_model.bin; expected {weights}; convert them: "
+         f"python -c '{convert}' {folder}/adapter_model.bin {folder}/{weights}"),
+        (missing, f"{shown}: no {' and no '.join(missing)} there, nor on the hub if that can be "
+         "reached; expected a PEFT LoRA adapter; run python train_pt.py first"))
+    return folder
+
+
 def read_adapter(name: str, args: Arguments) -> Adapter:
     """Find an adapter and read what it says of itself and of its base."""
     folder, shown = find_adapter(name), f"--adapter {name}"
@@ -395,25 +474,21 @@ def read_adapter(name: str, args: Arguments) -> Adapter:
     if not base:
         raise UserError(f"{shown}: it names no base; pass --base_model")
     tensors = read_tensors(folder, shown, "adapter_model.safetensors")
-    return Adapter(folder, shown, lora, run, tensors, base, read_quantization(folder, lora, run))
+    return Adapter(folder, shown, lora, run, tensors, base, read_quantization(folder, shown, run))
 
 
-def read_quantization(folder: Path, lora: dict, run: dict) -> dict | None:
-    """The 4-bit settings of an adapter's training, from the metadata of its file, from
-    adapter_config.json or from run.json, whichever tells first."""
+def read_quantization(folder: Path, shown: str, run: dict) -> dict | None:
+    """The 4-bit settings of an adapter's training, from its file's metadata, else from run.json."""
     from safetensors import safe_open
     with safe_open(folder / "adapter_model.safetensors", "np") as file:
-        told = [text for key, text in (file.metadata() or {}).items() if key == QUANTIZATION]
-    told += [lora.pop(key) for key in (QUANTIZATION, "quantization") if key in lora]
-    told += [run["quantization"]] if "quantization" in run else []
-    if not told:
+        told = (file.metadata() or {}).get(QUANTIZATION)
+    if told is None and "quantization" not in run:
         return None
-    found = told[0] or {}
-    with suppress(ValueError, TypeError):
-        found = json.loads(found) or {}
-    if not isinstance(found, dict):
-        wrong = f"its 4-bit settings are {found}; expected a JSON object"
-        raise UserError(f"--adapter {folder}: {wrong}; {AGAIN}")
+    try:
+        found = dict(json.loads(told) if told else run["quantization"] or {})
+    except (ValueError, TypeError) as error:
+        wrong = f"its 4-bit settings are {told or run['quantization']}; expected a JSON object"
+        raise UserError(f"{shown}: {wrong}; {AGAIN}") from error
     if not found or found.get("load_in_4bit") is False:
         return {}
     found = {key.removeprefix("bnb_4bit_").removeprefix("use_"): v for key, v in found.items()}
@@ -422,12 +497,12 @@ def read_quantization(folder: Path, lora: dict, run: dict) -> dict | None:
     for key, choices in {"quant_type": ("nf4", "fp4"), "compute_dtype": DTYPES.values()}.items():
         if settings[key] not in choices:
             wrong = f"its 4-bit {key} is {settings[key]}; expected {' or '.join(choices)}"
-            raise UserError(f"--adapter {folder}: {wrong}; {AGAIN}")
+            raise UserError(f"{shown}: {wrong}; {AGAIN}")
     return settings
 
 
-def find_base(args: Arguments, adapters: list[Adapter]) -> tuple[Path, dict, dict[str, Stored]]:
-    """The base's folder, config and tensors; it must be the model the adapters were trained on."""
+def find_base(args: Arguments, adapters: list[Adapter]) -> Model:
+    """The model that the adapters were trained on."""
     first = adapters[0]
     for other in adapters[1:]:
         if other.base != first.base:
@@ -437,16 +512,13 @@ def find_base(args: Arguments, adapters: list[Adapter]) -> tuple[Path, dict, dic
     if not args.base_model and revision not in (None, "main") and not Path(first.base).exists():
         raise UserError(f"{shown}: wanted is revision {revision}; download it and pass its folder")
     try:
-        folder = find_model(first.base, "--base_model")
+        base = read_model(first.base, "--base_model")
     except UserError as error:
         if args.base_model:
             raise
         named = f"{first.shown}: it names {first.base} as its base"
         raise UserError(f"{named}; {error}; pass the model with --base_model") from error
-    config = load_json(folder / "config.json", shown)
-    if config.get("quantization_config"):
-        raise UserError(f"{shown}: it is quantised; pass the 16-bit model that it was made from")
-    tensors, held = read_tensors(folder, shown), fingerprint(folder)
+    held = fingerprint(base.folder)
     for adapter in adapters:
         trained_on = adapter.run.get("base") or {}
         if trained_on.get("fingerprint") not in (None, held):
@@ -454,10 +526,7 @@ def find_base(args: Arguments, adapters: list[Adapter]) -> tuple[Path, dict, dic
             raise UserError(
                 f"{shown}: {wrong}; pass that one, or train again; if you know that this one "
                 "belongs to it, pass a copy of the adapter's folder without run.json")
-    if EMBEDDING not in tensors:
-        raise UserError(f"{shown}: no {EMBEDDING} in it; expected a Llama or a model like it")
-    # Old checkpoints hold inv_freq buffers, which models now compute.
-    return folder, config, {n: t for n, t in tensors.items() if not n.endswith("inv_freq")}
+    return base
 
 
 # --- The plan: what each tensor of the merged model is made of -----------------------------------
@@ -502,6 +571,108 @@ class Part:
     @property
     def nbytes(self) -> int:
         return math.prod(self.like.shape) * SIZES[self.dtype]
+
+
+def make_plan(args: Arguments, base: Model, adapters: list[Adapter]) -> dict[str, Part]:
+    """Lay the adapters over the base, whose config follows where they or --dtype change it. What
+    cannot be merged exactly is refused by name."""
+    config, sources = base.config, dict(base.tensors)
+    tied, parting = config["tie_word_embeddings"], {parts_tied(a.lora) for a in adapters}
+    if tied and len(parting) > 1:
+        wrong = "they differ in modules_to_save on the tied embedding and head"
+        raise UserError(f"--adapter {' '.join(args.adapter)}: {wrong}; merge them one by one")
+    if tied and True in parting:
+        tied = config["tie_word_embeddings"] = False
+        sources[HEAD] = sources[EMBEDDING]
+    dtype = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}.get(args.dtype)
+    parts = {
+        name: Part(name, source, dtype or source.dtype, [Change() for _ in adapters])
+        for name, source in sources.items()}
+    for number, adapter in enumerate(adapters):
+        try:
+            lay_over(parts, number, adapter, tied)
+        except re.error as error:
+            wrong = f"adapter_config.json: {error.pattern} is no pattern ({error})"
+            raise UserError(f"{adapter.shown}: {wrong}; expected one as PEFT writes it") from error
+    embedding = parts[EMBEDDING]
+    config["vocab_size"] = rows = embedding.like.rows  # which may have grown
+    if HEAD in parts and parts[HEAD].like.rows != rows:
+        wrong = f"the embedding has {rows} rows, the head {parts[HEAD].like.rows}"
+        raise UserError(f"{adapters[0].shown}: {wrong}; {OTHER_MODEL}")
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[embedding.dtype]
+    return parts
+
+
+def parts_tied(lora: dict) -> bool:
+    """PEFT trains copies of tied embedding and head, which part, unless told to keep them tied."""
+    saved = tuple(f".{module}.weight" for module in lora.get("modules_to_save") or [])
+    named = any(f".{name}".endswith(saved) for name in (EMBEDDING, HEAD))
+    return named and not lora.get("ensure_weight_tying")
+
+
+def lay_over(parts: dict[str, Part], number: int, adapter: Adapter, tied: bool) -> None:
+    """Enter one adapter's tensors into the plan, and see that none is missing."""
+    lora, shown = adapter.lora, adapter.shown
+    peft = f"{INEXACT} here; use PEFT's merge_and_unload"
+    for key, value in ({"peft_type": None} | lora).items():
+        known = key in KNOWN_FIELDS or not value
+        if value not in KNOWN_VALUES[key] if key in KNOWN_VALUES else not known:
+            raise UserError(f"{shown}: {key} = {value} {peft}")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(lora.get(key), int | float):
+            wrong = f"adapter_config.json: {key} is {lora.get(key)}; expected a number"
+            raise UserError(f"{shown}: {wrong}; {AGAIN}")
+    for name, tensor in adapter.tensors.items():
+        if not (match := ADAPTER_NAME.fullmatch(name)):
+            raise UserError(f"{shown}: {name} {peft}")
+        module, kind = match.groups()
+        target = f"{module}.bias" if kind == "bias" else f"{module}.weight"
+        whole = kind in ("weight", "base_layer.weight", "bias")
+        if tied and target == HEAD and whole and f"base_model.model.{EMBEDDING}" in adapter.tensors:
+            continue  # the embedding once more
+        if tied and (target == HEAD or (target == EMBEDDING and kind.startswith("lora"))):
+            raise UserError(f"{shown}: {name} changes one of two tied matrices, which {INEXACT}")
+        if target not in parts:
+            raise UserError(f"{shown}: {name} is not in the base; {OTHER_MODEL}")
+        change = parts[target].changes[number]
+        if kind == "token_adapter.trainable_tokens_delta":
+            change.new, change.indices = tensor, setting(token_indices(lora), module, [])
+        else:
+            kinds = {"lora_A": "a", "lora_B": "b", "lora_m": "magnitude"}
+            setattr(change, kinds.get(kind[:6], "whole"), tensor)
+    for part in parts.values():
+        finish_change(part, part.changes[number], lora, shown)
+    check_whole(parts, number, adapter)
+
+
+def finish_change(part: Part, change: Change, lora: dict, shown: str) -> None:
+    """Set the scaling, and see that the shapes and settings of adapter and base go together."""
+    module, wrong = part.name.removesuffix(".weight"), None
+    shape = (change.whole or part.source).shape
+    growing = part.name in ENDS  # the vocabulary may have more rows than the base's
+    found = [tensor and tensor.shape for tensor in (change.a, change.b, change.magnitude)]
+    if shape != part.like.shape:
+        wrong = f"the adapters have {part.like.shape} and {shape}; expected one shape"
+    if shape[growing:] != part.source.shape[growing:]:
+        wrong = f"the adapter has {shape}; expected {part.source.shape}; {OTHER_MODEL}"
+    if any(found):
+        rank = setting(lora.get("rank_pattern"), module, lora["r"])
+        alpha = setting(lora.get("alpha_pattern"), module, lora["lora_alpha"])
+        change.scaling = alpha / (math.sqrt(rank) if lora.get("use_rslora") else rank)
+        due = [(rank, shape[-1]), (shape[0], rank), shape[:1] if lora.get("use_dora") else None]
+        if len(shape) != 2 or found != due:
+            wrong = f"A, B and magnitude are {found}; expected {due}; {OTHER_MODEL}"
+    if change.new:
+        due = (len(set(change.indices)), *shape[1:])
+        if change.a:
+            wrong = f"LoRA and trainable_token_indices on one matrix, which {INEXACT}"
+        elif change.new.shape != due or len(change.indices) != due[0]:
+            wrong = f"the new rows are {change.new.shape}; expected {due} by their indices"
+        elif max(change.indices) >= shape[0]:
+            wrong = (f"a new row {max(change.indices)}; the base has {shape[0]}; pass the extended "
+                     "model with --base_model, or run python extend_vocab.py first")
+    if wrong:
+        raise UserError(f"{shown}: {module}: {wrong}")
 
 
 def setting(patterns: dict | None, module: str, default: Any) -> Any:
@@ -570,108 +741,6 @@ def check_whole(parts: dict[str, Part], number: int, adapter: Adapter) -> None:
                             f"{names}; save it again from the trained model or pass a checkpoint")
 
 
-def make_plan(args: Arguments, base: dict, adapters: list[Adapter], config: dict) -> dict:
-    """Lay the adapters over the base; the config follows where they or --dtype change it. What
-    cannot be merged exactly is refused by name."""
-    tied = config.get("tie_word_embeddings", HEAD not in base)
-    parting = {parts_tied(adapter.lora) for adapter in adapters}
-    if tied and len(parting) > 1:
-        wrong = "they differ in modules_to_save on the tied embedding and head"
-        raise UserError(f"--adapter {' '.join(args.adapter)}: {wrong}; merge them one by one")
-    parts = {
-        name: Part(name, tensor, tensor.dtype, [Change() for _ in adapters])
-        for name, tensor in base.items()}
-    if tied and True in parting:
-        tied = config["tie_word_embeddings"] = False
-        source = base[EMBEDDING]
-        parts.setdefault(HEAD, Part(HEAD, source, source.dtype, [Change() for _ in adapters]))
-    if tied:
-        parts.pop(HEAD, None)
-    for number, adapter in enumerate(adapters):
-        try:
-            lay_over(parts, number, adapter, tied)
-        except re.error as error:
-            wrong = f"adapter_config.json: {error.pattern} is no pattern ({error})"
-            raise UserError(f"{adapter.shown}: {wrong}; expected one as PEFT writes it") from error
-    wanted = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-    for part in parts.values():
-        part.dtype = wanted.get(args.dtype, part.dtype)
-    if parts[EMBEDDING].like is not parts[EMBEDDING].source:
-        config["vocab_size"] = parts[EMBEDDING].like.rows  # which may have grown
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[parts[EMBEDDING].dtype]
-    return parts
-
-
-def parts_tied(lora: dict) -> bool:
-    """PEFT trains copies of tied embedding and head, which part, unless told to keep them tied."""
-    saved = tuple(f".{module}.weight" for module in lora.get("modules_to_save") or [])
-    named = any(f".{name}".endswith(saved) for name in (EMBEDDING, HEAD))
-    return named and not lora.get("ensure_weight_tying")
-
-
-def lay_over(parts: dict[str, Part], number: int, adapter: Adapter, tied: bool) -> None:
-    """Enter one adapter's tensors into the plan, and see that none is missing."""
-    lora, shown = adapter.lora, adapter.shown
-    peft = f"{INEXACT} here; use PEFT's merge_and_unload"
-    for key, value in ({"peft_type": None} | lora).items():
-        known = key in KNOWN_FIELDS or not value
-        if value not in KNOWN_VALUES[key] if key in KNOWN_VALUES else not known:
-            raise UserError(f"{shown}: {key} = {value} {peft}")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(lora.get(key), int | float):
-            wrong = f"adapter_config.json: {key} is {lora.get(key)}; expected a number"
-            raise UserError(f"{shown}: {wrong}; {AGAIN}")
-    for name, tensor in adapter.tensors.items():
-        if not (match := ADAPTER_NAME.fullmatch(name)):
-            raise UserError(f"{shown}: {name} {peft}")
-        module, kind = match.groups()
-        target = f"{module}.bias" if kind == "bias" else f"{module}.weight"
-        whole = kind in ("weight", "base_layer.weight", "bias")
-        if tied and target == HEAD and whole and f"base_model.model.{EMBEDDING}" in adapter.tensors:
-            continue  # the embedding once more
-        if tied and (target == HEAD or (target == EMBEDDING and kind.startswith("lora"))):
-            raise UserError(f"{shown}: {name} changes one of two tied matrices, which {INEXACT}")
-        if target not in parts:
-            raise UserError(f"{shown}: {name} is not in the base; {OTHER_MODEL}")
-        change = parts[target].changes[number]
-        if whole:
-            change.whole = tensor
-        elif kind == "token_adapter.trainable_tokens_delta":
-            change.new, change.indices = tensor, setting(token_indices(lora), module, [])
-        else:
-            setattr(change, {"lora_A": "a", "lora_B": "b"}.get(kind[:6], "magnitude"), tensor)
-    for part in parts.values():
-        finish_change(part, part.changes[number], lora, shown)
-    check_whole(parts, number, adapter)
-
-
-def finish_change(part: Part, change: Change, lora: dict, shown: str) -> None:
-    """Set the scaling, and see that the shapes and settings of adapter and base go together."""
-    module, wrong = part.name.removesuffix(".weight"), None
-    shape = (change.whole or part.source).shape
-    found = [tensor and tensor.shape for tensor in (change.a, change.b, change.magnitude)]
-    if shape != part.like.shape:
-        wrong = f"the adapters have {part.like.shape} and {shape}; expected one shape"
-    if any(found):
-        rank = setting(lora.get("rank_pattern"), module, lora["r"])
-        alpha = setting(lora.get("alpha_pattern"), module, lora["lora_alpha"])
-        change.scaling = alpha / (math.sqrt(rank) if lora.get("use_rslora") else rank)
-        due = [(rank, shape[-1]), (shape[0], rank), shape[:1] if lora.get("use_dora") else None]
-        if len(shape) != 2 or found != due:
-            wrong = f"A, B and magnitude are {found}; expected {due}; {OTHER_MODEL}"
-    if change.new:
-        due = (len(set(change.indices)), *shape[1:])
-        if change.a:
-            wrong = f"LoRA and trainable_token_indices on one matrix, which {INEXACT}"
-        elif change.new.shape != due or len(change.indices) != due[0]:
-            wrong = f"the new rows are {change.new.shape}; expected {due} by their indices"
-        elif max(change.indices) >= shape[0]:
-            wrong = (f"a new row {max(change.indices)}; the base has {shape[0]}; pass the extended "
-                     "model with --base_model, or run python extend_vocab.py first")
-    if wrong:
-        raise UserError(f"{shown}: {module}: {wrong}")
-
-
 def choose_base(parts: dict[str, Part], args: Arguments, adapters: list[Adapter]) -> dict | None:
     """Mark what a 4-bit base holds in 4 bits and return its settings; None: the base as it is."""
     import torch
@@ -691,6 +760,8 @@ def choose_base(parts: dict[str, Part], args: Arguments, adapters: list[Adapter]
         raise UserError("--device cuda: PyTorch sees no GPU here; expected one; pass --device cpu")
     nf4 = NF4 | (trained or {})
     trained_on = nf4.pop("device", None) or "an unknown device"
+    import_bitsandbytes()
+    nf4["threads"] = torch.get_num_threads()
     nf4["device"] = args.device or ("cpu" if trained_on == "cpu" else here)
     print(f"quantising on {nf4['device']}; the adapter was trained on {trained_on}"
           + ("" if trained_on == nf4["device"] else "; few values of 10,000 may differ"))
@@ -721,109 +792,103 @@ def read_pieces(folder: Path, shown: str) -> dict[str, int]:
         raise UserError(f"{shown}: {wrong}; copy the tokenizer's files there") from error
 
 
-def lay_chat_over(args: Arguments, parts: dict[str, Part], base: Path, config: dict) -> Path | None:
+def lay_chat_over(args: Arguments, parts: dict[str, Part], base: Model) -> Model | None:
     """Enter the chat model's tensors into the plan: it must be the base, trained further."""
     import torch
     if not args.chat_model:
         return None
-    shown, folder = f"--chat_model {args.chat_model}", find_model(args.chat_model, "--chat_model")
-    theirs, other = load_json(folder / "config.json", shown), "pass a chat model of the same base"
-    if theirs.get("quantization_config"):
-        raise UserError(f"{shown}: it is quantised; pass the 16-bit model that it was made from")
-    for key in ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim"):
-        if key in theirs and key in config and theirs[key] != config[key]:
-            wrong = f"{key} is {theirs[key]}; expected {config[key]}, as in the base"
-            raise UserError(f"{shown}: {wrong}; {other}")
-    chat, ends = read_tensors(folder, shown), {EMBEDDING, HEAD}
-    chat = {name: tensor for name, tensor in chat.items() if not name.endswith("inv_freq")}
-    for name in sorted((parts.keys() | chat.keys()) - ends):
-        has, due = (name in models and (models[name].shape if models is chat
-                    else parts[name].source.shape) for models in (chat, parts))
+    chat, other = read_model(args.chat_model, "--chat_model"), "pass a chat model of the same base"
+    theirs, ours = (
+        {name: tensor.shape for name, tensor in model.tensors.items() if name not in ENDS}
+        | {key: model.config.get(key) for key in ("model_type", "num_attention_heads")}
+        for model in (chat, base))
+    for name in sorted(theirs.keys() | ours.keys()):
+        has, due = theirs.get(name, "missing"), ours.get(name, "no such tensor")
         if has != due:
-            wrong = f"{name} is {has or 'missing'}; expected {due or 'no such tensor'}"
-            raise UserError(f"{shown}: {wrong}, as in the base; {other}")
-    pieces, ours = read_pieces(folder, shown), read_pieces(base, f"--base_model {base}")
-    shared = sorted(i for piece, i in pieces.items() if ours.get(piece) == i)
+            wrong = f"{name} is {has}; expected {due}, as in the base"
+            raise UserError(f"{chat.shown}: {wrong}; {other}")
+    pieces, known = (read_pieces(model.folder, model.shown) for model in (chat, base))
+    shared = sorted(i for piece, i in pieces.items() if known.get(piece) == i)
     if len(shared) < 0.9 * len(pieces):
         wrong = f"{len(shared)} of its {len(pieces)} pieces have the same ids in the base"
-        raise UserError(f"{shown}: {wrong}; expected nearly all; {other}")
-    matrix = next(part for name, part in parts.items()
-                  if len(part.source.shape) == 2 and name not in ends)
-    blocks = (t.block(*t.blocks()[0]).float().view(-1) for t in (chat[matrix.name], matrix.source))
-    if (alike := torch.cosine_similarity(*blocks, dim=0).item()) < 0.5:  # of strangers it is near 0
-        wrong = f"{matrix.name} has a cosine of {alike:.2f} to the base's; expected above 0.5"
-        raise UserError(f"{shown}: {wrong}: it was not trained from this base; {other}")
+        raise UserError(f"{chat.shown}: {wrong}; expected nearly all; {other}")
+    name = next(n for n, tensor in base.tensors.items() if len(tensor.shape) == 2 and n not in ENDS)
+    pair = (model.tensors[name] for model in (chat, base))
+    alike = torch.cosine_similarity(*(t.block(*t.blocks()[0]).float().view(-1) for t in pair), 0)
+    if alike < 0.5:  # of strangers it is near 0
+        wrong = f"{name} has a cosine of {alike:.2f} to the base's; expected above 0.5"
+        raise UserError(f"{chat.shown}: {wrong}: it was not trained from this base; {other}")
     for name, part in parts.items():
         part.chat_scale = args.chat_scale
-        if name not in ends:
-            part.chat = chat[name]
+        if name not in ENDS:
+            part.chat = chat.tensors[name]
         elif args.chat_embeddings:
-            part.chat, part.shared = chat.get(name, chat.get(EMBEDDING)), shared
-            if part.chat is None or part.chat.shape[1:] != part.source.shape[1:]:
-                raise UserError(f"{shown}: {name} is missing or has another width; {other}")
-    return folder
-
-
-def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a Llama of this config has. (Transformers would tell too, by an empty
-    model, but loading what makes one takes as long as merging a gigabyte.)"""
-    width, inner, rows = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
-    heads = config["num_attention_heads"]
-    size = config.get("head_dim") or width // heads
-    wide, narrow = heads * size, (config.get("num_key_value_heads") or heads) * size
-    matrices = {
-        "self_attn.q_proj": (wide, width), "self_attn.k_proj": (narrow, width),
-        "self_attn.v_proj": (narrow, width), "self_attn.o_proj": (width, wide),
-        "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner)}
-    layer = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
-    for name, shape in matrices.items():
-        layer[f"{name}.weight"] = shape
-        if config.get("attention_bias" if "attn" in name else "mlp_bias"):
-            layer[f"{name}.bias"] = shape[:1]
-    head = {} if config.get("tie_word_embeddings") else {HEAD: (rows, width)}
-    return {EMBEDDING: (rows, width), "model.norm.weight": (width,)} | head | {
-        f"model.layers.{i}.{name}": shape
-        for i in range(config["num_hidden_layers"]) for name, shape in layer.items()}
-
-
-def check_shapes(parts: dict[str, Part], base: dict[str, Stored], config: dict, shown: str) -> None:
-    """Every tensor that the config asks for is there, in its shape, and no other. For a family
-    other than Llama the base's tensors stand for the config, but for the vocabulary."""
-    found = {name: part.like.shape for name, part in parts.items()}
-    expected = {name: base.get(name, base[EMBEDDING]).shape for name in found}
-    for name in found.keys() & {EMBEDDING, HEAD}:
-        expected[name] = (config.get("vocab_size"), *expected[name][1:])
-    if config.get("model_type") == "llama":
-        expected = llama_shapes(config)
-    for name in sorted(expected.keys() | found.keys()):
-        has, due = found.get(name, "missing"), expected.get(name, "no such tensor")
-        if has != due:
-            raise UserError(f"{shown}: {name} is {has}; expected {due} by config.json; {AGAIN}")
+            part.chat, part.shared = chat.tensors.get(name, chat.tensors[EMBEDDING]), shared
+            if part.chat.shape[1] != part.source.shape[1]:
+                raise UserError(f"{chat.shown}: {name} has another width; {other}")
+    return chat
 
 
 # --- Merging, block by block ---------------------------------------------------------------------
+
+
+def import_bitsandbytes() -> None:
+    """Without torch.compile: importing it loads a compiler (2 s and 120 MB) for functions that are
+    not called here. Without its warning of a kernel that is not used here."""
+    import torch
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with mock.patch.object(torch, "compile", lambda function, **_: function):
+        import bitsandbytes.functional  # noqa: F401
+
+
+def quantize(rows: "Tensor", nf4: dict, packed: "Tensor", scales: "Tensor") -> None:
+    """bitsandbytes' quantize_4bit into two tensors: the packed values and the scale of each 64. On
+    a CPU its search for the nearest code would take most of a merge's time; to count the midpoints
+    between codes that lie below a value takes a twentieth, and gives the same."""
+    import bitsandbytes.functional as bnb
+    import numpy as np
+    import torch
+    size, kind = nf4["blocksize"], nf4["quant_type"]
+    if (nf4["device"], kind) != ("cpu", "nf4"):
+        values, state = bnb.quantize_4bit(rows, blocksize=size, quant_type=kind)
+        packed[:], scales[:] = values.view(packed.shape), state.absmax.view(scales.shape)
+        return
+    rows = rows.view(-1, size).float()
+    torch.amax(rows.abs(), 1, out=scales.view(-1))
+    rows *= (1 / scales.clamp(min=1e-38)).view(-1, 1)
+    code = bnb.get_4bit_type(kind, "cpu")
+    nearest, below = np.zeros(rows.shape, np.uint8), np.empty(rows.shape, bool)
+    for midpoint in ((code[:-1] + code[1:]) / 2).numpy():
+        nearest += np.greater(rows.numpy(), midpoint, out=below).view(np.uint8)
+    pairs = torch.from_numpy(nearest).view(torch.int16)  # of a pair, the first is the low byte
+    packed[:] = ((pairs << 4) | (pairs >> 8)).view(packed.shape)
 
 
 def dequantized(tensor: Stored, nf4: dict) -> Iterator["Tensor"]:
     """A tensor as its 4-bit copy holds it, block by block, equal to bitsandbytes' quantize_4bit and
     dequantize_4bit of the whole: each 64 values are quantised alone, and only the quantising of
     their scales looks at the tensor as one. So pack it all (half a byte a value), then unpack."""
-    import torch
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel not used here
     import bitsandbytes.functional as bnb
+    import torch
     loaded_as = getattr(torch, nf4["compute_dtype"])  # as train_pt.py loads what it quantises
-    settings = {"blocksize": nf4["blocksize"], "quant_type": nf4["quant_type"]}
-    blocks = (tensor.block(*bounds).to(nf4["device"], loaded_as) for bounds in tensor.blocks())
-    packed = [bnb.quantize_4bit(block, **settings) for block in blocks]
-    scales = torch.cat([state.absmax for _, state in packed])
+    width, size, device = tensor.shape[-1], nf4["blocksize"], nf4["device"]
+    packed = torch.empty((tensor.rows, width // 2), dtype=torch.uint8, device=device)
+    scales = torch.empty((tensor.rows, width // size), device=device)
+    for begin, end in tensor.blocks():
+        rows = tensor.block(begin, end).to(device, loaded_as)
+        quantize(rows, nf4, packed[begin:end], scales[begin:end])
     if nf4["double_quant"]:
+        # PyTorch's mean of a large tensor on a CPU depends on the number of threads in its last
+        # bit, so take as many as whoever quantises the whole.
+        torch.set_num_threads(nf4["threads"])
         mean = scales.mean()
+        torch.set_num_threads(1)
         scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256))
         scales += mean
-    for values, state in packed:
-        state.absmax, scales = scales.tensor_split([len(state.absmax)])
-        yield bnb.dequantize_4bit(values, state).cpu()
+    for begin, end in tensor.blocks():
+        values, shape = packed[begin:end].view(-1, 1), (end - begin, width)
+        yield torch.ops.bitsandbytes.dequantize_4bit(
+            values, scales[begin:end].view(-1), size, nf4["quant_type"], shape, loaded_as).cpu()
 
 
 def apply_change(change: Change, like: Stored) -> Callable[..., "Tensor"]:
@@ -951,46 +1016,52 @@ def save_json(path: Path, content: dict) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def base_vocab_size(base: Path, adapter: Adapter) -> int | None:
+def base_vocab_size(base: Model, adapter: Adapter) -> int | None:
     """How many pieces the vocabulary had before it was extended: train_pt.py trains the rows from
     there on, also when the merged model becomes a base."""
-    record = base / "run.json"
-    run = load_json(record, f"--base_model {base}") if record.is_file() else {}
-    return ((run.get("results") or {}).get("base_vocab_size")
+    return ((run_record(base.folder).get("results") or {}).get("base_vocab_size")
             or (adapter.run.get("settings") or {}).get("first_new_row"))
 
 
-def copy_rest(adapters: list[Adapter], base: Path, folder: Path, config: dict) -> str:
-    """Tokenizer (the adapter's files over the base's), generation config and terms (Llama 2's
-    licence travels with its weights), byte for byte. Return whose tokenizer it is."""
-    adapter, own = adapters[0].folder, ("tokenizer.json", "tokenizer.model")
-    of_base = ["generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*", *TOKENIZER_FILES]
-    for source, names in ((base, of_base), (adapter, TOKENIZER_FILES)):
-        for path in (path for name in names for path in source.glob(name)):
-            shutil.copyfile(path, folder / path.name)
+def run_record(folder: Path) -> dict:
+    """A folder's run.json; empty where there is none."""
+    record = folder / "run.json"
+    return load_json(record, str(folder)) if record.is_file() else {}
+
+
+def copy_files(source: Path, folder: Path, *names: str) -> None:
+    for path in (path for name in names for path in source.glob(name)):
+        shutil.copyfile(path, folder / path.name)
+
+
+def copy_rest(adapter: Adapter, base: Model, chat: Model | None, folder: Path) -> str:
+    """Tokenizer (the adapter's files over the base's), generation config, terms and the picture,
+    byte for byte; of a chat model what messages need. Return whose tokenizer it is."""
+    copy_files(base.folder, folder, "generation_config.json", *TERMS, *TOKENIZER)
+    copy_files(adapter.folder, folder, "trainloss.png", *TOKENIZER)
+    if chat:
+        copy_chat(chat, folder)
     if not (folder / "generation_config.json").is_file():
-        ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
+        ids = {key: value for key, value in base.config.items() if key.endswith("_token_id")}
         save_json(folder / "generation_config.json", ids)
-    of_adapter = any((adapter / name).is_file() for name in own)
-    return adapters[0].shown if of_adapter else f"--base_model {base}"
+    own = ("tokenizer.json", "tokenizer.model")
+    return next((adapter.shown for name in own if (adapter.folder / name).is_file()), base.shown)
 
 
-def copy_chat(chat: Path, folder: Path, shown: str) -> None:
-    """The chat model's terms, its generation config and its chat template, which messages need."""
-    for name in ("generation_config.json", "chat_template.jinja", "LICENSE*", "USE_POLICY*"):
-        for path in chat.glob(name):
-            shutil.copyfile(path, folder / path.name)
-    settings, made = chat / "tokenizer_config.json", folder / "chat_template.jinja"
-    if (chat / made.name).is_file():
+def copy_chat(chat: Model, folder: Path) -> None:
+    """The chat model's terms, its generation config and its chat template."""
+    copy_files(chat.folder, folder, "generation_config.json", "chat_template.jinja", *TERMS)
+    settings, made = chat.folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    if (chat.folder / made.name).is_file():
         return
-    template = load_json(settings, shown).get("chat_template") if settings.is_file() else None
+    template = load_json(settings, chat.shown).get("chat_template") if settings.is_file() else None
     if isinstance(template, list):  # several, by name
         template = next((t["template"] for t in template if t["name"] == "default"), None)
     if template:
         made.write_text(template, encoding="utf-8")
     else:
-        print(f"warning: {shown}: it has no chat template; the merged model takes no messages; "
-              f"add {made.name} to it", file=sys.stderr)
+        print(f"warning: {chat.shown}: it has no chat template; the merged model takes no "
+              f"messages; add {made.name} to it", file=sys.stderr)
 
 
 def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
@@ -1019,18 +1090,62 @@ def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
     return tokens
 
 
-def write_papers(folder: Path, args: Arguments, base: Path, facts: dict[str, object]) -> None:
+def write_papers(
+        folder: Path, args: Arguments, adapter: Adapter, base: Model, facts: dict) -> None:
     """run.json and the model card: where the weights came from, and how to use them."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
     save_json(folder / "run.json", {
         "script": "merge_lora.py", "arguments": asdict(args),
         "versions": {name: version(name) for name in packages}, "results": facts,
-        "base": {"model_name_or_path": str(base), "fingerprint": fingerprint(base)}})
-    table = "\n".join(f"- {key}: {value}" for key, value in facts.items() if value is not None)
-    (folder / "README.md").write_text(
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
-        "A LoRA adapter merged into its base by `merge_lora.py` of 落九 (Luojiu). The terms of the "
-        f"base hold for these weights too.\n\n{table}\n", encoding="utf-8")
+        "base": {"model_name_or_path": adapter.base, "fingerprint": fingerprint(base.folder)}})
+    card = model_card(folder, args, adapter, base, facts)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def origin(adapter: Adapter, base: Model) -> str:
+    """The model that it all began with: our records name what each base was made from."""
+    name, folder = adapter.base, base.folder
+    for _ in range(9):
+        record = run_record(folder)
+        name = ((record.get("arguments") or {}).get("base_model")
+                or (record.get("base") or {}).get("model_name_or_path") or name)
+        folder = Path(name)
+    return name
+
+
+def model_card(folder: Path, args: Arguments, adapter: Adapter, base: Model, facts: dict) -> str:
+    """README.md with the front matter that the hub reads, from the records of the training."""
+    from huggingface_hub import EvalResult, ModelCardData
+    run, name = adapter.run, origin(adapter, base)
+    results, settings = run.get("results") or {}, run.get("settings") or {}
+    title = (args.push_to_hub or args.output_dir).rpartition("/")[2]
+    kinds = ["chat-vector"] if args.chat_model else []
+    kinds += ["qlora" if adapter.quantization else "lora"]
+    size = {key: results[key] for key in ("documents", "tokens") if key in results}
+    dataset = Path((run.get("arguments") or {}).get("dataset") or "unknown").name
+    losses = {"train loss": "loss_last", "loss on documents held out": "eval_loss",
+              "bits per character on documents held out": "eval_bits_per_character"}
+    data = ModelCardData(
+        base_model=name if re.fullmatch(HUB_ID, name) and not Path(name).exists() else None,
+        language="zh", license="llama2" if "llama-2" in name.lower() else "other",
+        library_name="transformers", pipeline_tag="text-generation", model_name=title,
+        tags=["llama", "traditional-chinese", *kinds], eval_results=[
+            EvalResult("text-generation", "text", dataset, "loss", results[key], dataset_args=size,
+                       metric_name=metric)
+            for metric, key in losses.items() if results.get(key) is not None] or None)
+    sections = {
+        "Weights": facts, "Training data": {"dataset": dataset, **size} if size else {},
+        "Loss": {metric: results.get(key) for metric, key in losses.items()},
+        "Hyperparameters": settings, "Framework versions": run.get("versions") or {}}
+    picture = "![training loss](trainloss.png)\n" * (folder / "trainloss.png").is_file()
+    text = [f"---\n{data.to_yaml()}\n---\n\n# {title}\n", picture,
+            f"{name}, trained further on Traditional Chinese text: a LoRA adapter merged into its "
+            "base by merge_lora.py of 落九 (Luojiu). The terms of the base hold for these weights "
+            "too.\n"]
+    for heading, values in sections.items():
+        lines = [f"- {key}: {value}" for key, value in values.items() if value is not None]
+        text += [f"## {heading}\n", *lines, ""] if lines else []
+    return "\n".join(filter(None, text))
 
 
 # --- The output folder ---------------------------------------------------------------------------
@@ -1154,9 +1269,15 @@ def compare(args: Arguments, base: Path, adapter: Adapter, nf4: dict | None, tex
     return {name: float(f"{value:.4g}") for name, value in zip(names, values, strict=True)}
 
 
-def push(folder: Path, repository: str) -> None:
-    """Upload the folder; whatever goes wrong, it stays whole here."""
+def push(folder: Path, repository: str, dry_run: bool) -> None:
+    """Upload the folder, or show what would go; whatever goes wrong, it stays whole here."""
     from huggingface_hub import HfApi
+    if dry_run:
+        print(f"\nwould go to {repository}, private if new:")
+        for path in sorted(folder.iterdir()):
+            print(f"{path.stat().st_size:16,} bytes  {path.name}")
+        print("\n" + (folder / "README.md").read_text(encoding="utf-8"))
+        return
     try:
         HfApi().create_repo(repository, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repository, folder_path=folder)
@@ -1176,37 +1297,34 @@ def main(argv: list[str] | None = None) -> None:
     check(args)
     text = read_passage(args.verify)
     adapters = [read_adapter(name, args) for name in args.adapter]
-    base, config, stored = find_base(args, adapters)
-    parts = make_plan(args, stored, adapters, config)
+    base = find_base(args, adapters)
+    parts = make_plan(args, base, adapters)
     nf4 = choose_base(parts, args, adapters)
-    chat = lay_chat_over(args, parts, base, config)
-    check_shapes(parts, stored, config, f"--base_model {base}")
-    output, nbytes = Path(args.output_dir), sum(part.nbytes for part in parts.values())
-    inputs = [base, *(adapter.folder for adapter in adapters), *([chat] if chat else [])]
-    check_output(output, inputs, nbytes)
+    chat = lay_chat_over(args, parts, base)
+    first, output, rows = adapters[0], Path(args.output_dir), base.config["vocab_size"]
+    inputs, nbytes = [base, *adapters, *filter(None, [chat])], sum(p.nbytes for p in parts.values())
+    check_output(output, [source.folder for source in inputs], nbytes)
     with build_aside(output) as folder:
-        tokenizer_from = copy_rest(adapters, base, folder, config)
-        tokens = check_tokenizer(folder, config["vocab_size"], tokenizer_from)
-        if chat:
-            copy_chat(chat, folder, f"--chat_model {args.chat_model}")
+        tokenizer_from = copy_rest(first, base, chat, folder)
+        tokens = check_tokenizer(folder, rows, tokenizer_from)
         write_weights(folder, parts, args.max_shard_size * 1e9)
         facts = {
             "adapter": "mean of " * (len(adapters) > 1)
             + "; ".join(f"{adapter.folder}, rank {adapter.lora['r']}" for adapter in adapters),
-            "base": f"{base}, {'quantised and dequantised' if nf4 else 'as it is'}",
-            "chat vector": f"{chat}, times {args.chat_scale}" if chat else None,
+            "base": f"{base.folder}, {'quantised and dequantised' if nf4 else 'as it is'}",
+            "chat vector": f"{chat.folder}, times {args.chat_scale}" if chat else None,
             "weights": f"{len(parts)} tensors, {nbytes / 1e9:.2f} GB",
-            "vocabulary": f"{config['vocab_size']} rows, {tokens} tokens",
-            "base_vocab_size": base_vocab_size(base, adapters[0])}
-        write_papers(folder, args, base, facts)
-        save_json(folder / "config.json", config)  # last: without it no one takes it for a model
+            "vocabulary": f"{rows} rows, {tokens} tokens",
+            "base_vocab_size": base_vocab_size(base, first)}
+        write_papers(folder, args, first, base, facts)
+        save_json(folder / "config.json", base.config)  # last: without it it is no model
     if args.verify:
-        facts |= compare(args, base, adapters[0], nf4, text)
-        write_papers(output, args, base, facts)
+        facts |= compare(args, base.folder, first, nf4, text)
+        write_papers(output, args, first, base, facts)
     print("\n".join(f"{key}: {value}" for key, value in facts.items() if value is not None))
     print(f"merged into {output} in {time.time() - began:.1f} s", flush=True)
     if args.push_to_hub:
-        push(output, args.push_to_hub)
+        push(output, args.push_to_hub, args.push_dry_run)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a pasted notebook cell only defines

@@ -368,7 +368,8 @@ def test_a_gated_model_says_where_to_accept_the_licence(wrong_hands, monkeypatch
             assert words in line
 
 
-def test_no_network_for_the_upload_keeps_the_merged_model(wrong_hands, capsys):
+def test_no_network_for_the_upload_keeps_the_merged_model(wrong_hands, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_some")
     line, code = refused(M, [*MERGE, "--push_to_hub", "nobody/luojiu"], capsys)
     assert code == 2
     assert "--push_to_hub nobody/luojiu" in line

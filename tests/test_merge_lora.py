@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -277,6 +279,31 @@ def test_dequantized_is_nearer_to_what_was_trained(qlora, capsys):
     assert "bits per character" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_4bit_copy_is_that_of_bitsandbytes(tmp_path, dtype, threads, kind):
+    """Also where a mean depends on the number of threads, at ties and in blocks of zeros."""
+    import bitsandbytes.functional as bnb
+
+    tensor = 0.02 * torch.randn((1100, 2048), generator=torch.Generator().manual_seed(0))
+    tensor[3], tensor[5, 7], tensor[5, 9] = 0, 1.0, -1.0
+    tensor[6] = torch.arange(2048) / 128 - 8
+    save_file({"it": tensor.to(torch.bfloat16)}, tmp_path / "it.safetensors")
+    stored = merge_lora.read_tensors(tmp_path, "it", "it.safetensors")["it"]
+    settings = {"quant_type": kind, "compute_dtype": dtype, "device": "cpu", "threads": threads}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        whole = stored.block(0, stored.rows).to(getattr(torch, dtype))
+        theirs = bnb.dequantize_4bit(*bnb.quantize_4bit(
+            whole, blocksize=64, compress_statistics=True, quant_type=kind))
+        ours = torch.cat(list(merge_lora.dequantized(stored, merge_lora.NF4 | settings)))
+    finally:
+        torch.set_num_threads(before)
+    assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
 def test_widths_that_bitsandbytes_misreads_are_refused(tmp_path, capsys):
     base = make_base(tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter")
@@ -414,14 +441,15 @@ def test_chat_models_that_do_not_belong_to_the_base(pair, tmp_path, capsys):
     assert "--chat_embeddings true" in said and "--chat_model" in said
     assert "--chat_model gone: no such folder" in refusal(capsys, adapter, "--chat_model", "gone")
     assert "which is read, lies in it" in line("--output_dir", chat)
-    edit(chat / "config.json", num_attention_heads=4)
-    assert "num_attention_heads is 4; expected 5" in line()
-    edit(chat / "config.json", num_attention_heads=5, quantization_config={"bits": 4})
+    edit(chat / "config.json", num_attention_heads=10, num_key_value_heads=2, head_dim=6)
+    assert "num_attention_heads is 10; expected 5, as in the base" in line()
+    shutil.copyfile(base / "config.json", chat / "config.json")
+    edit(chat / "config.json", quantization_config={"bits": 4})
     assert "it is quantised" in line()
     edit(chat / "config.json", quantization_config=None)
     whole = read(chat)
     edit_tensor_exactly(chat, "model.norm.weight", lambda t: t[:59])
-    assert "model.norm.weight is (59,); expected (60,), as in the base" in line()
+    assert "model.norm.weight is (59,); expected (60,) by config.json" in line()
     edit_tensor(chat, "model.norm.weight", lambda t: None)
     assert "model.norm.weight is missing; expected (60,)" in line()
     shutil.rmtree(chat)
@@ -547,27 +575,136 @@ def test_run_json_and_card_tell_where_the_weights_come_from(tmp_path):
     assert str(base) in Path("merged/README.md").read_text()
 
 
-def test_push_to_hub_uploads_the_folder(tmp_path, monkeypatch, capsys):
-    import huggingface_hub
+@pytest.fixture
+def hub():
+    """A stand-in for the hub's HTTP API, which remembers what it was asked: .commits has the files
+    of each commit, .batches what went to large file storage, .created the repositories."""
 
-    calls = []
+    class Answer(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
 
-    class Hub:
-        def create_repo(self, name, **kwargs):
-            calls.append(("create", name, kwargs["private"]))
+        def answer(self, body: dict | None = None, status: int = 200) -> None:
+            data = json.dumps(body or {}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(data)
 
-        def upload_folder(self, repo_id, folder_path):
-            calls.append(("upload", repo_id, (Path(folder_path) / "config.json").is_file()))
-            if repo_id == "me/offline":
-                raise ConnectionError("no network")
+        def do_GET(self):
+            self.answer({"id": "me/luojiu", "sha": "0" * 40, "siblings": []})
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    adapter = make_adapter(make_base(tmp_path / "base"), tmp_path / "adapter")
-    merge(adapter, "--push_to_hub", "me/model")
-    assert calls == [("create", "me/model", True), ("upload", "me/model", True)]
-    line = refusal(capsys, adapter, "--push_to_hub", "me/offline")
-    assert "no network" in line and "merged is whole" in line
-    assert Path("merged/config.json").is_file()
+        def do_PUT(self):
+            self.server.stored[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer()
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            here, server = f"http://127.0.0.1:{self.server.server_port}", self.server
+            if self.headers.get("Authorization") != "Bearer hf_right":
+                return self.answer({"error": "Invalid credentials"}, 401)
+            if self.path == "/api/repos/create":
+                server.created.append(json.loads(body))
+                return self.answer({"url": f"{here}/me/luojiu"})
+            if self.path == "/api/validate-yaml":
+                return self.answer({"errors": [], "warnings": []})
+            if self.path.endswith("/preupload/main"):
+                names = [file["path"] for file in json.loads(body)["files"]]
+                return self.answer({"files": [
+                    {"path": name, "shouldIgnore": False,
+                     "uploadMode": "lfs" if name.endswith(".safetensors") else "regular"}
+                    for name in names]})
+            if self.path.endswith("/info/lfs/objects/batch"):
+                objects = json.loads(body)["objects"]
+                return self.answer({"transfer": "basic", "objects": [
+                    {**it, "actions": {"upload": {"href": f"{here}/lfs/{it['oid']}"}}}
+                    for it in objects]})
+            if self.path.endswith("/commit/main"):
+                lines = [json.loads(line) for line in body.splitlines()]
+                server.commits.append({
+                    line["value"]["path"]: line["value"] for line in lines
+                    if line["key"] != "header"})
+                url = f"{here}/me/luojiu/commit/{'1' * 40}"
+                return self.answer({"commitUrl": url, "commitOid": "1" * 40})
+            return self.answer({}, 404)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    server.created, server.commits, server.stored = [], [], {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def push(hub, adapter: Path, *options: str, token: str = "hf_right"):
+    """Run the script beside the stand-in, whose address is read when the hub's package loads."""
+    environment = {
+        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token, "HF_HOME": str(Path("home").resolve())}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(adapter), "--output_dir",
+         "merged", "--push_to_hub", "me/luojiu", *options],
+        capture_output=True, text=True, env=environment, check=False)
+
+
+RECORD = {  # of train_pt.py
+    "arguments": {"dataset": "data/cc_filtered"}, "versions": {"torch": "2.13.0"},
+    "settings": {"learning_rate": 0.003, "seed": 42},
+    "results": {"documents": 137, "tokens": 39562, "loss_last": 4.5678, "eval_loss": 5.4321}}
+
+
+def test_push_to_hub_uploads_every_file_and_a_card_that_the_hub_can_read(pair, hub):
+    from base64 import b64decode
+
+    from huggingface_hub import ModelCard
+
+    base, adapter = pair
+    (base / "run.json").write_text(
+        '{"arguments": {"base_model": "meta-llama/Llama-2-7b-hf"}, "base": null}')
+    (adapter / "run.json").write_text(json.dumps(RECORD))
+    (adapter / "trainloss.png").write_bytes(b"a picture")
+    done = push(hub, adapter)
+    assert done.returncode == 0, done.stderr
+    assert hub.created == [{"name": "luojiu", "organization": "me", "visibility": "private"}]
+    (files,) = hub.commits
+    assert files.keys() == {path.name for path in Path("merged").iterdir()}
+    (weights,) = hub.stored.values()
+    assert weights == Path("merged/model.safetensors").read_bytes()
+    text = b64decode(files["README.md"]["content"]).decode()
+    card = ModelCard(text)
+    data = card.data.to_dict()
+    assert data["base_model"] == "meta-llama/Llama-2-7b-hf" and data["license"] == "llama2"
+    assert data["library_name"] == "transformers" and data["language"] == "zh"
+    train, held = card.data.eval_results
+    assert card.data.model_name == "luojiu"
+    assert (train.dataset_name, train.dataset_args) == (
+        "cc_filtered", {"documents": 137, "tokens": 39562})
+    assert (train.metric_name, train.metric_value) == ("train loss", 4.5678)
+    assert held.metric_value == 5.4321
+    for words in ("![training loss](trainloss.png)", "## Hyperparameters", "- learning_rate: 0.003",
+                  "## Framework versions", "- torch: 2.13.0", "- documents: 137"):
+        assert words in text
+
+
+def test_a_dry_run_shows_what_would_go_and_sends_nothing(pair, hub):
+    done = push(hub, pair[1], "--push_dry_run", "true", token="")
+    assert done.returncode == 0, done.stderr
+    assert not hub.created and not hub.commits
+    for path in Path("merged").iterdir():
+        assert f"{path.stat().st_size:,} bytes  {path.name}\n" in done.stdout
+    assert Path("merged/README.md").read_text() in done.stdout
+
+
+def test_uploads_that_are_refused(pair, hub, capsys, monkeypatch):
+    done = push(hub, pair[1], token="")
+    assert done.returncode == 2 and not Path("merged").exists()
+    assert done.stderr.splitlines()[-1] == (
+        "error: --push_to_hub me/luojiu: no token; run hf auth login, or set HF_TOKEN")
+    done = push(hub, pair[1], token="hf_wrong")
+    assert done.returncode == 2 and Path("merged/config.json").is_file()
+    line = done.stderr.splitlines()[-1]
+    assert "--push_to_hub me/luojiu" in line and "401" in line and "merged is whole" in line
+    assert "--push_dry_run true: expected" in refusal(capsys, pair[1], "--push_dry_run", "true")
 
 
 # --- What is refused -----------------------------------------------------------------------------
@@ -643,7 +780,7 @@ def poke(value: float):
         ("adapter", "up_proj.lora_A.weight", lambda t: t[:4], "expected [(5, 60), (131, 5), None]"),
         ("adapter", "up_proj.lora_A.weight", lambda t: t[:, :9], "adapter of another model?"),
         ("base", "v_proj.weight", poke(float("-inf")), "v_proj.weight has NaN"),
-        ("base", "v_proj.weight", lambda t: None, "v_proj.lora_A.weight is not in the base"),
+        ("base", "v_proj.weight", lambda t: None, "v_proj.weight is missing; expected (12, 60)"),
         ("base", "model.norm.weight", lambda t: None, "model.norm.weight is missing"),
         ("base", "model.norm.weight", lambda t: t[:59], "(59,); expected (60,)"),
         ("base", "lm_head.weight", lambda t: t[:99], "(99, 60); expected (1000, 60)"),
@@ -883,7 +1020,7 @@ def test_layers_that_are_not_promised_are_named(pair, capsys):
     assert "7 have LoRA that adapter_config.json does not promise: model.layers.1." in line
 
 
-@pytest.mark.parametrize("place", ["run.json", "metadata", "luojiu_quantization", "quantization"])
+@pytest.mark.parametrize("place", ["run.json", "metadata"])
 def test_4bit_settings_travel_with_the_adapter(qlora, place, capsys):
     adapter = qlora[1]
     expected = merge(adapter)
@@ -893,11 +1030,9 @@ def test_4bit_settings_travel_with_the_adapter(qlora, place, capsys):
     path = adapter / "adapter_model.safetensors"
     if place == "run.json":
         Path("kept.json").rename(adapter / "run.json")
-    elif place == "metadata":
+    else:
         metadata = {"luojiu_quantization": json.dumps(settings)}
         save_file(load_file(path), path, metadata=metadata)
-    else:
-        edit(adapter / "adapter_config.json", **{place: settings})
     ours = merge(adapter)
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
     assert "warning" not in capsys.readouterr().err
