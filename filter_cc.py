@@ -1,20 +1,22 @@
 """Common Crawl to a clean Traditional Chinese corpus in Taiwan usage.
 
 In: WET, WARC (HTML), JSONL or Parquet files; files, folders, globs, URLs, or a crawl by its name.
-Out: zstd Parquet with text, id, url, date and the scores of every page, stats.json, a dataset card,
-run.json, and the picture pictures/filter.png: pages and bytes that each rule left.
+Out: zstd Parquet with text, id, url, date, the scores of every page and its number of copies,
+stats.json, a dataset card, run.json, and the picture pictures/filter.png: what each rule left.
 
-One pass reads and judges. ISA-L inflates a record only as far as its header when the header names
-other languages (Common Crawl's CLD2 labels); numpy counts the scripts of what remains in its bytes;
-FastWARC parses, and rules judge, the few pages that are left: script, length, Taiwan usage, menus
-and footers, repetition (Gopher, Rae et al. 2021), closing punctuation (C4, Raffel et al. 2020;
-FineWeb, Penedo et al. 2024), spam. Personal data become placeholders. Then exact and MinHash
-deduplication (Broder 1997) over all pages. datatrove runs it: tasks, logs, resuming, clusters.
+One pass reads and judges. A record is inflated only as far as its header when the header names
+other languages (Common Crawl's CLD2 labels); numpy counts the scripts of the others; trafilatura
+extracts the article of HTML that can be Traditional Chinese. Rules judge what is left: script,
+length, menus and footers, repetition (Gopher, Rae et al. 2021), closing punctuation (C4, Raffel et
+al. 2020; FineWeb, Penedo et al. 2024), wording of Taiwan or elsewhere, spam. Personal data become
+placeholders. Then MinHash deduplication (Broder 1997) over all pages and, with --like, the choice
+of those most like a text that you trust. datatrove runs it: tasks, logs, resuming, clusters.
 
 A run of a minute on any CPU (this command was run):
     python filter_cc.py --input data/sample
-The real run:
+The real run, from a crawl or from a dataset of the hub (no whole download, rows are streamed):
     python filter_cc.py --crawl CC-MAIN-2026-30 --target_size 6GB --workers 8
+    python filter_cc.py --input 'hf://datasets/NAME/data/*.parquet' --target_size 6GB --workers 8
 Cost: a worker takes 0.2 GB of memory whatever the size of its files; benchmarks/bench_filter.py
 measures the speed, and the price of deduplication.
 """
@@ -1396,7 +1398,7 @@ def blocks() -> SimpleNamespace:
     from datatrove.utils.logging import logger
 
     class CrawlReader(BaseDiskReader):
-        """Reads WET and WARC with ISA-L and FastWARC, rows with datatrove's own readers."""
+        """Reads pages out of WET, WARC, JSON lines and Parquet, and counts what they hold."""
 
         name = "Luojiu crawl reader"
 
