@@ -731,17 +731,30 @@ def big5_extension(error: UnicodeError) -> tuple[str, int]:
 
 
 READINGS = re.compile(r"(?is)<r[tp]c?\b[^>]*>.*?(?=<r[tpb]c?\b|</r[tp]c?\s*>|</ruby)")
+LINE_BREAK, BROKEN_HERE = re.compile(r"(?i)<br\b[^>]*>"), "\ufdd0"  # a noncharacter of Unicode
+PREFORMATTED = re.compile(r"(?is)<pre\b.*?</pre\s*>")
 
 
 def extract(page: str) -> str:
     """Return the article of an HTML page by trafilatura (Barbaresi, ACL 2021), without the readings
-    of ruby. Its parser is not a browser's: it stops at an early </html>, for example. So the HTML5
-    parser of Resiliparse reads the page first."""
+    of ruby.
+
+    Its parser stops at an early </html>, so that an HTML5 parser (Resiliparse's) reads the page
+    first. It doubles or drops lines that <br> divides, here and there: so it reads such a page once
+    more with a character in the place of <br>, and the version with more different lines is it."""
     import trafilatura
     from resiliparse.parse.html import HTMLTree
 
-    page = READINGS.sub("", page.replace("\x00", ""))
-    return trafilatura.extract(str(HTMLTree.parse(page)), include_comments=False) or ""
+    page = READINGS.sub("", page.replace("\x00", "").replace(BROKEN_HERE, ""))
+    versions = [page]
+    if LINE_BREAK.search(page):
+        page = PREFORMATTED.sub(lambda code: LINE_BREAK.sub("\n", code[0]), page)
+        versions.insert(0, LINE_BREAK.sub(BROKEN_HERE, page))
+    articles = [
+        trafilatura.extract(str(HTMLTree.parse(version)), include_comments=False) or ""
+        for version in versions]
+    articles = [article.replace(BROKEN_HERE, "\n") for article in articles]
+    return max(articles, key=lambda article: sum(map(len, set(article.split("\n")))))
 
 
 # --- Rows out of JSONL and Parquet ---------------------------------------------------------------
