@@ -302,7 +302,8 @@ OPERATOR = {  # as the profiler names them on a GPU
     "_varlen_attn_backward": "aten::_flash_attention_backward",
     "dequantize_4bit": "dequantize", "dequantize_blockwise": "dequantize",
     "optimizer_update_8bit_blockwise": "optimizer"}
-OVERWRITING = {"copy_", "fill_", "zero_"}
+OVERWRITING = {  # does not read its first argument
+    "copy_", "fill_", "zero_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_full"}
 LOOKING_UP = {"embedding", "gather", "index_select"}  # reads no more of the table than it writes
 
 
@@ -339,12 +340,13 @@ class Traffic(Account):
         if space in ("prim", "profiler") or name in FREE or operation.is_view:
             return
         inputs = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        inputs = inputs[name in OVERWRITING :]
         outputs = [x for x in tree_leaves(result) if torch.is_tensor(x)]
         if result is None:  # it writes into its arguments
             written = zip(operation._schema.arguments, args, strict=False)
             written = [x for form, x in written if form.alias_info and form.alias_info.is_write]
             outputs = [x for x in tree_leaves(written) if torch.is_tensor(x)]
-        moved = sum(map(size, inputs[name in OVERWRITING :])) + sum(map(size, outputs))
+        moved = sum(map(size, inputs + outputs))
         if name in LOOKING_UP:
             moved = 2 * size(outputs[0])
         elif name == "scatter_add_":

@@ -95,6 +95,7 @@ def test_kernels_are_counted_with_their_flops_and_bytes(bench_plan):
     assert launched(lambda: x + y) == [("add", element, 0, 3 * 512, False)]
     assert launched(lambda: x.add_(y)) == [("add_", element, 0, 3 * 512, False)]
     assert launched(lambda: x.copy_(y)) == [("copy_", copy, 0, 2 * 512, False)]
+    assert launched(lambda: x.new_zeros(4)) == [("new_zeros", element, 0, 16, False)]
     assert launched(lambda: x * row) == [("mul", element, 0, 2 * 512 + 64, True)]
     assert launched(lambda: x * row.expand(8, 16)) == [("mul", element, 0, 2 * 512 + 64, True)]
     assert launched(lambda: x.t() * y.t()) == [("mul", element, 0, 3 * 512, False)]
