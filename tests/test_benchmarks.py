@@ -149,6 +149,21 @@ def test_the_account_reproduces_what_an_h200_took():
         assert told == pytest.approx(row["milliseconds"], rel=near), row["operator"]
 
 
+def test_the_plan_foretells_the_seconds_of_the_account():
+    """--plan_gpu's formula beside the count of every kernel, on every card."""
+    import train_pt
+
+    shape = {"vocab_size": 61_388, "hidden_size": 4096, "intermediate_size": 11_008}
+    llama = SimpleNamespace(
+        **shape, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
+    for row in table_of("plan", "traffic"):
+        near = {"S²": 0.05, "full attention": 0.08}.get(row["variant"])
+        for card, told in row["cards"].items() if near else ():
+            args = train_pt.Arguments(plan_gpu=card)
+            seconds = train_pt.step_seconds(llama, args, 32_000)
+            assert seconds == pytest.approx(told["step_seconds"], rel=near), card
+
+
 def test_a_step_moves_a_third_of_what_it_moved():
     """Element-wise kernels, copies and reductions of 7B at 8 x 2,048, with Liger's kernels."""
     before, now = (
