@@ -156,8 +156,9 @@ class Arguments(Settings):
         None, "Recompute activations in the backward pass; None: on a GPU.")
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
-    use_liger_kernel: bool | None = option(
-        None, "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel.")
+    use_liger_kernel: bool | None = field(default=None, metadata={
+        "help": "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel.",
+        "nargs": "?", "const": True})
     resume_from_checkpoint: str = option(
         "auto", "A checkpoint's folder; auto: the last; none: anew, the run so far moved aside.")
     per_device_eval_batch_size: int = option(8, "Sequences per device in evaluation.")
