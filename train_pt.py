@@ -73,7 +73,6 @@ IGNORED = -100  # the label of a token that is not predicted
 # Options of the Trainer that a run cannot keep its promises with, by the value that turns them on.
 UNSUPPORTED = {
     "deepspeed": "expected no DeepSpeed; several GPUs: accelerate launch --config_file fsdp.yaml",
-    "liger_kernel_config": "expected none; --use_liger_kernel takes norm, rope and SwiGLU",
     "push_to_hub": "expected false; when the run is done: hf upload NAME OUTPUT_DIR",
     "save_only_model": "expected false; without its optimizer a checkpoint cannot go on",
     "auto_find_batch_size": "expected false; --plan says which batch fits",

@@ -367,13 +367,6 @@ def test_the_memory_of_a_gpu_grows_in_segments_unless_the_user_says_otherwise(
     assert training.use_liger_kernel is False, "the Trainer would patch Transformers itself"
 
 
-def test_a_choice_among_ligers_kernels_is_refused(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train_pt.parse_args(["--liger_kernel_config", '{"rope": false}'])
-    assert stopped.value.code == 2
-    assert "expected none; --use_liger_kernel takes" in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_dropout_stays_with_peft(tmp_path):
     model, _ = build(tmp_path, "--lora_dropout", "0.1")
     assert not any("forward" in vars(module) for module in model.modules())
