@@ -73,7 +73,6 @@ IGNORED = -100  # the label of a token that is not predicted
 # Options of the Trainer that a run cannot keep its promises with, by the value that turns them on.
 UNSUPPORTED = {
     "deepspeed": "expected no DeepSpeed; several GPUs: accelerate launch --config_file fsdp.yaml",
-    "liger_kernel_config": "expected none; --use_liger_kernel takes norm, rope and SwiGLU",
     "push_to_hub": "expected false; when the run is done: hf upload NAME OUTPUT_DIR",
     "save_only_model": "expected false; without its optimizer a checkpoint cannot go on",
     "auto_find_batch_size": "expected false; --plan says which batch fits",
@@ -158,8 +157,9 @@ class Arguments(Settings):
         None, "Recompute activations in the backward pass; None: on a GPU.")
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
-    use_liger_kernel: bool | None = option(
-        None, "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel.")
+    use_liger_kernel: bool | None = field(default=None, metadata={
+        "help": "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel.",
+        "nargs": "?", "const": True})
     resume_from_checkpoint: str = option(
         "auto", "A checkpoint's folder; auto: the last; none: anew, the run so far moved aside.")
     per_device_eval_batch_size: int = option(8, "Sequences per device in evaluation.")
