@@ -686,12 +686,11 @@ def show(row: dict, before: dict | None) -> None:
         print(f"{' + '.join(OVERHEAD)}: {row['overhead_gb']:,.0f} GB, {ratio:.2f} x before")
 
 
-def recorded(table: str, rows: list[dict]) -> None:
+def recorded(table: str, commit: str, rows: list[dict]) -> None:
     """Write a table with its stamp, keeping the others."""
-    commit = ["git", "rev-parse", "--short", "HEAD"]
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     stamp = {
-        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
+        "commit": commit,
         "command": f"python benchmarks/bench_plan.py --only {table}",
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
@@ -727,14 +726,16 @@ def main() -> None:
             measured(shape, rows, given.offload, given.detail, given.options)
     if given.shapes:
         return
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.check_output(words, cwd=ROOT, text=True).strip()  # it may move meanwhile
     if given.only in (None, "memory"):
         rows = [
             measured(f"8x{length}", "new", offload, 0, [])
             for offload, lengths in LENGTHS.items() for length in lengths]
-        recorded("memory", rows)
+        recorded("memory", commit, rows)
     if given.only != "memory":
         before = json.loads(RESULTS.read_text())["results"]["before"]["results"]
-        recorded(given.only or "traffic", traffic(before))
+        recorded(given.only or "traffic", commit, traffic(before))
         beside_h200(before)
 
 

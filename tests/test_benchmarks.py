@@ -242,7 +242,7 @@ def test_a_part_of_the_gpu_table_ends_at_its_limit_and_the_next_one_runs(tmp_pat
     monkeypatch.setattr(bench_gpu, "PARTS", parts)
     monkeypatch.setattr(bench_gpu, "SHORTEST", 0)
     monkeypatch.setattr(bench_gpu, "find_spec", lambda name: None)
-    slow, killed, quick, done, without = bench_gpu.speed_table(tiny=True, unsloth=None)
+    slow, killed, quick, done, without = bench_gpu.speed_table(tiny=False, unsloth=None)
     assert (slow["row"], quick["row"]) == ("slow", "quick")
     assert killed["exit_code"] == -9 and 3 <= killed["took_s"] < 30
     assert done["exit_code"] == 0
