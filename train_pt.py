@@ -73,7 +73,6 @@ IGNORED = -100  # the label of a token that is not predicted
 # Options of the Trainer that a run cannot keep its promises with, by the value that turns them on.
 UNSUPPORTED = {
     "deepspeed": "expected no DeepSpeed; several GPUs: accelerate launch --config_file fsdp.yaml",
-    "liger_kernel_config": "expected none; --use_liger_kernel takes norm, rope and SwiGLU",
     "push_to_hub": "expected false; when the run is done: hf upload NAME OUTPUT_DIR",
     "save_only_model": "expected false; without its optimizer a checkpoint cannot go on",
     "auto_find_batch_size": "expected false; --plan says which batch fits",
@@ -151,13 +150,16 @@ class Arguments(Settings):
     plan: bool = option(
         False, "Print sizes, steps and a GPU's memory; train nothing. It needs no weights, and "
         "without a text it leaves the steps out.")
+    plan_gpu: Literal["a10", "4090", "a100", "h100", "h200"] | None = option(
+        None, "GPU whose speed a plan predicts; its memory too, where plan_gpu_gb is None.")
     plan_gpu_gb: float | None = option(None, "GPU memory to plan for, in GB; None: the GPU here.")
     activation_checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass; None: on a GPU.")
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
-    use_liger_kernel: bool | None = option(
-        None, "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel.")
+    use_liger_kernel: bool | None = field(default=None, metadata={
+        "help": "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel.",
+        "nargs": "?", "const": True})
     resume_from_checkpoint: str = option(
         "auto", "A checkpoint's folder; auto: the last; none: anew, the run so far moved aside.")
     per_device_eval_batch_size: int = option(8, "Sequences per device in evaluation.")
@@ -1706,6 +1708,31 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
         "backward pass of a layer, or loss": max(layer, loss)}
 
 
+# A card's memory (GB), and what a training step sustains on it: PFLOP/s of matrix products, TB/s.
+# The H200's as measured; the others' by their public figures at its share of its own.
+CARDS = {"a10": (24, 0.060, 0.53), "4090": (24, 0.138, 0.88), "a100": (80, 0.215, 1.57),
+         "h100": (80, 0.688, 2.58), "h200": (141, 0.688, 3.7)}
+
+
+def step_seconds(config: Any, args: Arguments, first_new: int) -> float:
+    """Seconds of an optimizer step on args.plan_gpu, with recomputation and Liger's kernels. Fitted
+    to a count of what every kernel computes and moves (benchmarks/bench_plan.py)."""
+    D, M, L, V = (getattr(config, name) for name in (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"))
+    kv = config.num_key_value_heads * D // config.num_attention_heads
+    weights = L * (2 * D * D + 2 * D * kv + 3 * D * M)
+    lora = L * (11 * D + 2 * kv + 3 * M) * args.lora_rank
+    rows = {"new": V - first_new, "all": V, "none": 0}[args.train_embeddings]
+    tokens = args.per_device_train_batch_size * args.block_size
+    # Each weight works forward, again in recomputation (but for the layer's last product) and
+    # backward; attention counts as 1,000 keys a token, for it runs at a quarter of the rate.
+    flops = 2 * (3 * weights - L * D * M) + 8 * lora + (4 * V + 2 * rows + 18_000 * L) * D
+    moved = tokens * L * (276 * D + 56 * M) + 15 * weights * (args.quantization == "nf4")
+    _, products, bandwidth = CARDS[args.plan_gpu]
+    batch = tokens * flops / (products * 1e15) + moved / (bandwidth * 1e12)
+    return args.gradient_accumulation_steps * batch + 2e-3 * L  # 8-bit Adam waits 16 times a layer
+
+
 def print_plan(args: Arguments, training: Any, config: Any, first_new: int, facts: dict) -> None:
     """Sizes, steps, and what fits."""
     import torch
@@ -1723,7 +1750,14 @@ def print_plan(args: Arguments, training: Any, config: Any, first_new: int, fact
     print(f"memory on a GPU, estimated from the shapes, at batch {batch} x {block} tokens:")
     for name, size in items(batch, block).items():
         print(f"{name:>36}: {size / 1e9:7.2f} GB")
-    size = (args.plan_gpu_gb or 0) * 1e9
+    if args.plan_gpu:
+        seconds = step_seconds(config, args, first_new)
+        speed = args.gradient_accumulation_steps * batch * block / seconds
+        steps = facts.get("steps", max(training.max_steps, 0))
+        days = f", {steps * seconds / 86_400:.1f} days for {steps:,} steps" if steps else ""
+        print(f"on one {args.plan_gpu}, predicted, not measured, with liger-kernel: "
+              f"{seconds:.1f} s a step, {speed:,.0f} tokens/s{days}")
+    size = (args.plan_gpu_gb or CARDS.get(args.plan_gpu, (0,))[0]) * 1e9
     if torch.cuda.is_available() and not size:
         size = torch.cuda.get_device_properties(0).total_memory
     if not size:

@@ -380,6 +380,18 @@ def test_a_plan_needs_a_configuration_alone_and_is_of_a_gpu(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["base"], "it leaves nothing"
 
 
+def test_a_plan_for_a_gpu_foretells_its_seconds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    copy_of_tiny(tmp_path / "base", **SHAPES_7B)
+    train_pt.main([
+        "--plan", "--plan_gpu", "a10", "--max_steps", "8712", "--model_name_or_path", "base"])
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if "predicted" in line)
+    assert "on one a10, predicted, not measured, with liger-kernel: 51.7 s a step" in line
+    assert "1,267 tokens/s, 5.2 days for 8,712 steps" in line
+    assert "on 24 GB: at batch 8" in said
+
+
 def test_a_plan_of_a_hub_model_fetches_no_weights(tmp_path, monkeypatch, capsys):
     import huggingface_hub
 
