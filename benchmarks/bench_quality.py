@@ -35,14 +35,15 @@ NEW_PIECES, EVAL_CHARS, DISTILL_TOKENS = 29_388, 6_000, 100_000
 CONTEXT, NEAREST = 4, 8  # characters on either side; old pieces for a new one
 TRAIN_STEPS, TRAIN_ROWS, TRAIN_RATE, CHECKED = 240, 2, 1e-3, (60, 240)
 RULES = [
-    "random", "multivariate", "mean", "first_subtoken", "last_subtoken", "weighted_subtoken",
-    "mean_subtoken", "aligned", "distilled"]
+    "random", "multivariate", "mean", "first", "last", "weighted", "mean_subtoken", "aligned",
+    "shared", "distilled"]
 RULES += [f"{rule}, scaled" for rule in RULES[3:7]]
 DRAWN_RULES = ["random", "multivariate", "aligned", "distilled"]  # those that a seed changes
 STARTS = {
     "random": ("random", "random"),
     "mean_subtoken": ("mean_subtoken", "mean_subtoken"),
-    "shared": ("last_subtoken", "shared"),
+    "last, weighted": ("last", "weighted"),
+    "shared": ("last", "shared"),
     "distilled": ("distilled", "distilled")}
 REPLAY_START, SHARES, FACTORS = "mean_subtoken", (0, 0.05, 0.1, 0.25), (0.1, 1, 10)
 sys.path.insert(0, str(ROOT))
@@ -296,7 +297,30 @@ def rows_by(rule: str, name: str, matrix, material: tuple, seed: int):
         return script.shared_rows(matrix, spelling, *uses_and_states(seed))
     if rule == "distilled":
         return distilled_rows(base, extended, spelling, documents, seed)[name]
-    return script.new_rows(name, matrix, spelling, rule, 0.02, seed, scaled)
+    rows = other_rows(name, matrix, spelling, rule, seed)
+    norm = matrix.norm(dim=1).mean()
+    return rows * norm / rows.norm(dim=1, keepdim=True) if scaled else rows
+
+
+def other_rows(name: str, matrix, spelling: list[list[int]], rule: str, seed: int):
+    """The script's own starts, and those that were tried and not kept: the first or last spelling
+    row, weights that double towards the last (in the head towards the first), and a normal draw
+    with the old rows' mean and covariance (Hewitt, 2021)."""
+    import torch
+
+    if rule == "multivariate":
+        generator = torch.Generator().manual_seed(2 * seed + (name == script.HEAD))
+        values, vectors = torch.linalg.eigh(torch.cov(matrix.T))
+        noise = torch.randn(len(spelling), len(values), generator=generator)
+        return matrix.mean(0) + noise * values.clamp_min(0).sqrt() @ vectors.T
+    if rule in ("first", "last"):
+        return matrix[[ids[-(rule == "last")] for ids in spelling]]
+    if rule == "weighted":
+        order = -1 if name == script.HEAD else 1
+        weights = [2.0 ** (order * torch.arange(len(ids))) for ids in spelling]
+        return torch.stack([
+            w @ matrix[ids] / w.sum() for w, ids in zip(weights, spelling, strict=True)])
+    return script.new_rows(name, matrix, spelling, rule, 0.02, seed)
 
 
 def distilled_rows(base, extended, spelling: list, documents: list, seed: int) -> dict:
@@ -306,12 +330,8 @@ def distilled_rows(base, extended, spelling: list, documents: list, seed: int) -
     path = WORK / f"distilled_{seed}.pt"
     if not path.is_file():
         args = script.Arguments(seed=seed, distill_tokens=DISTILL_TOKENS)
-
-        def rows_of(name: str, matrix, init: str):
-            return script.new_rows(name, matrix, spelling, init, 0.02, seed)
-
-        found = script.distill(WORK / "base", WORK / f"state_{seed}", base, extended, spelling,
-                               documents, rows_of, args)
+        found = script.distill(
+            WORK / "base", WORK / f"state_{seed}", base, extended, spelling, documents, args)
         torch.save(found, path)
     return torch.load(path)
 
@@ -402,11 +422,11 @@ def stream_of(encode, share: float, seed: int):
     chosen = []
     chinese = texts["modern"] * 2 + texts["novel"]
     for found, wanted in ((chinese, count - english), (texts["english"], english)):
-        stream = packed(encode, found, seed)
+        stream = packed(encode, found if wanted else found[:9], seed)
         windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)
-        repeated = windows.repeat(-(-wanted // len(windows)), 1)
-        chosen.append(repeated[torch.randperm(len(windows), generator=order)][:wanted]
-                      if wanted <= len(windows) else repeated[:wanted])
+        passes = -(-wanted // len(windows))
+        orders = [torch.randperm(len(windows), generator=order) for _ in range(passes)]
+        chosen += [windows[torch.cat(orders)[:wanted]]] if passes else []
     mixed = torch.cat(chosen)
     return mixed[torch.randperm(len(mixed), generator=order)]
 
