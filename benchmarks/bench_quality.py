@@ -488,13 +488,13 @@ def train(rules: tuple, material: tuple, seed: int, share: float = 0.0, rows_rat
 
 def run(key: str, *given, **more) -> list[dict]:
     """The points of one training run, kept on disk: a benchmark that was stopped goes on."""
-    path = WORK / "runs.json"
-    done = json.loads(path.read_text()) if path.is_file() else {}
-    if key not in done:
+    path = WORK / "runs" / f"{key}.json"
+    if not path.is_file():
         print(f"--- {key}", flush=True)
-        done[key] = train(*given, **more)
-        path.write_text(json.dumps(done))
-    return done[key]
+        path.parent.mkdir(exist_ok=True)
+        points = train(*given, **more)
+        path.write_text(json.dumps(points))
+    return json.loads(path.read_text())
 
 
 def training() -> list[dict]:
