@@ -134,10 +134,12 @@ class Arguments:
     vocab_size: int = option(61388, "Pieces of the new tokenizer, the base's included.")
     output_dir: str = option("outputs/extended", "Folder for tokenizer, model and report.")
     picture: str = option("pictures/vocab.png", "Where to draw the report.")
-    init: Literal["mean_subtoken", "mean", "random", "distilled"] = option(
+    init: Literal["mean_subtoken", "mean", "random", "shared", "distilled"] = option(
         "mean_subtoken", "New rows: the mean of the base's rows that spell the piece, the mean of "
-        "all rows, normal noise of the config's initializer_range, or what the base itself teaches "
-        "(a GPU, or a small base).")
+        "all rows, or normal noise of the config's initializer_range. For two the base reads some "
+        "text (a GPU, or a small base): shared: the last of those rows, and in the head the first "
+        "one's probability, shared out as the corpus uses the pieces; distilled: input rows also "
+        "fitted to the base's hidden states.")
     distill_tokens: int = option(1_000_000, "Tokens of the corpus that --init distilled reads.")
     eval_text: str | None = option(
         None, "Text to report on (file or folder); None: 2%% held out of the corpus.")
@@ -292,15 +294,15 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     dtypes = {dtype for _, dtype in matrices.values()}
     if "quantization_config" in config or not dtypes <= {"BF16", "F16", "F32"}:
         raise UserError(f"{given}: is quantised; expected weights in bf16, fp16 or fp32")
-    if args.init == "distilled":
+    if args.init in ("shared", "distilled"):
         import torch
         if HEAD not in matrices:
-            raise UserError("--init distilled: the base's head is its embedding; expected two "
+            raise UserError(f"--init {args.init}: the base's head is its embedding; expected two "
                             "matrices; choose another --init")
         size = sum(path.stat().st_size for path in shards) / 1e9
         if size > CPU_LOSS_BYTES / 1e9 and not torch.cuda.is_available():
             wanted = f"expected a GPU, or a base of {CPU_LOSS_BYTES / 1e9} GB at most"
-            raise UserError(f"--init distilled: {size:.1f} GB of weights and no GPU; {wanted}")
+            raise UserError(f"--init {args.init}: {size:.1f} GB of weights and no GPU; {wanted}")
     return base, config, shards
 
 
@@ -695,13 +697,15 @@ def count_uses(model, documents: list) -> Counter:
 
 
 def distill_windows(model, documents: list, args: Arguments) -> list[list[int]]:
-    """--distill_tokens ids of documents drawn by their weights, in windows that start with BOS."""
+    """Ids of documents drawn by their weights, --distill_tokens of them (or as many as shared_rows
+    needs), in windows that start with BOS."""
+    wanted = args.distill_tokens if args.init == "distilled" else SHARE_WINDOWS * LOSS_WINDOW
     chance, bos, encode = random.Random(args.seed), model.trainer_spec.bos_id, processor(model)
     totals, ids = list(accumulate(weight for weight, _ in documents)), []
-    while len(ids) < args.distill_tokens:
+    while len(ids) < wanted:
         (_, text), = chance.choices(documents, cum_weights=totals)
         ids += [bos, *encode.encode(text)]
-    places = range(0, args.distill_tokens, LOSS_WINDOW)
+    places = range(0, wanted, LOSS_WINDOW)
     return [[bos, *ids[place : place + LOSS_WINDOW]] for place in places]
 
 
@@ -746,39 +750,14 @@ def student_distance(llama, rows, window: list[int], table: list[list[int]]) -> 
     return (student - teacher).square().mean() / teacher.square().mean()
 
 
-def distill(
-    folder: Path, state: Path, base, model, spelling: list, documents: list, args: Arguments,
-) -> dict[str, Any]:
-    """Rows that the base itself teaches: output rows by shared_rows, input rows by distillation
-    (Dobler et al., ICLR 2026).
-
-    The frozen base reads each window twice: spelled in its own pieces (the teacher) and in the new
-    ones (the student). From their last old row, input rows learn to give the student the teacher's
-    hidden states. Frequent pieces come often, so they are learnt first. The state on disk lets a
-    run that was stopped go on.
-    """
+def distill(llama, rows, windows: list[list[int]], table: list[list[int]], state: Path) -> None:
+    """Fit the input rows so that the frozen base's states on the new pieces (the student) become
+    those on the old spelling (the teacher): Dobler et al., ICLR 2026. Frequent pieces come often,
+    so they are learnt first. The state on disk lets a run that was stopped go on."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    windows = distill_windows(model, documents, args)
-    table = [[number] for number in range(len(base.pieces))] + spelling
-    found = set(chain.from_iterable(windows)).difference(range(len(base.pieces)))
-    tokens, spelled = (sum(map(len, w)) for w in (windows, [table[i] for w in windows for i in w]))
-    print(f"distilling: {tokens:,} tokens, {spelled:,} in the base's pieces, go through the base; "
-          f"{len(found):,} of {len(spelling):,} new pieces are in them", flush=True)
-    settings = {"dtype": torch.float32}
-    if torch.cuda.is_available():
-        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-        nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16)
-        settings = {"dtype": torch.bfloat16, "device_map": "cuda", "quantization_config": nf4}
-    llama = AutoModelForCausalLM.from_pretrained(folder, **settings).requires_grad_(False)
-    states = torch.cat([teacher_states(llama, w, table) for w in windows[:SHARE_WINDOWS]])
-    uses, head = count_uses(model, documents), llama.get_output_embeddings().weight
-    head_rows = shared_rows(head, spelling, uses, states).cpu()
-    embedding, done = llama.get_input_embeddings().weight, 0
-    rows = embedding[[ids[-1] for ids in spelling]].float().requires_grad_()
-    peak = DISTILL_RATE * embedding.float().std().item()
-    optimizer = torch.optim.Adam([rows], lr=peak, betas=(0.9, 0.95))
-    key = sha256(repr([str(folder), windows, table]).encode()).hexdigest()
+    peak, done = DISTILL_RATE * llama.get_input_embeddings().weight.float().std().item(), 0
+    optimizer = torch.optim.Adam([rows.requires_grad_()], betas=(0.9, 0.95))
+    key = sha256(repr([llama.name_or_path, windows, table]).encode()).hexdigest()
     if state.is_file() and (saved := torch.load(state, map_location="cpu"))["key"] == key:
         done = saved["done"]
         optimizer.load_state_dict(saved["optimizer"])
@@ -797,7 +776,36 @@ def distill(
             torch.save({"key": key} | content, part)
             part.replace(state)
             saved_at = monotonic()
-    return {EMBEDDING: rows.detach().cpu(), HEAD: head_rows}
+
+
+def taught_rows(
+    folder: Path, state: Path, base, model, spelling: list, documents: list, args: Arguments,
+) -> dict[str, Any]:
+    """The rows for which the base has to read text: output rows by shared_rows; input rows are the
+    last spelling row, and with --init distilled fitted from there."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    uses, windows = count_uses(model, documents), distill_windows(model, documents, args)
+    table = [[number] for number in range(len(base.pieces))] + spelling
+    settings = {"dtype": torch.float32}
+    if torch.cuda.is_available():
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16)
+        settings = {"dtype": torch.bfloat16, "device_map": "cuda", "quantization_config": nf4}
+    llama = AutoModelForCausalLM.from_pretrained(folder, **settings).requires_grad_(False)
+    embedding, head = llama.get_input_embeddings().weight, llama.get_output_embeddings().weight
+    states = torch.cat([teacher_states(llama, w, table) for w in windows[:SHARE_WINDOWS]])
+    output_rows = shared_rows(head, spelling, uses, states).cpu()
+    input_rows = embedding[[ids[-1] for ids in spelling]].float()
+    if args.init == "distilled":
+        tokens, old = (sum(len(table[i]) if spelt else 1 for w in windows for i in w)
+                       for spelt in (False, True))
+        found = set(chain.from_iterable(windows)).difference(range(len(base.pieces)))
+        print(f"distilling: {tokens:,} tokens, {old:,} in the base's pieces, pass the base; they "
+              f"hold {len(found):,} of {len(spelling):,} new pieces; rows and Adam's state take "
+              f"{16 * input_rows.numel() / 1e9:.2f} GB", flush=True)
+        distill(llama, input_rows, windows, table, state)
+    return {EMBEDDING: input_rows.detach().cpu(), HEAD: output_rows}
 
 
 # --- The model -----------------------------------------------------------------------------------
@@ -1027,7 +1035,7 @@ def main(argv: list[str] | None = None) -> None:
     model, replaced = merge_pieces(base, candidates, args.vocab_size)
     spelling = spellings(base, [piece.piece for piece in model.pieces][len(base.pieces) :])
     std = config.get("initializer_range", 0.02)
-    taught: dict[str, Any] = {}  # the rows of --init distilled
+    taught: dict[str, Any] = {}  # the rows of --init shared and distilled
 
     def rows_of(name: str, matrix) -> Any:
         if name in taught:
@@ -1042,8 +1050,8 @@ def main(argv: list[str] | None = None) -> None:
         write_tokenizer(folder, base_folder, model)
         texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, texts, args.seed)
-        if args.init == "distilled":
-            taught |= distill(base_folder, state, base, model, spelling, train, args)
+        if args.init in ("shared", "distilled"):
+            taught |= taught_rows(base_folder, state, base, model, spelling, train, args)
         resize_model(folder, base_folder, shards, rows_of, len(spelling))
         save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         texts = sample(report_texts, LOSS_CHARS, args.seed)

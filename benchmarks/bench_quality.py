@@ -31,14 +31,15 @@ BASE = {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
     "max_position_embeddings": 2048}
 BASE_STEPS, BASE_ROWS, BASE_RATE = 420, 16, 3e-3
-NEW_PIECES, EVAL_CHARS, DISTILL_TOKENS = 29_388, 6_000, 100_000
+NEW_PIECES, EVAL_CHARS, DISTILL_TOKENS = 29_388, 6_000, 60_000
 CONTEXT, NEAREST = 4, 8  # characters on either side; old pieces for a new one
 TRAIN_STEPS, TRAIN_ROWS, TRAIN_RATE, CHECKED = 240, 2, 1e-3, (60, 240)
 RULES = [
     "random", "multivariate", "mean", "first", "last", "weighted", "mean_subtoken", "aligned",
     "shared", "distilled"]
 RULES += [f"{rule}, scaled" for rule in RULES[3:7]]
-DRAWN_RULES = ["random", "multivariate", "aligned", "distilled"]  # those that a seed changes
+DRAWN_RULES = ["random", "multivariate", "aligned", "shared", "distilled"]  # a seed changes them
+CROSSED = ("mean_subtoken", "last", "shared")  # with each other rule, in either matrix
 STARTS = {
     "random": ("random", "random"),
     "mean_subtoken": ("mean_subtoken", "mean_subtoken"),
@@ -288,15 +289,13 @@ def rows_by(rule: str, name: str, matrix, material: tuple, seed: int):
     """New rows of one matrix by a rule's name, as float32; ", scaled": to the old rows' norm."""
     import torch
 
-    base, extended, spelling, documents = material
+    _, _, spelling, _ = material
     rule, scaled = rule.removesuffix(", scaled"), rule.endswith(", scaled")
     if rule == "aligned":
         ids, weights = map(torch.from_numpy, alignment_of(seed))
         return (weights[..., None] * matrix[ids]).sum(1)
-    if rule == "shared":
-        return script.shared_rows(matrix, spelling, *uses_and_states(seed))
-    if rule == "distilled":
-        return distilled_rows(base, extended, spelling, documents, seed)[name]
+    if rule in ("shared", "distilled"):
+        return taught_rows(rule, seed)[name]
     rows = other_rows(name, matrix, spelling, rule, seed)
     norm = matrix.norm(dim=1).mean()
     return rows * norm / rows.norm(dim=1, keepdim=True) if scaled else rows
@@ -323,30 +322,17 @@ def other_rows(name: str, matrix, spelling: list[list[int]], rule: str, seed: in
     return script.new_rows(name, matrix, spelling, rule, 0.02, seed)
 
 
-def distilled_rows(base, extended, spelling: list, documents: list, seed: int) -> dict:
-    """The script's distilled rows, kept on disk for the other tables."""
-    import torch
-
-    path = WORK / f"distilled_{seed}.pt"
-    if not path.is_file():
-        args = script.Arguments(seed=seed, distill_tokens=DISTILL_TOKENS)
-        found = script.distill(
-            WORK / "base", WORK / f"state_{seed}", base, extended, spelling, documents, args)
-        torch.save(found, path)
-    return torch.load(path)
-
-
 @functools.cache
-def uses_and_states(seed: int) -> tuple:
-    """How often the corpus uses each piece, and hidden states of the base along the corpus."""
+def taught_rows(init: str, seed: int) -> dict:
+    """The script's rows for which the base reads text; distilled ones are kept on disk."""
     import torch
 
-    base, extended, spelling, documents = extension()
-    args = script.Arguments(seed=seed, distill_tokens=script.SHARE_WINDOWS * script.LOSS_WINDOW)
-    table = [[number] for number in range(len(base.pieces))] + spelling
-    states = [script.teacher_states(base_model(), window, table)
-              for window in script.distill_windows(extended, documents, args)]
-    return script.count_uses(extended, documents), torch.cat(states)
+    path = WORK / f"{init}_{seed}.pt"
+    if not path.is_file():
+        args = script.Arguments(init=init, seed=seed, distill_tokens=DISTILL_TOKENS)
+        torch.save(
+            script.taught_rows(WORK / "base", WORK / f"state_{seed}", *extension(), args), path)
+    return torch.load(path)
 
 
 @functools.cache
@@ -382,7 +368,7 @@ def bits_of_heads(llama, embedding, heads: dict, material: dict) -> dict:
 
 
 def starts() -> dict:
-    """Bits per character before training, for every pair of an input rule and an output rule."""
+    """Bits per character before training: every rule for both matrices, and crossed with some."""
     import torch
 
     llama, material = base_model(), extension()
@@ -399,11 +385,12 @@ def starts() -> dict:
         rules = RULES if seed == SEED else DRAWN_RULES
         new = {rule: {name: rows_by(rule, name, matrix, material, seed).float()
                       for name, matrix in matrices.items()} for rule in rules}
-        heads = {rule: found[script.HEAD] for rule, found in new.items()}
         for rule, found in new.items():
             embedding = torch.cat([matrices[script.EMBEDDING], found[script.EMBEDDING]])
-            wanted = heads if seed == SEED else {rule: heads[rule]}
-            for head, bits in bits_of_heads(llama, embedding, wanted, held).items():
+            every = rule in CROSSED and seed == SEED
+            heads = rules if every else {rule, *CROSSED}.intersection(rules)
+            heads = {head: new[head][script.HEAD] for head in heads}
+            for head, bits in bits_of_heads(llama, embedding, heads, held).items():
                 results.append({"input": rule, "output": head, "seed": seed, **bits})
                 print(json.dumps(results[-1]), flush=True)
     return {"base": of_base, "characters": EVAL_CHARS, "starts": results}
