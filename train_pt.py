@@ -44,7 +44,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -89,6 +89,7 @@ RENAMED = {  # by Transformers 5
     "overwrite_output_dir": "--resume_from_checkpoint none, which moves the run so far aside"}
 PART, BATCH = 1 << 16, 1 << 20  # characters: of a long text's parts, given to the tokenizer at once
 SURROGATES = re.compile("[\ud800-\udfff]")
+# What a file system without locks answers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 1,024 x 61,388 x 4 bytes = 0.25 GB
 # The Trainer's options that change the result, beside our own Settings.
@@ -593,88 +594,25 @@ class Corpus:
     characters: np.ndarray  # (documents,)
 
 
-def dataset_key(files: list[Path], base: Path, sums: dict[str, str]) -> str:
+def dataset_key(files: list[Path], base: Path) -> str:
     """Changes when the text or the tokenizer does, and with nothing else: a copy has the same."""
     digest = hashlib.sha256(b"2")  # counts the ways in which we have cut text into tokens
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         if (base / name).is_file():
             digest.update(name.encode() + (base / name).read_bytes())
-    for path, content in zip(files, sums.values(), strict=True):
-        digest.update(f"{path.suffix} {content}\n".encode())
+    for path in files:
+        digest.update(f"{path.suffix} {file_sum(path)}\n".encode())
     return digest.hexdigest()
 
 
-def known_sums(cache: Path) -> dict[str, str]:
-    """The sums of texts that are kept with the tokens."""
-    try:
-        known = json.loads((cache / "sums.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def text_sums(files: list[Path], known: dict[str, str]) -> dict[str, str]:
-    """The sha256 of each file, by its path, size and times: while these stay the same, a file whose
-    sum is known is not read again."""
-    sums = {}
-    for path in files:
-        stat = path.stat()
-        seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-        sums[seen] = known.get(seen) or file_sum(path)
-    return sums
-
-
-def lock(file: Any, how: int) -> None:
-    """Lock an open file until it is closed. Where the file system has no locks, say so and go on.
-    """
-    try:
-        fcntl.lockf(file, how)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        print(f"warning: {Path(file.name).parent}: the file system has no locks ({error}); let no "
-              "second run write there", flush=True)
-
-
-@contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Wait until no other process is in here. The lock's file is gone afterwards, and its folders
-    if they are new and empty."""
-    made, mine = [folder for folder in path.parents if not folder.exists()], False
-    while not mine:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the one waited for has removed it, or its folder
-            file = path.open("w")
-            try:
-                lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another run to leave {path.parent}", flush=True)
-                lock(file, fcntl.LOCK_EX)
-            mine = os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # without locks another run may have been here
-        file.close()
-        for folder in made:
-            with suppress(OSError):  # holds something
-                folder.rmdir()
-
-
-def tokenize(
-    files: list[Path], tokenizer: Any, cached: Path, sums: dict[str, str] | None = None
-) -> Corpus:
+def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
     """Tokenise every document, once: the next run finds the result in the cache, and one that
-    starts meanwhile waits for it. The tokenizer works on all cores. `sums` of the files are kept
-    with the tokens."""
+    starts meanwhile waits for it. The tokenizer works on all cores."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     if not cached.exists():
-        with only_one(cached.with_name(".lock")):
+        with lock_cache(cached.parent):
             if not cached.exists():  # another run has not made it meanwhile
                 write_tokens(files, tokenizer, cached, dtype)
-    known = known_sums(cached.parent)
-    if sums and sums.keys() - known.keys():
-        write_json(cached.with_name("sums.json"), known | sums)
     sizes = np.load(cached / "documents.npy")
     return Corpus(np.memmap(cached / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
 
@@ -1049,36 +987,71 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 
 # --- Training ------------------------------------------------------------------------------------
+#
+# How a run goes on to the bit. Trainer writes a checkpoint: adapter, optimizer, schedule, random
+# states, its own state. The seal comes last: run.json with the sum of every file. A checkpoint
+# without its seal does not count. After a signal the step under way is dropped, the random states
+# at the end of the last whole step are put back, and that step is saved.
 
 
-class Stopped(Exception):
-    """A signal came: leave what is under way, save the last whole step."""
+class LeaveTraining(Exception):
+    """Leave Trainer's loop: a signal came, or a resumed run has no step left."""
+
+
+class RunCallback:
+    """Our part of Trainer's events; build_trainer gives it TrainerCallback as base class."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings its own save_steps
+        self.trainer.rehearse()
+        if state.global_step >= state.max_steps:  # Trainer would train one step too many
+            raise LeaveTraining
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.rng_states = [g.get_rng_state() for g in self.trainer.generators()]
+        if state.global_step == state.max_steps:  # the last step is always logged and measured
+            control.should_log = True
+            by_epoch = args.eval_strategy == "epoch"  # it comes when the epoch ends
+            control.should_evaluate = self.trainer.eval_dataset is not None and not by_epoch
 
 
 class PackedTraining:
-    """What transformers.Trainer lacks for us; build_trainer puts this class in front of it."""
+    """What Trainer lacks for us. build_trainer gives it Trainer as base class."""
 
     head: TailHead
     report: Report
-    stop: list[int]  # signals caught
-    keep: int  # checkpoints; seal removes the others
-    dice: tuple = ()  # the states of random numbers at the end of the last step
-    rehearsed = False
-    saving: Path | None = None  # the checkpoint under construction
-    lowest, worse = math.inf, 0  # the lowest loss logged, and how many in a row lie 2 above it
+    signals: list[int]  # caught so far
+    keep: int  # checkpoints, beside the best
+    load_best: bool
+    rng_states: list = []  # noqa: RUF012 (random states after the last optimizer step)
+    saved_step = 0
+    lowest_loss, high_losses_in_a_row = math.inf, 0
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """Train, measure the end, put the best weights back. After a signal save the last step."""
+        if resume_from_checkpoint:
+            self.saved_step = step_of(Path(resume_from_checkpoint))
         try:
             if self.is_world_process_zero():
                 self.report.join_wandb(self.args)
-            with suppress(Stopped):
-                super().train(*args, **kwargs)
+            with suppress(LeaveTraining):
+                super().train(resume_from_checkpoint)
+            with suppress(LeaveTraining):  # a run that was stopped in its last evaluation
+                if not (self.stopping() or self.is_measured()):
+                    self.evaluate()
+            if self.stopping():
+                self.save_last_step()
+            elif best := self.best_checkpoint():
+                load_adapter(self.model, best)
         except Exception as error:  # a package that we do not require names its own remedy
             wandb = "--report_to wandb: " if type(error).__module__.startswith("wandb.") else ""
             if not (wandb or (isinstance(error, ImportError) and not error.name)):
                 raise
             raise UserError(wandb + " ".join(str(error).split())) from error
-        finally:  # what is said then stands below the progress bar
+        finally:  # what is printed next stands below the progress bar
             for callback in self.callback_handler.callbacks:
                 if bar := getattr(callback, "training_bar", None):
                     bar.close()
@@ -1087,40 +1060,38 @@ class PackedTraining:
         with self.head.inside_the_loss(), self.accelerator.autocast():  # FSDP: without autocast
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _run_epoch(self, *args, **kwargs):
-        self.state.compute_steps(self.args, self.state.max_steps)  # a checkpoint brings its own
-        try:
-            if not self.rehearsed:
-                self.rehearse()
-            if self.state.global_step < self.state.max_steps:
-                super()._run_epoch(*args, **kwargs)
-            else:  # resumed after the last step: it would train one too many
-                self.control.should_training_stop = True
-            if self.stopping():  # since its last batch
-                raise Stopped
-        except Stopped:
-            if self.dice:  # there is a step that may not be saved
-                for generator, state in zip(self.generators(), self.dice, strict=True):
-                    generator.set_rng_state(state)
-                # FSDP gathers the optimizer's state by a step, which accelerate else leaves out.
-                self.accelerator.gradient_state._set_sync_gradients(True)
-                self._save_checkpoint(self.model_wrapped)
-            self.control.should_training_stop = True
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.stopping():
+            raise LeaveTraining
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not loss.isfinite():
+            self.give_up(self.state.global_step + 1, f"the loss is {loss.item()}")
+        return loss
 
-    def _finalize_training(self, trial, *args, **kwargs):
-        measured = (row["step"] for row in self.state.log_history if "eval_loss" in row)
-        missing = self.eval_dataset is not None and self.state.global_step not in measured
-        if missing and not self.stopping():  # it stopped on its last step, and was resumed
-            metrics = self._evaluate(trial, None)
-            self._determine_best_metric(metrics, trial)
-            self.point_at_best()
-        return super()._finalize_training(trial, *args, **kwargs)
+    def stopping(self) -> bool:
+        """Whether a signal has come, to whichever process: they stop together."""
+        if self.args.world_size == 1:
+            return bool(self.signals)
+        import torch
+        signals = torch.tensor(len(self.signals), device=self.args.device)
+        return bool(self.accelerator.reduce(signals, "sum"))
+
+    def generators(self) -> list[Any]:
+        """Where random numbers come from on this device."""
+        import torch
+        return [torch.random, *[torch.cuda] * (self.args.device.type == "cuda")]
+
+    def save_last_step(self) -> None:
+        """Save the last whole step, with the random states that it ended with."""
+        for generator, state in zip(self.generators(), self.rng_states, strict=False):
+            generator.set_rng_state(state)
+        if self.rng_states:
+            self._save_checkpoint(self.model_wrapped)
 
     def rehearse(self) -> None:
         """Evaluate a batch, write a token and look at the disk before the first step: what is going
         to fail fails now, not after hours."""
         import torch
-        self.rehearsed = True
         if self.eval_dataset is not None:
             try:
                 self.held_out_loss(batches=1)
@@ -1131,24 +1102,10 @@ class PackedTraining:
                     "evaluation runs out of memory; choose a smaller one") from error
         numbers = sum(p.numel() for p in adapter_tensors(self.model).values())
         size = numbers * (4 + moment_bytes(self.args.optim))
-        if self.is_world_process_zero():
-            free = shutil.disk_usage(self.args.output_dir).free
-            if free < (min(self.keep, 2) + 1) * size:
-                print(f"note: {self.args.output_dir} has {free / 1e9:.1f} GB free, and each "
-                      f"checkpoint takes {size / 1e9:.1f} GB")
-
-    def generators(self) -> list[Any]:
-        """Where random numbers come from on this device."""
-        import torch
-        return [torch.random, *[torch.cuda] * (self.args.device.type == "cuda")]
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        if self.stopping():
-            raise Stopped
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        if not loss.isfinite():
-            self.give_up(self.state.global_step + 1, f"the loss is {loss.item()}")
-        return loss
+        free = shutil.disk_usage(self.args.output_dir).free
+        if self.is_world_process_zero() and free < (min(self.keep, 2) + 1) * size:
+            print(f"note: {self.args.output_dir} has {free / 1e9:.1f} GB free, and each "
+                  f"checkpoint takes {size / 1e9:.1f} GB")
 
     def give_up(self, step: int, reason: str) -> None:
         raise UserError(
@@ -1157,6 +1114,7 @@ class PackedTraining:
             "--max_grad_norm, in another --output_dir, and look at the text of that step")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add the tokens seen, write metrics.jsonl, and stop a loss that explodes."""
         logs = logs | {"tokens_seen": round((self.state.epoch or 0) * self.report.facts["tokens"])}
         figures = {name: value for name, value in logs.items() if name != "eval_sample"}
         super().log(figures, *args, **kwargs)
@@ -1164,28 +1122,30 @@ class PackedTraining:
         if self.is_world_process_zero():
             self.report.write(self.state.log_history)
         if "loss" in logs:
-            self.worse = self.worse + 1 if logs["loss"] > self.lowest + 2 else 0
-            self.lowest = min(self.lowest, logs["loss"])
-            if self.worse > 1:
-                explosion = f"the loss explodes ({logs['loss']:.2f} after {self.lowest:.2f})"
+            high = logs["loss"] > self.lowest_loss + 2
+            self.high_losses_in_a_row = self.high_losses_in_a_row + 1 if high else 0
+            self.lowest_loss = min(self.lowest_loss, logs["loss"])
+            if self.high_losses_in_a_row > 1:
+                explosion = f"the loss explodes ({logs['loss']:.2f} after {self.lowest_loss:.2f})"
                 self.give_up(self.state.global_step, explosion)
 
     def held_out_loss(self, batches: int = sys.maxsize) -> tuple[float, int]:
         """The summed loss of the documents held out, full attention; and how many tokens it is of.
         """
         import torch
+        from accelerate.utils import send_to_device
         blocks, size = self.eval_dataset, self.args.per_device_eval_batch_size
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         rank, ranks = self.args.process_index, self.args.world_size
         for start in islice(range(0, len(blocks), ranks * size), batches):
             if self.stopping():
-                raise Stopped
+                raise LeaveTraining
             chosen = range(len(blocks))[start : start + ranks * size][rank::ranks]
             batch = self.data_collator([blocks[i] for i in chosen or [0]])
             if not chosen:  # with FSDP nobody can go forward alone
                 batch["labels"].fill_(IGNORED)
-            batch = self._prepare_inputs(batch)
+            batch = send_to_device(batch, self.args.device)
             with torch.no_grad(), self.accelerator.autocast(), self.head.inside_the_loss():
                 sums[0] += self.model(**batch, num_items_in_batch=1).loss
             sums[1] += (batch["labels"] != IGNORED).sum()
@@ -1194,8 +1154,8 @@ class PackedTraining:
             self.give_up(self.state.global_step, f"the loss of the text held out is {total}")
         return total, max(1, int(predicted))
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Loss per token and bits per character of the documents held out."""
+    def evaluate(self, *args, **kwargs) -> dict[str, Any]:
+        """Loss per token and bits per character of the documents held out, and a sample."""
         from tqdm import tqdm
         total, predicted = self.held_out_loss()
         # Where a block cuts a document, one token has no context: the mean stands for it.
@@ -1206,107 +1166,89 @@ class PackedTraining:
         if self.is_world_process_zero():
             tqdm.write(f"{bits:.3f} bits per character; it writes: {metrics.get('eval_sample')}")
         self.log(metrics)
-        note = self.callback_handler.on_evaluate
-        self.control = note(self.args, self.state, self.control, metrics)
+        told = self.callback_handler.on_evaluate
+        self.control = told(self.args, self.state, self.control, metrics)
         return metrics
+
+    def is_measured(self) -> bool:
+        """Whether the last step was evaluated, if there is something to evaluate on."""
+        measured = [row["step"] for row in self.state.log_history if "eval_loss" in row]
+        return self.eval_dataset is None or self.state.global_step in measured
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # the stock estimate counts every parameter at each step
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        step = self.state.global_step
-        if self._globalstep_last_logged < step == self.state.max_steps:  # the end is measured
-            self.control.should_log = True
-            by_epoch = self.args.eval_strategy == "epoch"  # which comes in a moment
-            self.control.should_evaluate = self.eval_dataset is not None and not by_epoch
-        self.dice = tuple(generator.get_rng_state() for generator in self.generators())
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def stopping(self) -> bool:
-        """Whether a signal has come, to whichever process: they stop together."""
-        if self.args.world_size == 1:
-            return bool(self.stop)
-        import torch
-        signals = torch.tensor(len(self.stop), device=self.args.device)
-        return bool(self.accelerator.reduce(signals, "sum"))
-
-    def _get_output_dir(self, trial=None) -> str:
-        return str(self.saving or self.args.output_dir)
-
-    def save_model(self, output_dir=None, _internal_call=False) -> None:
-        record = self.report.record
-        model = self.accelerator.unwrap_model(self.model)
-        how = quantization_metadata(record["quantization"], self.args.device.type)
-        base = record["base"]["model_name_or_path"]
-        save_adapter(model, Path(output_dir or self.args.output_dir), base, how)
-
-    def _save_checkpoint(self, model, trial=None, *args, **kwargs) -> None:
-        """Trainer's checkpoint, built aside, sealed with the sums of its files, then renamed."""
-        output = Path(self.args.output_dir)
-        final = output / f"checkpoint-{self.state.global_step}"
-        self.accelerator.wait_for_everyone()
-        if final.exists():
-            whole = is_whole(final)
-            self.accelerator.wait_for_everyone()
-            if whole:
-                return
-            if self.args.should_save:
-                move_aside(final, "a broken checkpoint")
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter as stock PEFT reads it; Trainer calls this for a checkpoint too."""
         # With FSDP each process sees its own part; one that gives up ends the others' wait too.
         if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
             self.give_up(self.state.global_step, "weights are no longer finite")
-        self.saving = output / "checkpoint.building"
-        try:
-            super()._save_checkpoint(model, trial, *args, **kwargs)
-            self.accelerator.wait_for_everyone()
-            self.point_at_best(final)
-            if self.args.should_save:
-                self.seal(self.saving / final.name, final)
-        except Exception as error:  # torch and safetensors name a full disk each in their own way
-            full = shutil.disk_usage(output).free < 1 << 26 or "No space left" in str(error)
-            if not (full or isinstance(error, OSError)):
-                raise
-            last = next(iter(checkpoints(output)), "none")
-            reason = f"{final} cannot be written ({error}); the last good checkpoint is {last}; "
-            raise OSError(errno.ENOSPC, reason + "make room and run the same command") from error
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(self.saving, ignore_errors=True)
-            self.saving = None
+        record, model = self.report.record, self.accelerator.unwrap_model(self.model)
+        held = quantization_metadata(record["quantization"], self.args.device.type)
+        base = record["base"]["model_name_or_path"]
+        save_adapter(model, Path(output_dir or self.args.output_dir), base, held)
+
+    def _save_checkpoint(self, model, trial=None) -> None:
+        """Trainer's checkpoint, then the seal; then the oldest goes. Private, for Trainer has no
+        public way to save after a signal, and no hook where a full disk can be told."""
+        output, step = Path(self.args.output_dir), self.state.global_step
+        if step == self.saved_step:
+            return
+        folder = output / f"checkpoint-{step}"
+        if self.args.should_save:  # unsealed: a run was killed while it wrote this
+            shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                finalize_checkpoint(folder, self.report.record)
+                self.remove_old_checkpoints()
+        except Exception as error:  # torch and safetensors name a full disk each in their own way
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise told_with_a_remedy(error, folder) from error
+        self.accelerator.wait_for_everyone()
+        self.saved_step = step
 
-    def point_at_best(self, coming: Path | None = None) -> None:
-        """Name the best step's checkpoint, if it has one: not each evaluated step is saved."""
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        if best == coming or best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-
-    def seal(self, folder: Path, final: Path) -> None:
-        """Give a checkpoint its sums and its name; remove the oldest, but never the best."""
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-        write_json(folder / "run.json", self.report.record | {"files": file_sums(folder)})
-        folder.rename(final)
-        older = [p for p in checkpoints(final.parent) if step_of(p) <= step_of(final)]
-        for old in older[self.keep :]:
-            if str(old) != self.state.best_model_checkpoint:
-                shutil.rmtree(old)
-
-    def best_step(self) -> int | None:
-        """The step whose weights --load_best_model_at_end has put back."""
-        best = self.state.best_model_checkpoint
-        return step_of(Path(best)) if self.args.load_best_model_at_end and best else None
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Private, for stock PEFT cannot load into our rows of embedding and head."""
         load_adapter(model or self.model, Path(resume_from_checkpoint))
 
-    def _load_best_model(self) -> None:
-        load_adapter(self.model, Path(self.state.best_model_checkpoint))
+    def best_checkpoint(self) -> Path | None:
+        """With --load_best_model_at_end the kept checkpoint whose evaluation was the best."""
+        if not self.load_best:
+            return None
+        metric = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
+        kept = {step_of(path): path for path in checkpoints(Path(self.args.output_dir))}
+        found = {row["step"]: row[metric] for row in self.state.log_history
+                 if row["step"] in kept and metric in row}
+        best = max if self.args.greater_is_better else min
+        return kept[best(found, key=found.get)] if found else None
+
+    def remove_old_checkpoints(self) -> None:
+        best = self.best_checkpoint()
+        for old in checkpoints(Path(self.args.output_dir))[self.keep :]:
+            if old != best:
+                shutil.rmtree(old)
+
+
+def told_with_a_remedy(error: Exception, folder: Path) -> Exception:
+    """What to say of a checkpoint that could not be written; the error itself if the disk has
+    nothing to do with it."""
+    full = shutil.disk_usage(folder.parent).free < 1 << 26 or "No space left" in str(error)
+    if not (full or isinstance(error, OSError)):
+        return error
+    last = next(iter(checkpoints(folder.parent)), "none")
+    return OSError(errno.ENOSPC, f"{folder} cannot be written ({error}); the last good checkpoint "
+                   f"is {last}; make room and run the same command")
 
 
 def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report: Report) -> Any:
     """transformers.Trainer with PackedTraining in front."""
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
     keep, training.save_total_limit = max(0, training.save_total_limit) or sys.maxsize, None
+    load_best, training.load_best_model_at_end = training.load_best_model_at_end, False
     if held_out is None:
         training.eval_strategy, training.eval_on_start = "no", False
     head_size = model.config.hidden_size // model.config.num_attention_heads
@@ -1314,6 +1256,9 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
     trainer = based_on(PackedTraining, Trainer)(
         model=model, args=training, train_dataset=blocks, eval_dataset=held_out,
         data_collator=Collate(report.args.group_size, flash))
+    trainer.add_callback(based_on(RunCallback, TrainerCallback)(trainer))
+    trainer.head, trainer.report = model.base_model.model.lm_head, report
+    trainer.keep, trainer.load_best = keep, load_best
     if trainer.is_fsdp_enabled:
         from torch.distributed.fsdp import MixedPrecisionPolicy
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # not changed
@@ -1322,7 +1267,6 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
     if trainer.accelerator.ddp_handler:  # no second copy of the gradients in DDP's buckets
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     logging.getLogger("transformers.trainer_utils").addFilter(is_news)
-    trainer.head, trainer.report, trainer.keep = model.base_model.model.lm_head, report, keep
     return trainer
 
 
@@ -1332,29 +1276,32 @@ def is_news(record: logging.LogRecord) -> bool:
     return "The following arguments do not match" not in record.getMessage()
 
 
+class ForgivingStream:
+    """A stream whose write errors are ignored: the terminal may be closed, the same Ctrl-C may have
+    ended `tee`, or a signal may come in the middle of writing (RuntimeError)."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, RuntimeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, RuntimeError):
+            self.stream.flush()
+
+
 @contextmanager
-def streams_that_may_go() -> Iterator[None]:
-    """Let nothing fail for want of who reads it: a terminal that is closed, a tee that the same
-    Ctrl-C has ended, or one so slow that a signal comes in the middle of writing (RuntimeError)."""
-
-    class Stream:
-        def __init__(self, stream):
-            self.stream = stream
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.stream, name)
-
-        def write(self, text: str) -> int:
-            with suppress(OSError, RuntimeError):
-                self.stream.write(text)
-            return len(text)
-
-        def flush(self) -> None:
-            with suppress(OSError, RuntimeError):
-                self.stream.flush()
-
+def ignore_write_errors() -> Iterator[None]:
+    """Let no run end because nobody reads what it prints."""
+    out, err = ForgivingStream(sys.stdout), ForgivingStream(sys.stderr)
     try:
-        with redirect_stdout(Stream(sys.stdout)), redirect_stderr(Stream(sys.stderr)):
+        with redirect_stdout(out), redirect_stderr(err):
             yield
     finally:
         for name in ("stdout", "stderr"):
@@ -1365,10 +1312,10 @@ def streams_that_may_go() -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect the signals of STOPPING, so that the run can save. A Ctrl-C more than a second
-    after the first signal is not waited for; a cluster's signal reaches processes of torchrun
-    twice, once through it. What nohup has it ignore stays ignored."""
+def collect_signals() -> Iterator[list[int]]:
+    """Collect the signals of STOPPING, so that the run can save. A Ctrl-C that comes more than a
+    second after the first signal ends it at once; within a second it may be the same signal,
+    passed on by torchrun. What nohup has the run ignore stays ignored."""
     caught: list[int] = []
     first = math.inf
 
@@ -1393,6 +1340,50 @@ def stop_signals() -> Iterator[list[int]]:
 # --- Run folder ----------------------------------------------------------------------------------
 
 
+def take_lock(file: Any, shown: str, wait: bool = False) -> bool:
+    """Lock an open file or folder until it is closed; return whether it is ours. Where the file
+    system has no locks, say so and go on."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {shown}: this file system has no locks; start no second run into the same "
+              "folder", file=sys.stderr)
+    return True
+
+
+@contextmanager
+def lock_output_dir(output: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; refuse one that another run is writing."""
+    with (output / ".lock").open("a") as file:
+        if not take_lock(file, f"--output_dir {output}"):
+            raise UserError(f"--output_dir {output}: another run is writing it; wait for it, or "
+                            "pass another folder")
+        yield
+
+
+@contextmanager
+def lock_cache(cache: Path) -> Iterator[None]:
+    """Wait until no other run tokenises into this folder; after an error it is as it was."""
+    new = [folder for folder in (cache, *cache.parents) if not folder.exists()]
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        with (cache / ".lock").open("a") as file:
+            if not take_lock(file, f"--cache_dir {cache}"):
+                print(f"waiting for another run to leave {cache}", flush=True)
+                take_lock(file, f"--cache_dir {cache}", wait=True)
+            yield
+    except Exception:
+        (cache / ".lock").unlink(missing_ok=True)
+        for folder in new:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+        raise
+
+
 def write_json(path: Path, content: Any) -> None:
     """Whole or not at all."""
     building = path.with_name(path.name + ".building")
@@ -1415,21 +1406,22 @@ def file_sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_sums(folder: Path) -> dict[str, str]:
-    """The sha256 of every file but run.json."""
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "run.json")
-    return {str(path.relative_to(folder)): file_sum(path) for path in found}
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """The checkpoints of a run, the last first."""
-    found = [p for p in output.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
-    return sorted(found, key=step_of, reverse=True)
+def finalize_checkpoint(folder: Path, record: dict) -> None:
+    """Seal a checkpoint: run.json with the sum of every file, written last."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {str(path.relative_to(folder)): file_sum(path) for path in files}
+    write_json(folder / "run.json", record | {"files": sums})
 
 
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     return int(checkpoint.name.split("-")[1])
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The sealed checkpoints of a run, the last first."""
+    sealed = [path.parent for path in output.glob("checkpoint-*/run.json")]
+    return sorted((p for p in sealed if p.name[11:].isdigit()), key=step_of, reverse=True)
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -1459,25 +1451,6 @@ def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, k
         "settings": json.loads(json.dumps(settings, default=str))}
 
 
-def move_aside(folder: Path, what: str) -> None:
-    """Make room for another of its name; nothing is deleted."""
-    aside = next(p for n in range(1, 10**6) if not (p := Path(f"{folder}.{n}")).exists())
-    folder.rename(aside)
-    print(f"{folder} held {what}: moved to {aside}")
-
-
-def take(output: Path, how: int = fcntl.LOCK_EX) -> Any:
-    """Refuse a folder that another run is writing; else it is ours while the file is open."""
-    file = open(output / ".lock", "a+")  # noqa: SIM115 (held on to)
-    try:
-        lock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(f"--output_dir {output}: another run is writing it; wait for it, or pass "
-                        "another folder") from error
-    return file
-
-
 def other_settings(record: dict, old: dict) -> str:
     """What of a run's settings is not as in an older record; nothing if they are the same run."""
     new, before = record["settings"], old["settings"]
@@ -1487,52 +1460,68 @@ def other_settings(record: dict, old: dict) -> str:
     return "; ".join(sums.get(n, f"{n} was {before.get(n)}, now {new.get(n)}") for n in changed)
 
 
+def move_aside(folder: Path, what: str, run: Path) -> None:
+    """Make room for another of its name, unless a run is at work; nothing is deleted."""
+    with lock_output_dir(run):
+        pass
+    aside = next(p for n in range(1, 10**6) if not (p := Path(f"{folder}.{n}")).exists())
+    folder.rename(aside)
+    print(f"{folder} held {what}: moved to {aside}")
+
+
+def recorded_run(output: Path) -> dict:
+    """The run.json of the run in output_dir; empty where none has begun."""
+    begun = {".lock", "run.json.building", ".DS_Store"}  # of a start that failed, or of macOS
+    names = ["a file"] if output.is_file() else []
+    if output.is_dir():
+        names = sorted({path.name for path in output.iterdir()} - begun)
+    old = read_record(output)
+    foreign = old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys()
+    refuse((names and foreign, f"--output_dir {output}: holds something else "
+            f"({', '.join(names[:3])}); choose another folder"))
+    return old
+
+
 def open_run(args: Arguments, record: dict) -> str | None:
     """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to
     mix two runs. Moved aside are a finished run with other settings, the run so far for
     --resume_from_checkpoint none, and for a checkpoint given by name the later ones."""
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    named = wanted not in ("auto", "none")
-    if named and not is_whole(Path(wanted)):
-        raise UserError(f"--resume_from_checkpoint {wanted}: not a whole checkpoint; use auto")
-    if named and (other := other_settings(record, read_record(Path(wanted)))):
-        raise UserError(f"--resume_from_checkpoint {wanted}: of a run with other settings ({other})"
-                        "; give the same, or begin anew without it")
-    begun = {".lock", "run.json.building", ".DS_Store"}  # of a start that failed, or of macOS
-    if output.is_file() or (output.is_dir() and {p.name for p in output.iterdir()} - begun):
-        old = read_record(output)
-        if old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys():
-            names = sorted(p.name for p in output.iterdir()) if output.is_dir() else ["a file"]
-            other = ", ".join(names[:3])
-            raise UserError(
-                f"--output_dir {output}: holds something else ({other}); choose another folder")
-        other = other_settings(record, old)
-        if other and old["results"] is None:
-            raise UserError(
-                f"--output_dir {output}: an unfinished run with other settings ({other}); give the "
-                "same to go on, name another --output_dir, or remove the folder")
-        if old["results"] is not None and not other:
-            return "done"
-        take(output, fcntl.LOCK_SH).close()  # nothing is moved from under a run
-        if other:
-            move_aside(output, "a finished run with other settings")
-        elif wanted == "none":
-            move_aside(output, "the run so far")
+    named = None if wanted in ("auto", "none") else Path(wanted)
     if named:
-        step = json.loads((Path(wanted) / "trainer_state.json").read_text())["global_step"]
+        refuse((not is_whole(named), f"--resume_from_checkpoint {wanted}: not a whole checkpoint; "
+                "use auto"))
+        other = other_settings(record, read_record(named))
+        refuse((other, f"--resume_from_checkpoint {wanted}: of a run with other settings ({other})"
+                "; give the same, or begin anew without it"))
+    if old := recorded_run(output):
+        other, finished = other_settings(record, old), old["results"] is not None
+        refuse((other and not finished, f"--output_dir {output}: an unfinished run with other "
+                f"settings ({other}); give the same to go on, name another --output_dir, or remove "
+                "the folder"))
+        if finished and not other:
+            return "done"
+        if other:
+            move_aside(output, "a finished run with other settings", output)
+        elif wanted == "none":
+            move_aside(output, "the run so far", output)
+    if named:
         for later in checkpoints(output):
-            if step_of(later) > step:
-                move_aside(later, f"a later step than {step}")
+            if step_of(later) > step_of(named):
+                move_aside(later, f"a later step than {step_of(named)}", output)
         return wanted
-    saved = checkpoints(output) if wanted == "auto" else []
+    return last_whole_checkpoint(output)
+
+
+def last_whole_checkpoint(output: Path) -> str | None:
+    """The checkpoint to go on from; later ones, which are broken, are moved aside."""
+    saved = checkpoints(output)
     whole = next((folder for folder in saved if is_whole(folder)), None)
     refuse((saved and not whole, f"--output_dir {output}: a file of each of its checkpoints is "
             f"missing or not as it was written ({', '.join(p.name for p in saved)}); copy them "
             "again, or begin anew with --resume_from_checkpoint none, which moves them aside"))
     for folder in saved[: saved.index(whole)] if whole else ():
-        print(f"{folder} is broken (not what was written): falling back to the one before")
-        take(output, fcntl.LOCK_SH).close()
-        move_aside(folder, "a broken checkpoint")
+        move_aside(folder, "a broken checkpoint", output)
     return str(whole) if whole else None
 
 
@@ -1588,9 +1577,13 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
         "backward pass of a layer, or loss": max(layer, loss)}
 
 
-def print_plan(args: Arguments, training: Any, config: Any, first_new: int, facts: dict) -> None:
+def print_plan(
+    args: Arguments, training: Any, config: Any, first_new: int, facts: dict, note: str | None
+) -> None:
     """Sizes, steps, and what fits."""
     import torch
+    if training.process_index:
+        return
 
     def items(batch: int, block: int) -> dict:
         parts = memory_items(config, args, first_new, batch, block)
@@ -1601,6 +1594,8 @@ def print_plan(args: Arguments, training: Any, config: Any, first_new: int, fact
     if not facts:
         print(f"no text at --dataset {args.dataset}, or no tokenizer with the model: steps are not "
               "counted")
+    if note:
+        print(f"note: {note}")
     batch, block = training.per_device_train_batch_size, args.block_size
     print(f"memory on a GPU, estimated from the shapes, at batch {batch} x {block} tokens:")
     for name, size in items(batch, block).items():
@@ -1659,20 +1654,10 @@ class Report:
     def __init__(self, args: Arguments, record: dict, tokenizer: Any, facts: dict, source: Any):
         self.args, self.record, self.tokenizer, self.facts = args, record, tokenizer, facts
         self.prompt = source[0]["input_ids"][:32].tolist()
-        self.output, self.drawn, self.lock = Path(args.output_dir), -math.inf, None
-
-    def __enter__(self) -> Report:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Let go of the folder, however the run ends: a notebook's process lives on."""
-        if self.lock:
-            self.lock.close()
+        self.output, self.drawn = Path(args.output_dir), -math.inf
 
     def begin(self, blocks: PackedBlocks, *notes: str | None) -> None:
-        """Open the folder, for this process alone, and say what comes."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.lock = take(self.output)
+        """Write the record, and say what comes."""
         run = os.getenv("WANDB_RUN_ID") or read_record(self.output).get("wandb_run_id")
         self.record["wandb_run_id"] = run or uuid4().hex[:8]
         write_json(self.output / "run.json", self.record)
@@ -1730,15 +1715,15 @@ class Report:
         self.drawn = time.monotonic()
 
     def sample(self, trainer: Any, tokens: int | None = None) -> dict[str, Any]:
-        """What the model writes after a held-out beginning, without touching the run's dice; tokens
-        None: --sample_tokens."""
+        """What the model writes after a held-out beginning; the run's random states stay as they
+        are. tokens None: --sample_tokens."""
         if not self.args.sample_tokens:
             return {}
         import torch
         device, model = trainer.args.device, trainer.accelerator.unwrap_model(trainer.model)
         prompt = torch.tensor([self.prompt], device=device)
-        dice = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with dice, trainer.accelerator.autocast():
+        own_states = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with own_states, trainer.accelerator.autocast():
             torch.manual_seed(self.args.seed)
             ids = model.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True,
@@ -1757,18 +1742,18 @@ class Report:
             how = "the same command" if auto else "--resume_from_checkpoint auto"
             print(f"{said}; {how} goes on", flush=True)
 
-    def finish(self, history: list[dict], best_step: int | None) -> None:
-        """Chart and model card; run.json last, for it says that the run is whole. best_step: whose
-        weights were taken in the end, if not the last step's."""
+    def finish(self, history: list[dict], best: Path | None) -> None:
+        """Chart and model card; run.json last, for it says that the run is whole. best: the
+        checkpoint whose weights were taken in the end, if not the last step's."""
         train, held = ([row for row in history if n in row] for n in ("loss", "eval_loss"))
-        last = held[-1] if held else {}
-        if best_step:
-            last = next(row for row in held if row["step"] == best_step)
+        steps = history[-1]["step"]
+        adapter_step = step_of(best) if best else steps
+        measured = next((row for row in held if row["step"] == adapter_step), {})
         results = self.facts | {
-            "steps": history[-1]["step"], "adapter_step": best_step or history[-1]["step"],
-            "loss_first": train[0]["loss"],
-            "loss_last": train[-1]["loss"], "eval_loss": last.get("eval_loss"),
-            "eval_bits_per_character": last.get("eval_bits_per_character")}
+            "steps": steps, "adapter_step": adapter_step,
+            "loss_first": train[0]["loss"], "loss_last": train[-1]["loss"],
+            "eval_loss": measured.get("eval_loss"),
+            "eval_bits_per_character": measured.get("eval_bits_per_character")}
         try:
             self.draw(history, self.output / "trainloss.png")
         except OSError as error:
@@ -1783,9 +1768,8 @@ class Report:
         (self.output / "README.md").write_text(card, encoding="utf-8")
         write_json(self.output / "run.json", self.record | {"results": results})
         losses = f"loss {results['loss_first']:.3f} to {results['loss_last']:.3f}"
-        best = f" (of step {best_step}, the best)" if best_step else ""
-        print(f"{results['steps']} steps, {losses}; wrote {self.output}{best}",
-              "next: python merge_lora.py", sep="; ")
+        chosen = f" (of step {adapter_step}, the best)" if best else ""
+        print(f"{steps} steps, {losses}; wrote {self.output}{chosen}; next: python merge_lora.py")
 
 
 def traditional_share(text: str) -> float | None:
@@ -1859,7 +1843,7 @@ def nothing_held_out(args: Arguments, held_out: Any, files: list[Path]) -> str |
                if any(p.suffix == ".txt" for p in files) else ""))
 
 
-@streams_that_may_go()
+@ignore_write_errors()
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
     """Read, check, tokenise, pack, build, train, report."""
@@ -1867,17 +1851,15 @@ def main(argv: list[str] | None = None) -> None:
     check(args)
     folder, config, tokenizer, first_new = load_base(args)
     if args.plan and not (tokenizer and Path(args.dataset).exists()):
-        return print_plan(args, training, config, first_new, {})
+        return print_plan(args, training, config, first_new, {}, None)
     files = text_files(args.dataset)
-    with training.main_process_first():
-        sums = text_sums(files, known_sums(Path(args.cache_dir)))
-        key = dataset_key(files, folder, sums)
-        record = describe_run(args, training, folder, first_new, key)
+    key = dataset_key(files, folder)
+    record = describe_run(args, training, folder, first_new, key)
+    with training.main_process_first():  # of several processes one moves and tokenises
         checkpoint = None if args.plan else open_run(args, record)
-    if checkpoint == "done":
-        return print(f"already done: {args.output_dir} holds this very run, finished")
-    with training.main_process_first():
-        corpus = tokenize(files, tokenizer, Path(args.cache_dir) / key[:16], sums)
+        if checkpoint == "done":
+            return print(f"already done: {args.output_dir} holds this very run, finished")
+        corpus = tokenize(files, tokenizer, Path(args.cache_dir) / key[:16])
     blocks, held_out = split_corpus(corpus, args, tokenizer.eos_token_id or 0)
     unheld = nothing_held_out(args, held_out, files)
     facts = {
@@ -1885,24 +1867,23 @@ def main(argv: list[str] | None = None) -> None:
         "eval_sequences": len(held_out) if held_out else 0,
         "steps": total_steps(len(blocks), training)}
     if args.plan:
+        return print_plan(args, training, config, first_new, facts, unheld)
+    report = Report(args, record, tokenizer, facts, held_out or blocks)
+    with ExitStack() as run:
         if training.process_index == 0:
-            print_plan(args, training, config, first_new, facts)
-            if unheld:
-                print(f"note: {unheld}")
-        return
-    with Report(args, record, tokenizer, facts, held_out or blocks) as report:
-        if training.process_index == 0:
+            report.output.mkdir(parents=True, exist_ok=True)
+            run.enter_context(lock_output_dir(report.output))
             report.begin(blocks, slow_device(training, folder), unheld)
         model, _ = build_model(args, training, folder, first_new)
         trainer = build_trainer(training, model, blocks, held_out, report)
-        with stop_signals() as trainer.stop:
-            trainer.train(resume_from_checkpoint=checkpoint)
-            if trainer.stopping():
-                report.stopped(trainer)
-                raise SystemExit(128 + (trainer.stop or [signal.SIGTERM])[0])
+        trainer.signals = run.enter_context(collect_signals())
+        trainer.train(checkpoint)
+        if trainer.stopping():
+            report.stopped(trainer)
+            raise SystemExit(128 + (trainer.signals or STOPPING)[0])
         trainer.save_model()
         if training.process_index == 0:
-            report.finish(trainer.state.log_history, trainer.best_step())
+            report.finish(trainer.state.log_history, trainer.best_checkpoint())
 
 
 if __name__ == "__main__" and "__file__" in globals():
