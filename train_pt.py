@@ -84,7 +84,6 @@ RENAMED = {  # by Transformers 5
     "evaluation_strategy": "--eval_strategy", "no_cuda": "--use_cpu",
     "per_gpu_train_batch_size": "--per_device_train_batch_size",
     "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
-    "group_by_length": "--train_sampling_strategy group_by_length",
     "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
     "overwrite_output_dir": "--resume_from_checkpoint none, which moves the run so far aside"}
 PART, BATCH = 1 << 16, 1 << 20  # characters: of a long text's parts, given to the tokenizer at once
@@ -134,6 +133,8 @@ class Settings:
     gradient_accumulation_steps: int = option(4, "Forward passes per optimizer step.")
     optim: str | None = option(None, "Optimizer; None: adamw_8bit on a GPU, else adamw_torch.")
     bf16: bool = option(True, "Compute in bfloat16.")
+    dataset_weight: list[float] | None = field(default=None, metadata={
+        "help": "The sources' shares of the tokens trained on, as in 9 1; None: by their sizes."})
     seed: int = option(42, "Seed of order, initial weights and dropout.")
 
 
@@ -142,7 +143,9 @@ class Arguments(Settings):
     """Every option of the command line; the help text is the documentation."""
 
     model_name_or_path: str = option("outputs/extended", "Base model: a folder or a hub id.")
-    dataset: str = option("data/cc_filtered", "Text: .parquet, .jsonl, .txt, or a folder.")
+    dataset: list[str] = field(default_factory=lambda: ["data/cc_filtered"], metadata={
+        "help": "Text: .parquet, .jsonl, .txt, or folders. An epoch is a pass over the first; the "
+        "others repeat or stop short, as --dataset_weight asks."})
     output_dir: str = option("outputs/pt", "Folder of adapter, checkpoints and metrics.")
     picture: str = option("pictures/trainloss.png", "The loss chart, redrawn as it runs.")
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
@@ -166,9 +169,10 @@ class Arguments(Settings):
     report_to: str = option("none", "Also log to: wandb, tensorboard, ... or none.")
 
     def __post_init__(self):
-        for name in ("model_name_or_path", "dataset", "output_dir", "picture", "cache_dir",
+        for name in ("model_name_or_path", "output_dir", "picture", "cache_dir",
                      "resume_from_checkpoint"):
             setattr(self, name, os.path.expanduser(getattr(self, name)))
+        self.dataset = [os.path.expanduser(path) for path in self.dataset]
 
 
 def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
@@ -228,6 +232,9 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
                      "--optim adamw_torch with FSDP")
     if missing := set(training.report_to) - set(get_available_reporting_integrations()):
         parser.error(f"--report_to {', '.join(missing)}: unknown or not installed; pip install it")
+    if training.train_sampling_strategy != "random":
+        parser.error(f"--train_sampling_strategy {training.train_sampling_strategy}: expected "
+                     "random; all sequences are of one length")
     if training.max_steps == 0:
         parser.error("--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")
     if refusal := refused_schedule(training):
@@ -700,6 +707,7 @@ class PackedBlocks:
         self.ends = np.cumsum(corpus.lengths[order])  # in the packed stream
         self.begins = self.ends - corpus.lengths[order]
         self.total = int(self.ends[-1])
+        self.documents = len(order)
         predicted = self.total - len(order)  # all but each document's first token
         self.tokens_per_character = float(predicted / max(1, corpus.characters[order].sum()))
 
@@ -720,7 +728,65 @@ class PackedBlocks:
         return {"input_ids": ids, "position_ids": position, "labels": labels}
 
 
-def split_corpus(corpus: Corpus, args: Arguments, padding: int) -> tuple[PackedBlocks, Any]:
+class Mixture:
+    """The sequences of an epoch in their order, from several sources: all blocks of the first,
+    shuffled, and evenly between them, of each other source, as many as its weight asks for. The
+    others go on in the next epoch where they stopped, and begin anew where they end."""
+
+    def __init__(self, sources: list[PackedBlocks], weights: list[float] | None, seed: int):
+        self.sources, self.seed = sources, seed
+        sizes = [len(blocks) for blocks in sources]
+        shares = weights or sizes
+        self.counts = [max(1, round(sizes[0] * share / shares[0])) for share in shares]
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        source, block = self.order[index]
+        return self.sources[source][block]
+
+    def shuffled(self, source: int, times: int) -> np.ndarray:
+        """The blocks of a source in their order, when it was read so many times before."""
+        import torch
+        generator = torch.Generator().manual_seed(self.seed + times)
+        return torch.randperm(len(self.sources[source]), generator=generator).numpy()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Put an epoch in order; accelerate's data loader calls it. A resumed run comes to the
+        same order, for it follows from seed and epoch alone."""
+        chosen, places = [], []
+        for source, count in enumerate(self.counts):
+            size = len(self.sources[source])
+            first, last = epoch * count, (epoch + 1) * count  # of a source that never ends
+            passes = range(first // size, (last - 1) // size + 1)
+            blocks = np.concatenate([self.shuffled(source, n) for n in passes])
+            blocks = blocks[first % size :][:count]
+            chosen.append(np.stack([np.full(count, source), blocks], axis=1))
+            places.append((np.arange(count) + 0.5) / count)
+        evenly = np.argsort(np.concatenate(places), kind="stable")
+        self.order, self.epoch = np.concatenate(chosen)[evenly], epoch  # (sequences, 2)
+
+    def tokens_seen(self, sequences: int) -> list[int]:
+        """The tokens of each source in the first so many sequences of a run."""
+        epoch, rest = divmod(sequences, len(self))
+        if rest and epoch != self.epoch:
+            self.set_epoch(epoch)
+        within = np.bincount(self.order[:rest, 0], minlength=len(self.sources))
+        seen = []
+        for source, blocks in enumerate(self.sources):
+            times, begun = divmod(epoch * self.counts[source] + int(within[source]), len(blocks))
+            padding = len(blocks) * blocks.block_size - blocks.total  # in the last block
+            padded = len(blocks) - 1 in self.shuffled(source, times)[:begun]
+            tokens = times * blocks.total + begun * blocks.block_size - padded * padding
+            seen.append(tokens)
+        return seen
+
+
+def split_corpus(
+    corpus: Corpus, args: Arguments, padding: int
+) -> tuple[PackedBlocks, PackedBlocks | None]:
     """Shuffle the documents by seed and hold some out, whole: (training, held out or None)."""
     documents = len(corpus.lengths)
     order = np.random.default_rng(args.seed).permutation(documents)
@@ -729,6 +795,46 @@ def split_corpus(corpus: Corpus, args: Arguments, padding: int) -> tuple[PackedB
     train, held_out = order[held:], order[:held]
     blocks = PackedBlocks(corpus, train, args.block_size, padding)
     return blocks, PackedBlocks(corpus, held_out, args.block_size, padding) if held else None
+
+
+def source_names(datasets: list[str]) -> list[str]:
+    """What the sources are called in metrics, chart and card: the file or folder, else the path."""
+    short = [Path(path).stem for path in datasets]
+    return short if len({*short}) == len(short) else datasets
+
+
+def pack_sources(
+    corpora: list[Corpus], args: Arguments, training: Any, padding: int
+) -> tuple[Mixture, dict[str, PackedBlocks]]:
+    """What to train on, and by the source's name what is held out."""
+    train, held_out = [], {}
+    for name, corpus in zip(source_names(args.dataset), corpora, strict=True):
+        blocks, held = split_corpus(corpus, args, padding)
+        train.append(blocks)
+        if held:
+            held_out[name] = held
+    seed = args.seed if training.data_seed is None else training.data_seed
+    return Mixture(train, args.dataset_weight, seed), held_out
+
+
+def count(corpora: list[Corpus], blocks: Mixture, held_out: dict, training: Any) -> dict[str, int]:
+    """The run in numbers."""
+    return {
+        "documents": sum(len(corpus.lengths) for corpus in corpora),
+        "tokens": sum(source.total for source in blocks.sources), "sequences": len(blocks),
+        "eval_sequences": sum(len(held) for held in held_out.values()),
+        "steps": total_steps(len(blocks), training)}
+
+
+def describe_sources(args: Arguments, training: Any, blocks: Mixture) -> list[str]:
+    """Tokens, share and epochs of each source in the whole run, a line each; none if it is one."""
+    steps = total_steps(len(blocks), training)
+    seen = blocks.tokens_seen(sequences_after(steps, len(blocks), training))
+    lines = []
+    for name, source, tokens in zip(source_names(args.dataset), blocks.sources, seen, strict=True):
+        share, epochs = tokens / sum(seen), tokens / source.total
+        lines.append(f"{name}: {tokens:,} tokens, {share:.1%}, {epochs:.2f} epochs")
+    return lines if len(lines) > 1 else []
 
 
 @dataclass
@@ -1094,7 +1200,8 @@ class PackedTraining:
         import torch
         if self.eval_dataset is not None:
             try:
-                self.held_out_loss(batches=1)
+                for blocks in self.eval_dataset.values():
+                    self.held_out_loss(blocks, batches=1)
                 self.report.sample(self, tokens=1)
             except torch.OutOfMemoryError as error:
                 raise UserError(
@@ -1115,7 +1222,13 @@ class PackedTraining:
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the tokens seen, write metrics.jsonl, and stop a loss that explodes."""
-        logs = logs | {"tokens_seen": round((self.state.epoch or 0) * self.report.facts["tokens"])}
+        blocks = self.train_dataset
+        sequences = sequences_after(self.state.global_step, len(blocks), self.args)
+        seen = blocks.tokens_seen(sequences)
+        logs = logs | {"tokens_seen": sum(seen)}
+        if len(seen) > 1:
+            names = source_names(self.report.args.dataset)
+            logs |= {f"tokens_seen_{n}": count for n, count in zip(names, seen, strict=True)}
         figures = {name: value for name, value in logs.items() if name != "eval_sample"}
         super().log(figures, *args, **kwargs)
         self.state.log_history[-1].update(logs)
@@ -1129,12 +1242,11 @@ class PackedTraining:
                 explosion = f"the loss explodes ({logs['loss']:.2f} after {self.lowest_loss:.2f})"
                 self.give_up(self.state.global_step, explosion)
 
-    def held_out_loss(self, batches: int = sys.maxsize) -> tuple[float, int]:
-        """The summed loss of the documents held out, full attention; and how many tokens it is of.
-        """
+    def held_out_loss(self, blocks: PackedBlocks, batches: int = sys.maxsize) -> tuple[float, int]:
+        """The summed loss of documents held out, full attention; and how many tokens it is of."""
         import torch
         from accelerate.utils import send_to_device
-        blocks, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        size = self.args.per_device_eval_batch_size
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         rank, ranks = self.args.process_index, self.args.world_size
@@ -1155,16 +1267,22 @@ class PackedTraining:
         return total, max(1, int(predicted))
 
     def evaluate(self, *args, **kwargs) -> dict[str, Any]:
-        """Loss per token and bits per character of the documents held out, and a sample."""
+        """Loss per token and bits per character of the documents held out, of the first source
+        under the plain names; and a sample."""
         from tqdm import tqdm
-        total, predicted = self.held_out_loss()
-        # Where a block cuts a document, one token has no context: the mean stands for it.
-        tokens_per_character = self.eval_dataset.tokens_per_character
-        bits = total / predicted / math.log(2) * tokens_per_character
-        metrics = {"eval_loss": total / predicted, "eval_bits_per_character": bits}
+        metrics = {}
+        for name, blocks in self.eval_dataset.items():
+            total, predicted = self.held_out_loss(blocks)
+            # Where a block cuts a document, one token has no context: the mean stands for it.
+            bits = total / predicted / math.log(2) * blocks.tokens_per_character
+            of = f"_{name}" if metrics else ""
+            metrics[f"eval_loss{of}"] = total / predicted
+            metrics[f"eval_bits_per_character{of}"] = bits
         metrics |= self.report.sample(self)  # every process, for FSDP needs all to write one
         if self.is_world_process_zero():
-            tqdm.write(f"{bits:.3f} bits per character; it writes: {metrics.get('eval_sample')}")
+            bits = [f"{metrics[name]:.3f}" for name in metrics if "bits_per_character" in name]
+            tqdm.write(f"{', '.join(bits)} bits per character; it writes: "
+                       f"{metrics.get('eval_sample')}")
         self.log(metrics)
         told = self.callback_handler.on_evaluate
         self.control = told(self.args, self.state, self.control, metrics)
@@ -1244,17 +1362,20 @@ def told_with_a_remedy(error: Exception, folder: Path) -> Exception:
                    f"is {last}; make room and run the same command")
 
 
-def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report: Report) -> Any:
+def build_trainer(
+    training: Any, model: Any, blocks: Mixture, held_out: dict[str, PackedBlocks], report: Report
+) -> Any:
     """transformers.Trainer with PackedTraining in front."""
     from transformers import Trainer, TrainerCallback
     keep, training.save_total_limit = max(0, training.save_total_limit) or sys.maxsize, None
     load_best, training.load_best_model_at_end = training.load_best_model_at_end, False
-    if held_out is None:
+    training.train_sampling_strategy = "sequential"  # the blocks come in their order
+    if not held_out:
         training.eval_strategy, training.eval_on_start = "no", False
     head_size = model.config.hidden_size // model.config.num_attention_heads
     flash = not training.use_cpu and (training.bf16 or training.fp16) and flash_is_here(head_size)
     trainer = based_on(PackedTraining, Trainer)(
-        model=model, args=training, train_dataset=blocks, eval_dataset=held_out,
+        model=model, args=training, train_dataset=blocks, eval_dataset=held_out or None,
         data_collator=Collate(report.args.group_size, flash))
     trainer.add_callback(based_on(RunCallback, TrainerCallback)(trainer))
     trainer.head, trainer.report = model.base_model.model.lm_head, report
@@ -1433,13 +1554,16 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, key: str) -> dict:
+def describe_run(
+    args: Arguments, training: Any, folder: Path, first_new: int, keys: list[str]
+) -> dict:
     """What run.json holds from the start: with other settings or inputs it is another run."""
     settings = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
     settings |= {n: v for n, v in training.to_dict().items() if TRAINER_SETTINGS.match(n)}
     settings |= {"processes": training.world_size, "fsdp": fsdp_version(training)}
     settings |= {"held_out": args.eval_strategy != "no"}  # else those documents are trained on
-    settings |= {"first_new_row": first_new, "model": fingerprint(folder), "dataset": key}
+    settings |= {"first_new_row": first_new, "model": fingerprint(folder)}
+    settings |= {"dataset": " ".join(keys)}
     compute = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     nf4 = {"quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": compute}
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
@@ -1528,14 +1652,25 @@ def last_whole_checkpoint(output: Path) -> str | None:
 # --- Plan ----------------------------------------------------------------------------------------
 
 
-def total_steps(sequences: int, training: Any) -> int:
-    """Optimizer steps, as Trainer counts them."""
-    if training.max_steps > 0:
-        return training.max_steps
+def steps_per_epoch(sequences: int, training: Any) -> int:
+    """Optimizer steps in an epoch, as Trainer counts them."""
     batches = sequences / (training.per_device_train_batch_size * training.world_size)
     batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
-    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
-    return math.ceil(training.num_train_epochs * per_epoch)
+    return math.ceil(batches / training.gradient_accumulation_steps)
+
+
+def total_steps(sequences: int, training: Any) -> int:
+    """Optimizer steps of the run."""
+    if training.max_steps > 0:
+        return training.max_steps
+    return math.ceil(training.num_train_epochs * steps_per_epoch(sequences, training))
+
+
+def sequences_after(step: int, sequences: int, training: Any) -> int:
+    """How many sequences were trained on after so many steps, of so many in an epoch."""
+    epochs, rest = divmod(step, steps_per_epoch(sequences, training))
+    batch = training.per_device_train_batch_size * training.world_size
+    return epochs * sequences + min(rest * batch * training.gradient_accumulation_steps, sequences)
 
 
 def moment_bytes(optim: str) -> float:
@@ -1578,7 +1713,7 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
 
 
 def print_plan(
-    args: Arguments, training: Any, config: Any, first_new: int, facts: dict, note: str | None
+    args: Arguments, training: Any, config: Any, first_new: int, facts: dict, *lines: str
 ) -> None:
     """Sizes, steps, and what fits."""
     import torch
@@ -1592,10 +1727,10 @@ def print_plan(
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):>36}: {value:,}")
     if not facts:
-        print(f"no text at --dataset {args.dataset}, or no tokenizer with the model: steps are not "
-              "counted")
-    if note:
-        print(f"note: {note}")
+        print(f"no text at --dataset {' '.join(args.dataset)}, or no tokenizer with the model: "
+              "steps are not counted")
+    for line in lines:
+        print(line)
     batch, block = training.per_device_train_batch_size, args.block_size
     print(f"memory on a GPU, estimated from the shapes, at batch {batch} x {block} tokens:")
     for name, size in items(batch, block).items():
@@ -1638,8 +1773,6 @@ documents held out {eval_loss}, that is {eval_bits_per_character} bits per chara
 
 ## Documents held out
 
-| epoch | step | loss | bits per character |
-| --- | --- | --- | --- |
 {held_out}
 
 ## Framework versions
@@ -1656,14 +1789,14 @@ class Report:
         self.prompt = source[0]["input_ids"][:32].tolist()
         self.output, self.drawn = Path(args.output_dir), -math.inf
 
-    def begin(self, blocks: PackedBlocks, *notes: str | None) -> None:
+    def begin(self, blocks: Mixture, *lines: str) -> None:
         """Write the record, and say what comes."""
         run = os.getenv("WANDB_RUN_ID") or read_record(self.output).get("wandb_run_id")
         self.record["wandb_run_id"] = run or uuid4().hex[:8]
         write_json(self.output / "run.json", self.record)
         print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in self.facts.items()))
-        for note in filter(None, notes):
-            print(f"note: {note}")
+        for line in lines:
+            print(line)
         print("a sample:", self.tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
 
     def join_wandb(self, training: Any) -> None:
@@ -1695,9 +1828,10 @@ class Report:
             return
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        for rows, name, style, label in ((train, "loss", "-", "train"),
-                                         (held, "eval_loss", "o-", "held out")):
-            axes.plot([r["step"] for r in rows], [r[name] for r in rows], style, label=label)
+        axes.plot([r["step"] for r in train], [r["loss"] for r in train], label="train")
+        for name in (n for n in (held[-1] if held else {}) if n.startswith("eval_loss")):
+            label = f"held out {name[10:]}".strip()
+            axes.plot([r["step"] for r in held], [r[name] for r in held], "o-", label=label)
         title = f"{self.facts['steps']} steps, blocks of {self.args.block_size} tokens"
         axes.set(ylabel="loss (nats per token)", title=title)
         millions = train[-1]["tokens_seen"] / train[-1]["step"] / 1e6
@@ -1758,18 +1892,30 @@ class Report:
             self.draw(history, self.output / "trainloss.png")
         except OSError as error:
             print(f"warning: chart not written ({error})", flush=True)
-        row = "| {epoch:.2f} | {step} | {eval_loss:.4f} | {eval_bits_per_character:.4f} |"
+        results |= {n: v for n, v in history[-1].items() if n.startswith("tokens_seen_")}
         card = CARD.format(
             **{n: round(v, 4) if isinstance(v, float) else v for n, v in results.items()},
             base=self.record["base"]["model_name_or_path"],
             hyperparameters="\n".join(f"- {n}: {v}" for n, v in self.record["settings"].items()),
-            held_out="\n".join(row.format(**metrics) for metrics in held),
+            held_out=table_of_evaluations(held),
             versions="\n".join(f"- {n} {v}" for n, v in self.record["versions"].items()))
         (self.output / "README.md").write_text(card, encoding="utf-8")
         write_json(self.output / "run.json", self.record | {"results": results})
         losses = f"loss {results['loss_first']:.3f} to {results['loss_last']:.3f}"
         chosen = f" (of step {adapter_step}, the best)" if best else ""
         print(f"{steps} steps, {losses}; wrote {self.output}{chosen}; next: python merge_lora.py")
+
+
+def table_of_evaluations(held: list[dict]) -> str:
+    """Each evaluation's figures, a row each, in Markdown."""
+    columns = [name for name in (held[-1] if held else {})
+               if name.startswith(("eval_loss", "eval_bits_per_character"))]
+    titles = ["epoch", "step", *(name[5:].replace("_", " ") for name in columns)]
+    rows = [titles, ["---"] * len(titles)]
+    for row in held:
+        figures = [f"{row[name]:.4f}" for name in columns]
+        rows.append([f"{row['epoch']:.2f}", str(row["step"]), *figures])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def traditional_share(text: str) -> float | None:
@@ -1801,7 +1947,17 @@ def check(args: Arguments) -> None:
     options, parsed = args.activation_checkpointing_kwargs, None
     with suppress(ValueError):
         parsed = json.loads(options or "{}")
+    weights = args.dataset_weight
+    places = [Path(path).resolve() for path in args.dataset]
+    twice = [path for n, path in enumerate(args.dataset) if places[n] in places[:n]]
     refuse(
+        (twice, f"--dataset {' '.join(twice)}: named twice; expected each source once, and "
+         "--dataset_weight for its share"),
+        (weights and len(weights) != len(places), f"--dataset_weight {shown(weights)}: expected a "
+         f"number for each --dataset, which are {len(places)}"),
+        (weights and not all(0 < w <= 1000 * min(weights) for w in weights),
+         f"--dataset_weight {shown(weights)}: expected numbers above 0, as in 9 1, the largest at "
+         "most 1000 times the smallest"),
         (Path(args.cache_dir).is_file(), f"--cache_dir {args.cache_dir}: expected a folder"),
         (Path(args.picture).suffix not in (".png", ".pdf", ".svg"),
          f"--picture {args.picture}: expected a file that ends in .png, .pdf or .svg"),
@@ -1809,6 +1965,11 @@ def check(args: Arguments) -> None:
          f"({unusable(Path(args.picture))}); choose another place"),
         (not isinstance(parsed, dict), f"--activation_checkpointing_kwargs {options}: expected "
          """a JSON object such as '{"offload": true}'"""))
+
+
+def shown(numbers: list[float] | None) -> str:
+    """Numbers as they are typed."""
+    return " ".join(f"{number:g}" for number in numbers or ())
 
 
 def unusable(file: Path) -> str | None:
@@ -1821,10 +1982,12 @@ def unusable(file: Path) -> str | None:
     return None if os.access(above, os.W_OK | os.X_OK) else f"{above} may not be written"
 
 
-def slow_device(training: Any, folder: Path) -> str | None:
+def slow_device(args: Arguments, training: Any, folder: Path) -> str | None:
     """What to say of a device on which the run will take longer than it need."""
     import torch
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if args.plan:  # it is of another machine
+        return None
     if training.use_cpu and size > LARGE_FOR_A_CPU:
         return (f"no GPU in use, so {size / 1e9:.1f} GB of weights train on the CPU, slowly; if "
                 "there is one, see nvidia-smi and torch.version.cuda")
@@ -1834,13 +1997,17 @@ def slow_device(training: Any, folder: Path) -> str | None:
     return None
 
 
-def nothing_held_out(args: Arguments, held_out: Any, files: list[Path]) -> str | None:
-    """What to say where an evaluation is asked for and the text has too few documents for one."""
-    if held_out or args.eval_fraction == 0 or args.eval_strategy == "no":
+def nothing_held_out(args: Arguments, held_out: dict, files: list[list[Path]]) -> str | None:
+    """What to say where an evaluation is asked for and a text has too few documents for one."""
+    if args.eval_fraction == 0 or args.eval_strategy == "no":
         return None
-    return (f"--dataset {args.dataset}: too few documents to hold one out, so nothing is evaluated"
-            + ("; a .txt is one document: one a row, as JSON Lines, would be many"
-               if any(p.suffix == ".txt" for p in files) else ""))
+    for name, dataset, found in zip(source_names(args.dataset), args.dataset, files, strict=True):
+        if name not in held_out:
+            txt = any(path.suffix == ".txt" for path in found)
+            remedy = "; a .txt is one document: one a row, as JSON Lines, would be many"
+            return (f"--dataset {dataset}: too few documents to hold one out, so nothing of it is "
+                    f"evaluated{remedy if txt else ''}")
+    return None
 
 
 @ignore_write_errors()
@@ -1850,30 +2017,30 @@ def main(argv: list[str] | None = None) -> None:
     args, training = parse_args(argv)
     check(args)
     folder, config, tokenizer, first_new = load_base(args)
-    if args.plan and not (tokenizer and Path(args.dataset).exists()):
-        return print_plan(args, training, config, first_new, {}, None)
-    files = text_files(args.dataset)
-    key = dataset_key(files, folder)
-    record = describe_run(args, training, folder, first_new, key)
+    if args.plan and not (tokenizer and all(Path(path).exists() for path in args.dataset)):
+        return print_plan(args, training, config, first_new, {})
+    files = [text_files(dataset) for dataset in args.dataset]
+    keys = [dataset_key(found, folder) for found in files]
+    record = describe_run(args, training, folder, first_new, keys)
     with training.main_process_first():  # of several processes one moves and tokenises
         checkpoint = None if args.plan else open_run(args, record)
         if checkpoint == "done":
             return print(f"already done: {args.output_dir} holds this very run, finished")
-        corpus = tokenize(files, tokenizer, Path(args.cache_dir) / key[:16])
-    blocks, held_out = split_corpus(corpus, args, tokenizer.eos_token_id or 0)
+        caches = [Path(args.cache_dir) / key[:16] for key in keys]
+        corpora = [tokenize(f, tokenizer, c) for f, c in zip(files, caches, strict=True)]
+    blocks, held_out = pack_sources(corpora, args, training, tokenizer.eos_token_id or 0)
+    facts = count(corpora, blocks, held_out, training)
+    lines = describe_sources(args, training, blocks)
     unheld = nothing_held_out(args, held_out, files)
-    facts = {
-        "documents": len(corpus.lengths), "tokens": blocks.total, "sequences": len(blocks),
-        "eval_sequences": len(held_out) if held_out else 0,
-        "steps": total_steps(len(blocks), training)}
+    lines += [f"note: {note}" for note in (slow_device(args, training, folder), unheld) if note]
     if args.plan:
-        return print_plan(args, training, config, first_new, facts, unheld)
-    report = Report(args, record, tokenizer, facts, held_out or blocks)
+        return print_plan(args, training, config, first_new, facts, *lines)
+    report = Report(args, record, tokenizer, facts, next(iter(held_out.values()), blocks))
     with ExitStack() as run:
         if training.process_index == 0:
             report.output.mkdir(parents=True, exist_ok=True)
             run.enter_context(lock_output_dir(report.output))
-            report.begin(blocks, slow_device(training, folder), unheld)
+            report.begin(blocks, *lines)
         model, _ = build_model(args, training, folder, first_new)
         trainer = build_trainer(training, model, blocks, held_out, report)
         trainer.signals = run.enter_context(collect_signals())

@@ -213,7 +213,8 @@ def test_a_large_model_without_a_gpu_is_noted_and_trained(command, monkeypatch, 
 def test_a_gpu_without_bfloat16_is_noted(capability, noted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    note = train_pt.slow_device(SimpleNamespace(use_cpu=False, bf16=True), TINY)
+    training = SimpleNamespace(use_cpu=False, bf16=True)
+    note = train_pt.slow_device(SimpleNamespace(plan=False), training, TINY)
     assert note == ("--bf16 true: Tesla T4 has no units for bfloat16; it has some for float16: "
                     "--bf16 false --fp16 true" if noted else None)
 
