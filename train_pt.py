@@ -91,6 +91,12 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 # What a file system without locks answers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 1,024 x 61,388 x 4 bytes = 0.25 GB
+# A run goes on under another of these where the learning rates so far are the same.
+SCHEDULE = {"max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs",
+            "warmup_steps"}
+# What an adapter brings with it, and must be the same where training starts from it.
+OF_AN_ADAPTER = ("lora_rank", "lora_alpha", "use_rslora", "quantization", "train_embeddings",
+                 "train_norms", "first_new_row")
 # The Trainer's options that change the result, beside our own Settings.
 TRAINER_SETTINGS = re.compile(
     "adam_|data(_seed|loader_drop)|fp16$|greater_is|load_best|lr_scheduler|max_(steps|grad)|"
@@ -120,6 +126,7 @@ class Settings:
     quantization: Literal["nf4", "none"] = option("nf4", "How the frozen weights are held.")
     lora_rank: int = option(32, "Rank of the LoRA matrices on all linear layers.")
     lora_alpha: int | None = option(None, "LoRA's scale times its rank; None: twice the rank.")
+    use_rslora: bool = option(False, "Scale LoRA by lora_alpha / sqrt(rank), not / rank.")
     lora_dropout: float = option(0.0, "Dropout before the LoRA matrices.")
     train_embeddings: Literal["new", "all", "none"] = option(
         "new", "Rows of embedding and head to train: the added pieces, all, or none.")
@@ -127,6 +134,12 @@ class Settings:
         None, "First new row; None: as extend_vocab.py wrote it, else 32000.")
     train_norms: bool = option(True, "Train the norms too (LongLoRA found it decisive).")
     learning_rate: float = option(5e-5, "Peak learning rate.")
+    embedding_learning_rate: float | None = option(
+        None, "Peak rate of the rows of embedding and head; None: learning_rate.")
+    norm_learning_rate: float | None = option(
+        None, "Peak rate of the norms; None: learning_rate.")
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: the rate of B is so many times learning_rate; None: the same.")
     lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
     num_train_epochs: float = option(3.0, "Passes over the data.")
     per_device_train_batch_size: int = option(8, "Sequences per device and forward pass.")
@@ -158,6 +171,8 @@ class Arguments(Settings):
         None, "Recompute activations in the backward pass; None: on a GPU.")
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
+    adapter: str | None = option(
+        None, "Start from this adapter of train_pt.py, with a new optimizer and schedule.")
     resume_from_checkpoint: str = option(
         "auto", "A checkpoint's folder; auto: the last; none: anew, the run so far moved aside.")
     per_device_eval_batch_size: int = option(8, "Sequences per device in evaluation.")
@@ -173,6 +188,7 @@ class Arguments(Settings):
                      "resume_from_checkpoint"):
             setattr(self, name, os.path.expanduser(getattr(self, name)))
         self.dataset = [os.path.expanduser(path) for path in self.dataset]
+        self.adapter = self.adapter and os.path.expanduser(self.adapter)
 
 
 def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
@@ -254,22 +270,33 @@ def unsupported(asked: dict[str, Any], unknown: list[str]) -> str | None:
     return f"unknown option: {' '.join(unknown)}; --help lists the options" if unknown else None
 
 
-def refused_schedule(training: Any) -> str | None:
-    """What the learning rate schedule lacks: it is built once, for a single number."""
+def learning_rate_schedule(settings: dict[str, Any], steps: int) -> Any:
+    """The schedule of a run of so many steps, as Trainer makes it: its `lr_lambdas` give the share
+    of the peak at each step. One that looks at the evaluations has none."""
     import torch
     from transformers import get_scheduler
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=settings["learning_rate"])
+    warmup = settings["warmup_steps"]
+    warmup = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
+    kwargs = dict(settings["lr_scheduler_kwargs"] or {})
+    return get_scheduler(
+        settings["lr_scheduler_type"], optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
+
+
+def refused_schedule(training: Any) -> str | None:
+    """What the learning rate schedule lacks: it is built once, for a single number."""
     if not training.learning_rate > 0:
         return None  # check refuses it
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=training.learning_rate)
+    settings = training.to_dict()
     steps = training.max_steps if training.max_steps > 0 else 10**6
-    shown = f"--lr_scheduler_type {training.lr_scheduler_type.value}"
-    kwargs = training.lr_scheduler_kwargs or {}
+    kwargs = json.dumps(settings["lr_scheduler_kwargs"] or {})
     try:
-        get_scheduler(training.lr_scheduler_type, optimizer, training.get_warmup_steps(steps),
-                      steps, scheduler_specific_kwargs=dict(kwargs))
+        learning_rate_schedule(settings, steps)
     except (ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        return f"{shown} --lr_scheduler_kwargs {json.dumps(kwargs)}: {reason}; pass what it needs"
+        return (f"--lr_scheduler_type {settings['lr_scheduler_type']} --lr_scheduler_kwargs "
+                f"{kwargs}: {reason}; pass what it needs")
     return None
 
 
@@ -998,7 +1025,7 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
     set_seed(args.seed)
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout, target_modules=LINEAR_LAYERS)
+        lora_dropout=args.lora_dropout, target_modules=LINEAR_LAYERS, use_rslora=args.use_rslora)
     model = get_peft_model(model, lora)
     llama = model.base_model.model
     first = {"new": first_new, "all": 0, "none": llama.config.vocab_size}
@@ -1293,6 +1320,23 @@ class PackedTraining:
         measured = [row["step"] for row in self.state.log_history if "eval_loss" in row]
         return self.eval_dataset is None or self.state.global_step in measured
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's optimizer; parameters with a learning rate of their own in own groups."""
+        optimizer = super().create_optimizer(model)
+        rates = learning_rates(self.report.args, model or self.model)
+        if not rates:
+            return optimizer
+        groups = []
+        for group in optimizer.param_groups:
+            kinds: dict[float, list] = {}
+            for parameter in group["params"]:
+                kinds.setdefault(rates.get(parameter, group["lr"]), []).append(parameter)
+            groups += [group | {"params": chosen, "lr": rate} for rate, chosen in kinds.items()]
+        # The first group's rate is the one that Trainer logs.
+        groups.sort(key=lambda group: group["lr"] != self.args.learning_rate)
+        optimizer.param_groups[:] = groups
+        return optimizer
+
     def floating_point_ops(self, inputs) -> int:
         return 0  # the stock estimate counts every parameter at each step
 
@@ -1349,6 +1393,19 @@ class PackedTraining:
         for old in checkpoints(Path(self.args.output_dir))[self.keep :]:
             if old != best:
                 shutil.rmtree(old)
+
+
+def learning_rates(args: Arguments, model: Any) -> dict[Any, float]:
+    """The parameters that learn at a rate of their own, with that rate."""
+    lora_b = args.loraplus_lr_ratio and args.loraplus_lr_ratio * args.learning_rate
+    parts = {".trained": args.embedding_learning_rate, "norm.weight": args.norm_learning_rate,
+             ".lora_B.": lora_b}
+    rates = {}
+    for name, parameter in model.named_parameters():
+        for part, rate in parts.items():
+            if part in name and rate is not None:
+                rates[parameter] = rate
+    return rates
 
 
 def told_with_a_remedy(error: Exception, folder: Path) -> Exception:
@@ -1575,22 +1632,32 @@ def describe_run(
         "settings": json.loads(json.dumps(settings, default=str))}
 
 
-def other_settings(record: dict, old: dict) -> str:
-    """What of a run's settings is not as in an older record; nothing if they are the same run."""
+def changed_settings(record: dict, old: dict) -> list[str]:
+    """The settings that are not as in an older record; none if it is the same run."""
     new, before = record["settings"], old["settings"]
-    sums = {"dataset": "the text or the tokenizer changed", "model": "the base changed",
-            "held_out": "--eval_strategy no trains on the documents held out too"}
-    changed = [n for n in sorted(new | before) if new.get(n) != before.get(n)]
-    return "; ".join(sums.get(n, f"{n} was {before.get(n)}, now {new.get(n)}") for n in changed)
+    # A setting that an older version did not know was at its default.
+    was = {setting.name: setting.default for setting in fields(Settings)} | before
+    return [name for name in sorted(new | before) if new.get(name) != was.get(name)]
 
 
-def move_aside(folder: Path, what: str, run: Path) -> None:
+def other_settings(record: dict, old: dict, changed: list[str]) -> str:
+    """How the settings differ, in words."""
+    new, before = record["settings"], old["settings"]
+    words = {"dataset": "the text or the tokenizer changed", "model": "the base changed",
+             "adapter": "--adapter changed",
+             "held_out": "--eval_strategy no trains on the documents held out too"}
+    return "; ".join(
+        words.get(n, f"{n} was {before.get(n)}, now {new.get(n)}") for n in changed)
+
+
+def move_aside(folder: Path, what: str, run: Path) -> Path:
     """Make room for another of its name, unless a run is at work; nothing is deleted."""
     with lock_output_dir(run):
         pass
     aside = next(p for n in range(1, 10**6) if not (p := Path(f"{folder}.{n}")).exists())
     folder.rename(aside)
     print(f"{folder} held {what}: moved to {aside}")
+    return aside
 
 
 def recorded_run(output: Path) -> dict:
@@ -1615,26 +1682,97 @@ def open_run(args: Arguments, record: dict) -> str | None:
     if named:
         refuse((not is_whole(named), f"--resume_from_checkpoint {wanted}: not a whole checkpoint; "
                 "use auto"))
-        other = other_settings(record, read_record(named))
-        refuse((other, f"--resume_from_checkpoint {wanted}: of a run with other settings ({other})"
-                "; give the same, or begin anew without it"))
+        refuse_other(record, read_record(named), f"--resume_from_checkpoint {wanted}: of a run")
     if old := recorded_run(output):
-        other, finished = other_settings(record, old), old["results"] is not None
-        refuse((other and not finished, f"--output_dir {output}: an unfinished run with other "
-                f"settings ({other}); give the same to go on, name another --output_dir, or remove "
-                "the folder"))
-        if finished and not other:
+        changed = changed_settings(record, old)
+        other = other_settings(record, old, changed)
+        if old["results"] is None:
+            refuse_other(record, old, f"--output_dir {output}: an unfinished run")
+        elif not changed:
             return "done"
-        if other:
-            move_aside(output, "a finished run with other settings", output)
+        if old["results"] and not SCHEDULE.issuperset(changed):
+            aside = move_aside(output, f"a finished run with other settings ({other})", output)
+            print(f"a new run begins; to train that adapter further instead: --adapter {aside}")
         elif wanted == "none":
             move_aside(output, "the run so far", output)
     if named:
-        for later in checkpoints(output):
-            if step_of(later) > step_of(named):
-                move_aside(later, f"a later step than {step_of(named)}", output)
+        move_later_aside(output, step_of(named))
         return wanted
     return last_whole_checkpoint(output)
+
+
+def refuse_other(record: dict, old: dict, what: str) -> None:
+    """Refuse to go on where more than the schedule differs."""
+    changed = changed_settings(record, old)
+    refuse((not SCHEDULE.issuperset(changed), f"{what} with other settings "
+            f"({other_settings(record, old, changed)}); give the same to go on, or begin a run in "
+            "another --output_dir, from this adapter with --adapter"))
+
+
+def move_later_aside(output: Path, step: int) -> None:
+    """Move the checkpoints after a step out of the way."""
+    for later in checkpoints(output):
+        if step_of(later) > step:
+            move_aside(later, f"a later step than {step}", output)
+
+
+def check_schedule(
+    args: Arguments, training: Any, record: dict, checkpoint: str, steps: int
+) -> str:
+    """The checkpoint to go on from where steps or schedule are other than it was saved under: the
+    last before which every learning rate is the same. So a run is prolonged, or a decay branches
+    off a run with a constant rate, to the bit of one long run."""
+    output, asked = Path(args.output_dir), Path(checkpoint)
+    named = args.resume_from_checkpoint not in ("auto", "none")
+    earlier = [p for p in checkpoints(output) if step_of(p) < step_of(asked) and not named]
+    for folder in [asked, *earlier]:
+        if is_whole(folder) and same_schedule_so_far(record, folder, steps):
+            if folder != asked and training.process_index == 0:
+                move_later_aside(output, step_of(folder))
+            return str(folder)
+    old = read_record(asked)
+    other = other_settings(record, old, changed_settings(record, old))
+    raise UserError(
+        f"{asked}: cannot go on to step {steps} ({other}): its learning rates would have been "
+        "others, or it is past that step. A run with --lr_scheduler_type constant, "
+        "constant_with_warmup or, before its decay, warmup_stable_decay can be prolonged; to train "
+        f"this adapter further under another schedule: --adapter {asked} --output_dir ANOTHER")
+
+
+def same_schedule_so_far(record: dict, checkpoint: Path, steps: int) -> bool:
+    """Whether a checkpoint was saved under the learning rates that this run has up to its step."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    new, old = record["settings"], read_record(checkpoint)["settings"]
+    if steps == state["max_steps"] and all(new.get(n) == old.get(n) for n in SCHEDULE):
+        return True
+    rates = []
+    for settings, total in ((new, steps), (old, state["max_steps"])):
+        schedule = learning_rate_schedule(settings, total)
+        if not hasattr(schedule, "lr_lambdas"):
+            return False
+        rate = schedule.lr_lambdas[0]
+        rates.append([rate(step) for step in range(state["global_step"] + 1)])
+    return rates[0] == rates[1] and state["global_step"] <= steps
+
+
+def check_adapter(args: Arguments, record: dict) -> None:
+    """Refuse an adapter that does not fit, before the weights load; note which one it is."""
+    if not args.adapter:
+        return
+    weights, old = Path(args.adapter, "adapter_model.safetensors"), read_record(Path(args.adapter))
+    refuse((not (weights.is_file() and old.get("script") == "train_pt.py"),
+            f"--adapter {args.adapter}: expected what train_pt.py has written, an output_dir or a "
+            "checkpoint, with run.json and adapter_model.safetensors"))
+    output, adapter = Path(args.output_dir).resolve(), Path(args.adapter).resolve()
+    refuse((output in (adapter, *adapter.parents), f"--adapter {args.adapter}: lies in "
+            f"--output_dir {args.output_dir}; expected another --output_dir"))
+    new, before = record["settings"], {"use_rslora": False} | old["settings"]
+    refuse((new["model"] != before["model"], f"--adapter {args.adapter}: of another base, "
+            f"{old['base']['model_name_or_path']}; expected one of {args.model_name_or_path}"))
+    for name in OF_AN_ADAPTER:
+        refuse((new[name] != before[name], f"--adapter {args.adapter}: trained with {name} "
+                f"{before[name]}, not {new[name]}; give the same"))
+    new["adapter"] = file_sum(weights)
 
 
 def last_whole_checkpoint(output: Path) -> str | None:
@@ -1794,6 +1932,8 @@ class Report:
         run = os.getenv("WANDB_RUN_ID") or read_record(self.output).get("wandb_run_id")
         self.record["wandb_run_id"] = run or uuid4().hex[:8]
         write_json(self.output / "run.json", self.record)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (self.output / name).unlink(missing_ok=True)  # of a run that is prolonged
         print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in self.facts.items()))
         for line in lines:
             print(line)
@@ -1938,6 +2078,8 @@ def check(args: Arguments) -> None:
     ranges = {  # where it is not 1 or more or, for fractions, above 0; a NaN lies in none
         "block_size": (8, math.inf), "group_size": (2, args.block_size), "eval_fraction": (0, 0.9),
         "lora_rank": (1, 8192), "lora_dropout": (0, 0.99), "learning_rate": (0, 100),
+        "embedding_learning_rate": (0, 100), "norm_learning_rate": (0, 100),
+        "loraplus_lr_ratio": (0.01, 1000),
         "num_train_epochs": (1e-6, 10**4), "seed": (0, 2**32 - 1), "sample_tokens": (0, 4096),
         "save_total_limit": (-math.inf, math.inf), "plan_gpu_gb": (1, 10**4)}
     for name, value in vars(args).items():
@@ -1982,12 +2124,10 @@ def unusable(file: Path) -> str | None:
     return None if os.access(above, os.W_OK | os.X_OK) else f"{above} may not be written"
 
 
-def slow_device(args: Arguments, training: Any, folder: Path) -> str | None:
+def slow_device(training: Any, folder: Path) -> str | None:
     """What to say of a device on which the run will take longer than it need."""
     import torch
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if args.plan:  # it is of another machine
-        return None
     if training.use_cpu and size > LARGE_FOR_A_CPU:
         return (f"no GPU in use, so {size / 1e9:.1f} GB of weights train on the CPU, slowly; if "
                 "there is one, see nvidia-smi and torch.version.cuda")
@@ -2010,6 +2150,15 @@ def nothing_held_out(args: Arguments, held_out: dict, files: list[list[Path]]) -
     return None
 
 
+def first_lines(
+    args: Arguments, training: Any, folder: Path, blocks: Mixture, held_out: dict, files: list
+) -> list[str]:
+    """What to say of the sources and the device before the first step."""
+    notes = [None if args.plan else slow_device(training, folder)]  # a plan: of another machine
+    notes.append(nothing_held_out(args, held_out, files))
+    return describe_sources(args, training, blocks) + [f"note: {note}" for note in notes if note]
+
+
 @ignore_write_errors()
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
@@ -2022,19 +2171,20 @@ def main(argv: list[str] | None = None) -> None:
     files = [text_files(dataset) for dataset in args.dataset]
     keys = [dataset_key(found, folder) for found in files]
     record = describe_run(args, training, folder, first_new, keys)
+    check_adapter(args, record)
     with training.main_process_first():  # of several processes one moves and tokenises
         checkpoint = None if args.plan else open_run(args, record)
         if checkpoint == "done":
             return print(f"already done: {args.output_dir} holds this very run, finished")
-        caches = [Path(args.cache_dir) / key[:16] for key in keys]
-        corpora = [tokenize(f, tokenizer, c) for f, c in zip(files, caches, strict=True)]
+        corpora = [tokenize(found, tokenizer, Path(args.cache_dir) / key[:16])
+                   for found, key in zip(files, keys, strict=True)]
     blocks, held_out = pack_sources(corpora, args, training, tokenizer.eos_token_id or 0)
     facts = count(corpora, blocks, held_out, training)
-    lines = describe_sources(args, training, blocks)
-    unheld = nothing_held_out(args, held_out, files)
-    lines += [f"note: {note}" for note in (slow_device(args, training, folder), unheld) if note]
+    lines = first_lines(args, training, folder, blocks, held_out, files)
     if args.plan:
         return print_plan(args, training, config, first_new, facts, *lines)
+    if checkpoint:
+        checkpoint = check_schedule(args, training, record, checkpoint, facts["steps"])
     report = Report(args, record, tokenizer, facts, next(iter(held_out.values()), blocks))
     with ExitStack() as run:
         if training.process_index == 0:
@@ -2042,6 +2192,8 @@ def main(argv: list[str] | None = None) -> None:
             run.enter_context(lock_output_dir(report.output))
             report.begin(blocks, *lines)
         model, _ = build_model(args, training, folder, first_new)
+        if args.adapter:
+            load_adapter(model, Path(args.adapter))
         trainer = build_trainer(training, model, blocks, held_out, report)
         trainer.signals = run.enter_context(collect_signals())
         trainer.train(checkpoint)
