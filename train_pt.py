@@ -380,7 +380,7 @@ def fingerprint(folder: Path) -> str:
     """Name a model's weights without reading gigabytes: the sha256 of config.json and, for every
     *.safetensors in name order, its name, its header and both ends (1,024 bytes) of each tensor."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         with path.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
             digest.update(path.name.encode() + header)
@@ -417,13 +417,13 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
         bare = args.plan and not any(folder.glob("tokenizer.*"))
         tokenizer = None if bare else AutoTokenizer.from_pretrained(folder)
         shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
-        parts = {*folder.glob("*.safetensors"), *(folder / name for name in shards)}
+        parts = {*folder.glob("[!.]*.safetensors"), *(folder / name for name in shards)}
         for path in () if args.plan else parts:
             safe_open(path, "np")  # it holds the header against the file's size
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{option} {path}: is not whole ({reason}); fetch it again") from error
-    missing = not args.plan and not any(folder.glob("*.safetensors"))
+    missing = not args.plan and not any(folder.glob("[!.]*.safetensors"))
     pickled = any(folder.glob("pytorch_model*.bin"))
     rows, positions = config.vocab_size, config.max_position_embeddings
     pieces = len(tokenizer or ())
@@ -1518,11 +1518,11 @@ def collect_signals() -> Iterator[list[int]]:
 # --- Run folder ----------------------------------------------------------------------------------
 
 
-def take_lock(file: Any, shown: str, wait: bool = False) -> bool:
+def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") -> bool:
     """Lock an open file or folder until it is closed; return whether it is ours. Where the file
-    system has no locks, say so and go on."""
+    system has no locks, say so and go on. With kind "lockf" forked processes do not hold it too."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        getattr(fcntl, kind)(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:
@@ -2127,7 +2127,7 @@ def unusable(file: Path) -> str | None:
 def slow_device(training: Any, folder: Path) -> str | None:
     """What to say of a device on which the run will take longer than it need."""
     import torch
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in folder.glob("[!.]*.safetensors"))
     if training.use_cpu and size > LARGE_FOR_A_CPU:
         return (f"no GPU in use, so {size / 1e9:.1f} GB of weights train on the CPU, slowly; if "
                 "there is one, see nvidia-smi and torch.version.cuda")

@@ -91,6 +91,16 @@ def test_foreign_files_of_a_text_folder_are_not_read(tmp_path):
     assert [path.name for path in train_pt.text_files(str(tmp_path))] == ["a.txt"]
 
 
+def test_foreign_files_of_a_model_do_not_count(command, tmp_path):
+    """A copy by macOS: ._model.safetensors beside model.safetensors holds no weights."""
+    base = copy_of_tiny(tmp_path / "base")
+    before = train_pt.fingerprint(base)
+    (base / "._model.safetensors").write_bytes(b"\x00\x05\x16\x07" + bytes(60))
+    assert train_pt.fingerprint(base) == before
+    train_pt.main(command("--max_steps", "1", "--model_name_or_path", base))
+    assert weights("pt")
+
+
 # Checkpoints: only recorded files count; nothing is lost.
 
 
