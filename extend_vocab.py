@@ -70,7 +70,8 @@ SIMPLIFIED_SHARE = 0.1  # above it, a corpus is said to be Simplified
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
 PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch", "opencc")
 AGAIN = "copy or download it again"
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system without locks
+# What a file system without locks answers.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 FOREIGN = {".DS_Store", ".ipynb_checkpoints"}  # what a file manager or Jupyter leaves in a folder
 
 # Characters without a glyph: controls, soft hyphen, zero-width, line and paragraph separators,
@@ -880,7 +881,7 @@ def bits_before_training(folder: Path, base, model, texts: list[str], wanted: st
     and the extended model. Empty where the model is too large for this machine, see --eval_loss."""
     import torch
     from transformers import AutoModelForCausalLM
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in folder.glob("[!.]*.safetensors"))
     gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size
     if wanted == "no" or (wanted == "auto" and not gpu and size > CPU_LOSS_BYTES):
         return {}
@@ -961,6 +962,21 @@ def save_json(path: Path, content: dict) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") -> bool:
+    """Lock an open file or folder until it is closed; return whether it is ours. Where the file
+    system has no locks, say so and go on. With kind "lockf" forked processes do not hold it too."""
+    try:
+        getattr(fcntl, kind)(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {shown}: this file system has no locks; start no second run into the same "
+              "folder", file=sys.stderr)
+    return True
+
+
 @contextmanager
 def build_aside(output: Path) -> Iterator[Path]:
     """A hidden folder beside the output, which takes its place when all is well and is removed when
@@ -979,15 +995,8 @@ def build_aside(output: Path) -> Iterator[Path]:
             lock = os.open(partial, os.O_RDONLY)
             leaving.callback(os.close, lock)  # the last step, when all is tidy
             held = False
-            with suppress(BlockingIOError, FileNotFoundError):
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    if error.errno not in NO_LOCKS:
-                        raise
-                    print(f"warning: {shown}: this file system has no locks; start no second run "
-                          "into the same folder", file=sys.stderr)
-                held = os.path.samestat(os.fstat(lock), partial.stat())  # not renamed by now
+            with suppress(FileNotFoundError):  # renamed by now
+                held = take_lock(lock, shown) and os.path.samestat(os.fstat(lock), partial.stat())
             if not held:
                 remedy = "wait for it, or pass another folder"
                 raise UserError(f"{shown}: another run is writing it; {remedy}")

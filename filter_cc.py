@@ -67,6 +67,8 @@ from transformers import HfArgumentParser
 # --- Constants -----------------------------------------------------------------------------------
 
 CRAWL_URL = "https://data.commoncrawl.org/"
+# What a file system without locks answers.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 KINDS = (".wet", ".warc", ".jsonl", ".ndjson", ".json")
 COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
 ENDINGS = (".parquet", *(
@@ -1924,6 +1926,21 @@ def read_folder(given: str, entries: list[dict]) -> list[str]:
     return chosen
 
 
+def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") -> bool:
+    """Lock an open file or folder until it is closed; return whether it is ours. Where the file
+    system has no locks, say so and go on. With kind "lockf" forked processes do not hold it too."""
+    try:
+        getattr(fcntl, kind)(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {shown}: this file system has no locks; start no second run into the same "
+              "folder", file=sys.stderr)
+    return True
+
+
 @contextmanager
 def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
     """Hold the output folder: one run at a time, always with the same settings."""
@@ -1934,15 +1951,9 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
         raise UserError(f"{where} another program's Parquet; expected its own folder; choose one")
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not take_lock(lock, where[:-1], kind="lockf"):
             what = "another run is writing here; expected none; wait for it or choose another"
-            raise UserError(f"{where} {what}") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            print(f"warning: {where} its file system has no locks; start no second run there")
+            raise UserError(f"{where} {what}")
         names = [name if "://" in name else os.path.relpath(name, output) for name in files]
         settings = {k: v for k, v in asdict(args).items() if k not in HERE_ONLY} | {"files": names}
         if not known.exists():
