@@ -11,6 +11,7 @@ outputs/extended: tokenizer.model, tokenizer.json and the model with a row for e
 3. Proof, every run, before anything is written: no dead piece, SentencePiece and AutoTokenizer give
    the same ids, decoding gives the text back.
 4. Only embedding, head and config change. They are streamed: 13.5 GB pass in under 2 GB of memory.
+   New rows are the mean of the rows that spell the piece, unless the base is to read text (--init).
 
 A run of a minute on any CPU (this command was run):
     python extend_vocab.py --base_model data/sample/tiny-llama --corpus data/cc_filtered \\
@@ -19,6 +20,8 @@ The real run (the novel is fetched from Project Gutenberg when data/hongloumeng.
     python extend_vocab.py
 Far better on modern text, with what filter_cc.py kept weighted against the novel:
     python extend_vocab.py --corpus data/hongloumeng.txt data/cc_filtered --corpus_weight 1 8
+New rows that start with fewer bits per character (README), where a GPU is there:
+    python extend_vocab.py --init shared
 
 Cost, measured on 2 cores: 29 s and 0.8 GB of memory for 13.5 GB of weights (1.3 to 3.8 times as
 long as cp -r); 20 s of CPU and 1 GB for each 10 million characters of corpus.
