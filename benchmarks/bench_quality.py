@@ -13,6 +13,7 @@ training    The same before, after 60 and after 240 steps of LoRA, new rows and 
             train_pt.py trains, on other articles and chapters than the base's.
 replay      English mixed into that text: bits per character of Chinese and of English.
 rates       Another learning rate for the new rows than for the rest.
+cost        Seconds and memory of extend_vocab.py with each start that it has.
 
 Results: benchmarks/results/quality.json, table by table, and pictures/readme_init.png. The base and
 every finished run stay in outputs/bench_quality, so a benchmark that was stopped goes on.
@@ -525,6 +526,29 @@ def rates() -> list[dict]:
         for seed in SEEDS for factor in FACTORS]
 
 
+def cost() -> list[dict]:
+    """What a run of the script takes with each start: seconds of CPU, wall time, peak memory."""
+    rows = []
+    for init in ("mean_subtoken", "shared", "distilled"):
+        result = WORK / "extended"
+        words = [sys.executable, ROOT / "extend_vocab.py", "--base_model", WORK / "base"]
+        words += ["--corpus", DATA / "hongloumeng.txt", "--eval_loss", "no", "--init", init]
+        words += ["--output_dir", result, "--distill_tokens", DISTILL_TOKENS]
+        words += ["--picture", WORK / "vocab.png"]
+        start, words = time.monotonic(), [str(word) for word in words]
+        pid = os.spawnve(os.P_NOWAIT, words[0], words, os.environ | {"OMP_NUM_THREADS": "1"})
+        _, status, usage = os.wait4(pid, 0)
+        assert status == 0, words
+        shutil.rmtree(result)
+        tokens = {"shared": script.SHARE_WINDOWS * script.LOSS_WINDOW, "distilled": DISTILL_TOKENS}
+        rows.append({
+            "init": init, "cpu_seconds": usage.ru_utime + usage.ru_stime,
+            "seconds": time.monotonic() - start, "peak_gb": usage.ru_maxrss / 1e6,
+            "tokens": tokens.get(init, 0)})
+        print(rows[-1], flush=True)
+    return rows
+
+
 # --- Main ----------------------------------------------------------------------------------------
 
 
@@ -573,7 +597,8 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"starts": starts, "training": training, "replay": replay, "rates": rates}
+    tables = {
+        "starts": starts, "training": training, "replay": replay, "rates": rates, "cost": cost}
     parser.add_argument("--only", nargs="+", choices=tables, help="these tables")
     parser.add_argument("--draw", action="store_true", help="only the picture, from the results")
     args = parser.parse_args()
