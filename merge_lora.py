@@ -327,9 +327,6 @@ class Stored:
             raise UserError(f"{self.path}: {self.name} has NaN or inf; {remedy}")
         return rows
 
-    def whole(self) -> "Tensor":
-        return self.block(0, self.rows).float()
-
 
 def finite(rows: "Tensor") -> bool:
     """No NaN, no infinity; the sum tells in one pass, unless it overflows by itself."""
@@ -473,6 +470,20 @@ def read_adapter(name: str, args: Arguments) -> Adapter:
     return Adapter(folder, shown, lora, run, tensors, base, read_quantization(folder, shown, run))
 
 
+def read_adapters(args: Arguments) -> list[Adapter]:
+    """The adapters, of one base: else a mean of their merged weights means nothing."""
+    first, *others = adapters = [read_adapter(name, args) for name in args.adapter]
+    for other in others:
+        refuse(
+            (other.base != first.base,
+             f"{other.shown}: its base is {other.base}, that of {first.shown} is {first.base}; "
+             "expected one base; pass it with --base_model"),
+            (other.quantization != first.quantization and not args.merge_into,
+             f"{other.shown}: trained on {other.quantization}, {first.shown} on "
+             f"{first.quantization}; expected one base; say it with --merge_into"))
+    return adapters
+
+
 def read_quantization(folder: Path, shown: str, run: dict) -> dict | None:
     """The 4-bit settings of an adapter's training, from its file's metadata, else from run.json."""
     from safetensors import safe_open
@@ -500,10 +511,6 @@ def read_quantization(folder: Path, shown: str, run: dict) -> dict | None:
 def find_base(args: Arguments, adapters: list[Adapter]) -> Model:
     """The model that the adapters were trained on."""
     first = adapters[0]
-    for other in adapters[1:]:
-        if other.base != first.base:
-            wrong = f"its base is {other.base}, that of {first.shown} is {first.base}"
-            raise UserError(f"{other.shown}: {wrong}; expected one base; pass it with --base_model")
     shown, revision = f"--base_model {first.base}", first.lora.get("revision")
     if not args.base_model and revision not in (None, "main") and not Path(first.base).exists():
         raise UserError(f"{shown}: wanted is revision {revision}; download it and pass its folder")
@@ -738,10 +745,6 @@ def choose_base(parts: dict[str, Part], args: Arguments, adapters: list[Adapter]
     """Mark what a 4-bit base holds in 4 bits and return its settings; None: the base as it is."""
     import torch
     trained = adapters[0].quantization
-    for other in adapters[1:]:
-        if other.quantization != trained and not args.merge_into:
-            wrong = f"trained on {other.quantization}, {adapters[0].shown} on {trained}"
-            raise UserError(f"{other.shown}: {wrong}; expected one base; say it with --merge_into")
     if trained is None and not args.merge_into:
         print(f"warning: {adapters[0].shown}: it does not tell whether it was trained in 4 bits; "
               "merged into the base as it is; if it was (QLoRA), pass --merge_into dequantized",
@@ -1291,7 +1294,7 @@ def main(argv: list[str] | None = None) -> None:
     args, began = parse_args(argv), time.time()
     check(args)
     text = read_passage(args.verify)
-    adapters = [read_adapter(name, args) for name in args.adapter]
+    adapters = read_adapters(args)
     base = find_base(args, adapters)
     parts = make_plan(args, base, adapters)
     nf4 = choose_base(parts, args, adapters)
