@@ -311,6 +311,15 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     return base, config, shards
 
 
+def pickled(folder: Path) -> str | None:
+    """Of a model whose weights are in .bin files: what is wrong, and the command that mends it."""
+    names = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    return names and (
+        f"its weights are in {names[0]}; expected *.safetensors; convert them: python -c \"from "
+        f"transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', "
+        f"dtype='auto').save_pretrained('{folder}')\"")
+
+
 def find_shards(folder: Path, given: str) -> dict[Path, dict[str, tuple[int, str]]]:
     """The model's safetensors files, each whole: rows and dtype of embedding and head in it."""
     from safetensors import SafetensorError, safe_open
@@ -319,12 +328,8 @@ def find_shards(folder: Path, given: str) -> dict[Path, dict[str, tuple[int, str
         names = set(load_json(index, given).get("weight_map", {}).values())
     for path in (folder / name for name in sorted(names)):
         if not path.is_file():
-            pickled = [file.name for file in folder.glob("*.bin")]
-            wrong = f"its weights are in {pickled[0]}" if pickled else f"{path.name} is missing"
-            raise UserError(
-                f"{given}: {wrong}; expected *.safetensors; {AGAIN}, or convert .bin files: python "
-                "-c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained("
-                f"'{folder}', dtype='auto').save_pretrained('{folder}')\"")
+            wrong = pickled(folder) or f"{path.name} is missing; expected *.safetensors; {AGAIN}"
+            raise UserError(f"{given}: {wrong}")
         try:
             with safe_open(path, "np") as file:  # it holds the header against the file's size
                 inside = {n: file.get_slice(n) for n in {EMBEDDING, HEAD}.intersection(file.keys())}

@@ -385,6 +385,15 @@ def find_model(name_or_path: str, option: str) -> Path:
     return Path(snapshot)
 
 
+def pickled(folder: Path) -> str | None:
+    """Of a model whose weights are in .bin files: what is wrong, and the command that mends it."""
+    names = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    return names and (
+        f"its weights are in {names[0]}; expected *.safetensors; convert them: python -c \"from "
+        f"transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', "
+        f"dtype='auto').save_pretrained('{folder}')\"")
+
+
 def fingerprint(folder: Path) -> str:
     """Name a model's weights without reading gigabytes: the sha256 of config.json and, for every
     *.safetensors in name order, its name, its header and both ends (1,024 bytes) of each tensor."""
@@ -433,7 +442,6 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{option} {path}: is not whole ({reason}); fetch it again") from error
     missing = not args.plan and not any(folder.glob("[!.]*.safetensors"))
-    pickled = any(folder.glob("pytorch_model*.bin"))
     rows, positions = config.vocab_size, config.max_position_embeddings
     pieces = len(tokenizer or ())
     recorded = (read_record(folder).get("results") or {}).get("base_vocab_size")
@@ -447,10 +455,7 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
         (config.tie_word_embeddings, f"{model}: embedding and head are tied; expected two"),
         (getattr(config, "quantization_config", None), f"{model}: it is quantised, and what is "
          "trained on it cannot be merged; pass the 16-bit model that it was made from"),
-        (missing and pickled, f"{model}: its weights are pytorch_model*.bin; expected "
-         "*.safetensors; convert them: python -c \"from transformers import AutoModelForCausalLM "
-         f"as M; M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}')\""),
-        (missing, f"{model}: no *.safetensors, so no weights in it"),
+        (missing, f"{model}: {pickled(folder) or 'no *.safetensors, so no weights in it'}"),
         (uneven and args.quantization == "nf4",
          f"{model}: {uneven}; nf4 expects a multiple of 64; use --quantization none"),
         (pieces > rows, f"{model}: the tokenizer has {pieces} pieces and the model only {rows} "

@@ -752,7 +752,7 @@ def spoil(folder: Path, how: str) -> None:
         ("quantised", "is quantised"),
         ("doubled piece", "2 times; expected every piece once"),
         ("bin only", "its weights are in pytorch_model.bin; expected *.safetensors"),
-        ("bin only", "convert .bin files: python -c"),
+        ("bin only", "convert them: python -c"),
         ("cut short", "is cut short"),
         ("not safetensors", "is not a safetensors file"),
         ("no head", "expected the same number everywhere"),
