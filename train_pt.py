@@ -1,9 +1,9 @@
 """Continued pretraining of an extended Llama on one GPU: QLoRA with shifted sparse (S²) attention.
 
 In: the model of extend_vocab.py (outputs/extended) and a folder of text (data/cc_filtered: Parquet
-with a column `text`; JSON Lines and .txt work too). Out: outputs/pt with the adapter (stock PEFT:
-LoRA, the new rows of embedding and head, the norms), checkpoints, metrics.jsonl, a model card, and
-pictures/trainloss.png, redrawn as it runs.
+with a column `text`; JSON Lines and .txt work too), or several in a ratio of tokens. Out:
+outputs/pt with the adapter (stock PEFT: LoRA, the new rows of embedding and head, the norms),
+checkpoints, metrics.jsonl, a model card, and pictures/trainloss.png, redrawn as it runs.
 
 The weights are NF4 (QLoRA, Dettmers et al. 2023). In training half of the heads attend within
 groups of --group_size tokens and half within groups shifted by half a group (LongLoRA, Chen et al.
@@ -19,6 +19,9 @@ Minutes on any CPU, after the first two steps of `make demo`:
 The real run, and first what it will take (config.json is enough for that):
     python train_pt.py --plan --plan_gpu_gb 24
     python train_pt.py --lora_rank 32
+With a tenth of English mixed in; and a run that goes on from a trained adapter:
+    python train_pt.py --dataset data/cc_filtered english.parquet --dataset_weight 9 1
+    python train_pt.py --adapter outputs/pt --output_dir longer
 Several GPUs, a copy of the model on each (DDP), or a part of it on each (FSDP; README.md):
     torchrun --shutdown_timeout 600 --nproc_per_node 4 train_pt.py --lora_rank 32
     accelerate launch --config_file fsdp.yaml train_pt.py --lora_rank 32
