@@ -45,7 +45,7 @@ def test_every_table_carries_its_own_stamp(path):
 
 
 def test_the_plan_agrees_with_the_account_of_every_tensor():
-    """What bench_plan.py traced, beside what --plan foretells now; a GPU may differ by a tenth."""
+    """What bench_plan.py traced, beside what --plan predicts now; a GPU may differ by a tenth."""
     import train_pt
 
     table = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text())["results"]
@@ -59,8 +59,8 @@ def test_the_plan_agrees_with_the_account_of_every_tensor():
         args = train_pt.Arguments(
             optim="adamw_8bit", activation_checkpointing=True,
             activation_checkpointing_kwargs=options)
-        foretold = sum(train_pt.memory_items(llama, args, 32_000, batch, block).values()) / 1e9
-        assert foretold == pytest.approx(row["traced_gb"], rel=0.01), row
+        predicted = sum(train_pt.memory_items(llama, args, 32_000, batch, block).values()) / 1e9
+        assert predicted == pytest.approx(row["traced_gb"], rel=0.01), row
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_the_account_reproduces_what_an_h200_took():
         assert told == pytest.approx(row["milliseconds"], rel=near), row["operator"]
 
 
-def test_the_plan_foretells_the_seconds_of_the_account():
+def test_the_plan_predicts_the_seconds_of_the_account():
     """--plan_gpu's formula beside the count of every kernel, on every card."""
     import train_pt
 

@@ -98,7 +98,7 @@ def gpu_row(length: int) -> tuple:
         on_gpu(length, "tokens_per_second", "usual recipe"))
 
 
-def foretold(measure: str) -> list[Callable[[dict], float]]:
+def predicted(measure: str) -> list[Callable[[dict], float]]:
     """A prediction of bench_plan.py for each card of the README's table."""
     def on(card: str) -> Callable[[dict], float]:
         return lambda results: results["plan"]["traffic"]["results"][0]["cards"][card][measure]
@@ -150,11 +150,11 @@ FIGURES: list[tuple] = [
     ("以 {:.2f} 計", "at {:.2f} characters a token",
      per_token("novel + modern, weight 1 8", "unseen_83")),
     ("| 一步（32 × 2,048）的秒數" + " | {:.1f}" * 4,
-     "| seconds a step (32 × 2,048)" + " | {:.1f}" * 4, *foretold("step_seconds")),
+     "| seconds a step (32 × 2,048)" + " | {:.1f}" * 4, *predicted("step_seconds")),
     ("| 8,712 步的天數" + " | {:.1f}" * 4, "| days for 8,712 steps" + " | {:.1f}" * 4,
-     *foretold("days")),
+     *predicted("days")),
     ("| tokens/s" + " | {:,.0f}" * 4, "| tokens/s" + " | {:,.0f}" * 4,
-     *foretold("tokens_per_second")),
+     *predicted("tokens_per_second")),
     ("的權重 {:.0f} 秒（`cp -r` 的 {:.1f} 到 {:.1f} 倍）",
      "{:.0f} s to read and write 13.5 GB of weights ({:.1f} to {:.1f} times `cp -r`)",
      f"{RESIZE} > rounds > 0 > extend_seconds",
