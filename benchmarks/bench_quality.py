@@ -58,6 +58,7 @@ STARTS = {
     "random": ("random", "random"),
     "mean_subtoken": ("mean_subtoken", "mean_subtoken"),
     "last, weighted": ("last", "weighted"),
+    "last, weighted scaled": ("last", "weighted, scaled"),
     "shared": ("last", "shared"),
     "distilled": ("distilled", "distilled")}
 REPLAY_START, SHARES, FACTORS = "shared", (0, 0.05, 0.1, 0.25), (0.1, 1, 10)
@@ -499,11 +500,11 @@ def run(key: str, *given, **more) -> list[dict]:
 
 
 def training() -> list[dict]:
-    """The starts that are worth it, trained with the same seeds on the same text."""
+    """Some starts, trained on the same text in the same order; the best two with three seeds."""
     material = extension()
     return [
         {"start": name, "seed": seed, "points": run(f"{name}, seed {seed}", rules, material, seed)}
-        for seed in SEEDS for name, rules in STARTS.items()]
+        for name, rules in STARTS.items() for seed in (SEEDS if name in CROSSED else SEEDS[:1])]
 
 
 def replay() -> list[dict]:
@@ -513,7 +514,7 @@ def replay() -> list[dict]:
         {"english": share, "seed": seed, "points": run(
             f"{REPLAY_START}, seed {seed}" + f", {share:.0%} English" * (share > 0),
             rules, material, seed, share=share)}
-        for seed in SEEDS for share in SHARES]
+        for seed in SEEDS[:2] for share in SHARES]
 
 
 def rates() -> list[dict]:
@@ -523,7 +524,7 @@ def rates() -> list[dict]:
         {"rows_rate": factor, "seed": seed, "points": run(
             f"{REPLAY_START}, seed {seed}" + f", rows at {factor:g}" * (factor != 1),
             rules, material, seed, rows_rate=factor)}
-        for seed in SEEDS for factor in FACTORS]
+        for seed in SEEDS[:1] for factor in FACTORS]
 
 
 def cost() -> list[dict]:
