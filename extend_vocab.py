@@ -804,12 +804,11 @@ def taught_rows(
     output_rows = shared_rows(head, spelling, uses, states).cpu()
     input_rows = embedding[[ids[-1] for ids in spelling]].float()
     if args.init == "distilled":
-        tokens, old = (sum(len(table[i]) if spelt else 1 for w in windows for i in w)
-                       for spelt in (False, True))
+        spelled = sum(len(table[number]) for window in windows for number in window)
         found = set(chain.from_iterable(windows)).difference(range(len(base.pieces)))
-        print(f"distilling: {tokens:,} tokens, {old:,} in the base's pieces, pass the base; they "
-              f"hold {len(found):,} of {len(spelling):,} new pieces; rows and Adam's state take "
-              f"{16 * input_rows.numel() / 1e9:.2f} GB", flush=True)
+        print(f"distilling: {args.distill_tokens:,} tokens, forward and backward, {spelled:,} "
+              f"in old pieces, forward; in them {len(found):,} of {len(spelling):,} new pieces; "
+              f"{16 * input_rows.numel() / 1e9:.2f} GB for rows and Adam's state", flush=True)
         distill(llama, input_rows, windows, table, state)
     return {EMBEDDING: input_rows.detach().cpu(), HEAD: output_rows}
 
