@@ -58,7 +58,7 @@ STARTS = {
     "random": ("random", "random"),
     "mean_subtoken": ("mean_subtoken", "mean_subtoken"),
     "last, weighted": ("last", "weighted"),
-    "last, weighted scaled": ("last", "weighted, scaled"),
+    "subtoken": ("subtoken", "subtoken"),
     "shared": ("last", "shared"),
     "distilled": ("distilled", "distilled")}
 REPLAY_START, SHARES, FACTORS = "shared", (0, 0.05, 0.1, 0.25), (0.1, 1, 10)
