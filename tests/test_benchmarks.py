@@ -268,3 +268,33 @@ def test_a_part_of_the_gpu_table_ends_at_its_limit_and_the_next_one_runs(tmp_pat
     assert killed["exit_code"] == -9 and 3 <= killed["took_s"] < 30
     assert done["exit_code"] == 0
     assert without["skipped"] == "unsloth is not installed"
+
+
+def test_the_picture_of_the_starts_is_drawn_from_the_results_alone(monkeypatch):
+    bench_quality = benchmark("bench_quality")
+    tables = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["results"]
+    monkeypatch.setattr(bench_quality, "PICTURE", ROOT / "pictures" / "readme_test.png")
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: drawn.append(
+        [len(axis.lines) for axis in self.axes]))
+    bench_quality.draw(tables["training"])
+    starts = {row["start"] for row in tables["training"]["results"]}
+    assert drawn == [[len(starts)] * 2]
+
+
+def test_windows_of_english_have_the_asked_share(monkeypatch):
+    """English tokens are odd here, Chinese ones even; every window is of one kind."""
+    bench_quality = benchmark("bench_quality")
+    texts = {"english": ["e" * 3000] * 3, "modern": ["m" * 2000], "novel": ["n" * 4000]}
+    monkeypatch.setattr(bench_quality, "texts_by_use", lambda: {"training": texts})
+
+    def encode(found: list[str]) -> list[list[int]]:
+        return [[{"e": 5, "m": 4, "n": 6}[sign] for sign in text] for text in found]
+
+    windows = bench_quality.stream_of(encode, 0.25, 0)
+    assert len(windows) == bench_quality.TRAIN_STEPS * bench_quality.TRAIN_ROWS
+    english = (windows == 5).any(1)
+    assert english.sum() == len(windows) // 4
+    assert not (windows[english] == 4).any() and not (windows[~english] == 5).any()
+    first = english[: len(english) // 2].float().mean().item()
+    assert first == pytest.approx(0.25, abs=0.06), "evenly along the run"

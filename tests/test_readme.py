@@ -10,6 +10,7 @@ import json
 import re
 import runpy
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -40,7 +41,6 @@ def gb(path: str) -> Callable[[dict], float]:
     return lambda results: look_up(results, path) / 1000
 
 
-INIT, NOVEL = (f"vocab > rows > results > last > {text}" for text in ("modern", "novel"))
 MERGE = "merge > model=1.9B"
 WHOLE = "merge > model=7B"
 WAYS = f"{MERGE} > ways"
@@ -72,6 +72,58 @@ LONG = {"tokens": 16_384, "documents": "packed"}
 STEP = [training("speed", f"{what}_ratio", variant=OURS, block=block)
         for block in (2048, 8192) for what in ("time", "memory")]
 DEDUP = "filter > dedup > cost"
+
+
+def trained(start: str, kind: str, step: int) -> list[float]:
+    """Bits per character of every seed of a start, from bench_quality.py's training table."""
+    rows = results()["quality"]["training"]["results"]
+    points = [point for row in rows if row["start"] == start for point in row["points"]]
+    return [point[kind] for point in points if point["step"] == step]
+
+
+def mean_of(start: str, kind: str, step: int) -> Callable[[dict], float]:
+    return lambda _: statistics.mean(trained(start, kind, step))
+
+
+def start_row(name: str) -> tuple:
+    """A row of the README's table of starts, the same in both languages."""
+    row = f"| `{name}` | " + " | ".join(["{:.2f}"] * 6)
+    return row, row, *(mean_of(name, kind, step)
+                       for kind in ("modern", "novel") for step in (0, 60, 240))
+
+
+def widest(_: dict) -> float:
+    """The largest distance of two seeds of one start after the training."""
+    found = [trained(name, kind, 240) for name in ("subtoken", "mean_subtoken", "shared")
+             for kind in ("modern", "novel")]
+    return max(max(bits) - min(bits) for bits in found)
+
+
+def less(kind: str) -> Callable[[dict], float]:
+    """By how many percent `shared` starts below `mean_subtoken`."""
+    return lambda found: 100 * (
+        1 - mean_of("shared", kind, 0)(found) / mean_of("mean_subtoken", kind, 0)(found))
+
+
+def before(given: str, head: str) -> Callable[[dict], float]:
+    """Bits per character on modern text before training, from the table of starts."""
+    def found(results: dict) -> float:
+        rows = results["quality"]["starts"]["results"]["starts"]
+        key = {"input": given, "output": head, "seed": 0}
+        (only,) = (row for row in rows if row.items() >= key.items())
+        return only["modern"]
+    return found
+
+
+TRIED_RULES = [
+    (rule, rule) for rule in (
+        "mean", "first", "last", "weighted", "multivariate", "mean_subtoken, scaled", "aligned")]
+TRIED = (
+    "`mean` {:.2f}、拼出它的第一列 {:.2f}、最後一列 {:.2f}、兩倍兩倍加權 {:.2f}、多元常態 {:.2f}、"
+    "把 `mean_subtoken` 縮放到舊列的長度 {:.2f}、依上下文對齊（TokAlign）{:.2f}",
+    "`mean` {:.2f}, the first spelling row {:.2f}, the last {:.2f}, weights that double {:.2f}, a "
+    "multivariate normal {:.2f}, `mean_subtoken` scaled to the old rows' norm {:.2f}, alignment by "
+    "context (TokAlign) {:.2f}")
 
 
 def on_gpu(length: int, measure: str, variant: str = "train_pt.py") -> Callable[[dict], float]:
@@ -187,12 +239,11 @@ FIGURES: list[tuple] = [
      training("attention", "times_s2", way="full causal, masked", **LONG)),
     ("每字 {:.1f} 位元；不練新的列則是 {:.1f} 位元", "{:.1f} bits per character on articles held "
      "out, {:.1f} with the new rows frozen", bits("new"), bits("none")),
-    ("`mean_subtoken` {:.2f}", "`mean_subtoken` {:.2f}", f"{INIT} > mean_subtoken"),
-    ("`random` {:.2f}", "`random` {:.2f}", f"{INIT} > random"),
-    ("`mean` {:.2f}", "`mean` {:.2f}", f"{INIT} > mean"),
-    ("`mean_subtoken` 是 {:.2f}、`random` 是 {:.2f}",
-     "`mean_subtoken` comes to {:.2f}, `random` to {:.2f}", f"{NOVEL} > mean_subtoken",
-     f"{NOVEL} > random"),
+    *map(start_row, ("subtoken", "mean_subtoken", "random", "shared", "distilled")),
+    ("240 步時相差至多 {:.2f}", "differ by {:.2f} at most after 240 steps", widest),
+    ("訓練前就低 {:.0f}% 到 {:.0f}%", "starts {:.0f} to {:.0f}% below `mean_subtoken`",
+     less("modern"), less("novel")),
+    (TRIED[0], TRIED[1], *(before(*rules) for rules in TRIED_RULES)),
     ("`igzip -dc` 的 {:.2f} 倍速", "{:.2f} times the speed of `igzip -dc`",
      "filter > speed > ratio to igzip -dc"),
     ("後面的 {:.0f} 倍", "{:.0f} times that of the same verdicts",
@@ -231,6 +282,7 @@ NOT_MEASURED = [
     # arithmetic: 8,712 steps of 32 x 2,048 tokens; 6 GB / 3 bytes a character / 1.59
     "5.7 億", "571 million", "0.9 GB", "6.6 倍", "6.6 times", "5.8 萬",
     "1.9 GB",  # arithmetic: a checkpoint's 321 million weights with Adam's 8-bit state
+    "0.4 GB",  # extend_vocab.py's bound
     "約 20 秒", "20 s for each",  # extend_vocab.py's own docstring
     "1 分鐘", "2 分鐘", "1 minute",  # by hand: time make demo
     "70 分鐘", "70 minutes",  # by hand: time make bench
