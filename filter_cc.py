@@ -995,7 +995,7 @@ def word_kinds() -> dict[str, str]:
     import opencc
 
     to_taiwan = opencc.OpenCC("t2tw").convert
-    words = converted_words()
+    words = {}
     for word, values in opencc_table("TWPhrases").items():
         if word not in values and len(word) > 1:
             words[to_taiwan(word)] = "mainland"
@@ -1011,10 +1011,11 @@ def word_kinds() -> dict[str, str]:
     return words
 
 
-def converted_words() -> dict[str, str]:
-    """Return words of two characters that only a wrong conversion writes: 麵前, 隻聽, 嶽母. Of a
-    Simplified character that stands for several Traditional ones, OpenCC's phrases say which is
-    right; the others, where no phrase of OpenCC and no Big5 variant has them, are wrong."""
+def converted_words() -> tuple[dict[str, int], set[str]]:
+    """Return words of two characters that only a wrong conversion writes (麵前, 隻聽, 嶽母), each
+    with the place of the wrong one, and the right words that hold such a character. Of a Simplified
+    character that stands for several Traditional ones, OpenCC's phrases say which is right; the
+    others, where no phrase of OpenCC and no Big5 variant has them, are wrong."""
     import opencc
 
     to_taiwan = opencc.OpenCC("t2tw").convert
@@ -1023,7 +1024,7 @@ def converted_words() -> dict[str, str]:
     right = {word for full in phrases.values() for word in full}
     right |= set(map(to_taiwan, right))
     right = {word[at : at + 2] for word in right for at in range(len(word) - 1)}
-    wrong = set()
+    wrong = {}
     for simple, full in phrases.items():
         if len(simple) != 2 or len(full) > 1:
             continue
@@ -1031,9 +1032,11 @@ def converted_words() -> dict[str, str]:
             # the first is the usual one; most characters that were not converted are in use
             others = {*several.get(simple[at], ())[1:], *simple[at]}
             for other in others - ({simple[at]} - UNCONVERTED):
-                wrong.add(full[0][:at] + other + full[0][at + 1 :])
-    converted = to_taiwan("\n".join(wrong - right)).split("\n")
-    return dict.fromkeys(set(converted) - right, "converted")
+                wrong[full[0][:at] + other + full[0][at + 1 :]] = at
+    words = to_taiwan("\n".join(wrong)).split("\n")
+    wrong = {word: at for word, at in zip(words, wrong.values(), strict=True) if word not in right}
+    chars = {word[at] for word, at in wrong.items()}
+    return wrong, {word for word in right if chars.intersection(word)}
 
 
 class Words:
@@ -1041,6 +1044,8 @@ class Words:
     lets numpy point out the few places that are worth a look."""
 
     def __init__(self, kinds: dict[str, str]):
+        self.wrong, self.right = converted_words()
+        kinds = dict.fromkeys(self.wrong, "converted") | kinds
         self.kinds, self.lengths = kinds, {}
         self.starts = np.zeros(1 << 20, bool)
         for word in sorted(kinds, key=len, reverse=True):
@@ -1058,11 +1063,20 @@ class Words:
             if at < end:
                 continue
             for length in self.lengths.get(text[at : at + 2], ()):
-                if (word := text[at : at + length]) in self.kinds:
+                word = text[at : at + length]
+                if word in self.kinds and not self.is_joint(text, at, word):
                     found[word] += 1
                     end = at + length
                     break
         return found
+
+
+    def is_joint(self, text: str, at: int, word: str) -> bool:
+        """Whether a wrong conversion is none, since its wrong character belongs to the word beside:
+        要瞭 in 要瞭解, 併時 in 合併時."""
+        wrong = at + self.wrong.get(word, 0)
+        beside = text[at - 1 : at + 1] if wrong == at else text[wrong : wrong + 2]
+        return self.kinds[word] == "converted" and beside in self.right
 
 
 class Judge:
