@@ -47,7 +47,7 @@ from itertools import accumulate, chain
 from math import log
 from pathlib import Path
 from time import monotonic
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -64,13 +64,14 @@ INDEX = "model.safetensors.index.json"
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
-DISTILL_START, DISTILL_RATE = "mean_subtoken", 0.05  # times the old rows' standard deviation
+DISTILL_RATE = 0.02  # times the standard deviation of the old input rows
 SHARE_WINDOWS, DISTILL_SAVE = 16, 300  # seconds between two states on the disk
 SIMPLIFIED_SHARE = 0.1  # above it, a corpus is said to be Simplified
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
 PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch", "opencc")
 AGAIN = "copy or download it again"
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system without locks
+# What a file system without locks answers.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 FOREIGN = {".DS_Store", ".ipynb_checkpoints"}  # what a file manager or Jupyter leaves in a folder
 
 # Characters without a glyph: controls, soft hyphen, zero-width, line and paragraph separators,
@@ -134,16 +135,12 @@ class Arguments:
     vocab_size: int = option(61388, "Pieces of the new tokenizer, the base's included.")
     output_dir: str = option("outputs/extended", "Folder for tokenizer, model and report.")
     picture: str = option("pictures/vocab.png", "Where to draw the report.")
-    init: Literal[
-        "mean_subtoken", "first_subtoken", "last_subtoken", "weighted_subtoken", "mean",
-        "multivariate", "random", "distilled"] = option(
-        "mean_subtoken", "New rows, from the base's rows that spell the piece: their mean, the "
-        "first, the last, or weights that double towards the last (in the head: the first); or "
-        "the mean of all rows (Hewitt 2021), a normal draw with their mean and covariance, or "
-        "normal noise of the config's initializer_range.")
-    init_head: str | None = option(None, "The same for the head's rows alone; None: as --init.")
-    match_norms: bool = option(
-        False, "Scale every new row to the mean norm of the base's rows of the same matrix.")
+    init: Literal["mean_subtoken", "mean", "random", "shared", "distilled"] = option(
+        "mean_subtoken", "New rows: the mean of the base's rows that spell the piece, the mean of "
+        "all rows, or normal noise of the config's initializer_range. For two the base reads some "
+        "text (a GPU, or a small base): shared: the last of those rows, and in the head the first "
+        "one's probability, shared out as the corpus uses the pieces; distilled: input rows also "
+        "fitted to the base's hidden states.")
     distill_tokens: int = option(1_000_000, "Tokens of the corpus that --init distilled reads.")
     eval_text: str | None = option(
         None, "Text to report on (file or folder); None: 2%% held out of the corpus.")
@@ -184,8 +181,6 @@ def check(args: Arguments) -> None:
     if len(args.corpus_weight) != count or not all(0 < w <= 1e6 for w in args.corpus_weight):
         wanted = "expected one number above 0, a million at most, for each --corpus"
         raise UserError(f"--corpus_weight {args.corpus_weight}: {wanted}")
-    if args.init_head not in (None, *(known := get_args(Arguments.__annotations__["init"]))):
-        raise UserError(f"--init_head {args.init_head}: expected one of {', '.join(known)}")
     if args.max_chars < 1000:
         raise UserError(f"--max_chars {args.max_chars}: expected 1000 or more")
     if args.distill_tokens < 1:
@@ -300,12 +295,15 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     dtypes = {dtype for _, dtype in matrices.values()}
     if "quantization_config" in config or not dtypes <= {"BF16", "F16", "F32"}:
         raise UserError(f"{given}: is quantised; expected weights in bf16, fp16 or fp32")
-    if "distilled" in (args.init, args.init_head):
+    if args.init in ("shared", "distilled"):
         import torch
+        if HEAD not in matrices:
+            raise UserError(f"--init {args.init}: the base's head is its embedding; expected two "
+                            "matrices; choose another --init")
         size = sum(path.stat().st_size for path in shards) / 1e9
         if size > CPU_LOSS_BYTES / 1e9 and not torch.cuda.is_available():
             wanted = f"expected a GPU, or a base of {CPU_LOSS_BYTES / 1e9} GB at most"
-            raise UserError(f"--init distilled: {size:.1f} GB of weights and no GPU; {wanted}")
+            raise UserError(f"--init {args.init}: {size:.1f} GB of weights and no GPU; {wanted}")
     return base, config, shards
 
 
@@ -672,39 +670,20 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, i
 # --- The rows ------------------------------------------------------------------------------------
 
 
-def new_rows(
-    name: str, matrix, spelling: list[list[int]], init: str, std: float, seed: int,
-    match_norms: bool = False,
-) -> Any:
-    """Rows (N, H) for the N new pieces of the matrix (V, H), computed in fp32.
-
-    A piece's input row stands where the base would read its last spelling row, its output row where
-    the base would predict the first; so weighted_subtoken leans to the last in the embedding and to
-    the first in the head. mean: no new piece outweighs the old ones (Hewitt, 2021).
-    """
+def new_rows(name: str, matrix, spelling: list, init: str, std: float, seed: int) -> Any:
+    """Rows (N, H) for the N new pieces of the matrix (V, H), computed in fp32. mean: no new piece
+    outweighs the old ones (Hewitt, 2021)."""
     import torch
-    rows, parts = matrix.new_empty(len(spelling), matrix.shape[1]), matrix.split(1024)
-    mean = (sum(part.double().sum(0) for part in parts) / len(matrix)).float()  # (H,)
-    norm = sum(part.float().norm(dim=1).sum() for part in parts) / len(matrix)
+    rows = matrix.new_empty(len(spelling), matrix.shape[1])
+    mean = (sum(part.double().sum(0) for part in matrix.split(1024)) / len(matrix)).float()  # (H,)
     generator = torch.Generator().manual_seed(2 * seed + (name == HEAD))  # not twice the same
     for first in range(0, len(rows), 1024):  # little at a time
         block = mean.repeat(len(rows[first : first + 1024]), 1)  # (B, H)
-        if init.endswith("_subtoken"):
+        if init == "mean_subtoken":
             for row, ids in zip(block, spelling[first:], strict=False):
-                ids = {"first": ids[:1], "last": ids[-1:]}.get(init.removesuffix("_subtoken"), ids)
-                place = torch.arange(len(ids)) * (log(2) if init == "weighted_subtoken" else 0.0)
-                weights = torch.softmax(-place if name == HEAD else place, 0)
-                row[:] = weights @ matrix[ids].float()
+                row[:] = matrix[ids].float().mean(0)
         elif init == "random":
             block = std * torch.randn(block.shape, generator=generator)
-        elif init == "multivariate":
-            # Standard normal numbers times the V centred rows have V times the rows' covariance:
-            # no (H, H) matrix to decompose, which may be singular.
-            for part in parts:
-                z = torch.randn(len(block), len(part), generator=generator)
-                block += z @ (part.float() - mean) / len(matrix) ** 0.5
-        if match_norms:
-            block *= norm / block.norm(dim=1, keepdim=True).clamp_min(1e-12)
         rows[first : first + 1024] = block
     return rows
 
@@ -719,13 +698,15 @@ def count_uses(model, documents: list) -> Counter:
 
 
 def distill_windows(model, documents: list, args: Arguments) -> list[list[int]]:
-    """--distill_tokens ids of documents drawn by their weights, in windows that start with BOS."""
+    """Ids of documents drawn by their weights, --distill_tokens of them (or as many as shared_rows
+    needs), in windows that start with BOS."""
+    wanted = args.distill_tokens if args.init == "distilled" else SHARE_WINDOWS * LOSS_WINDOW
     chance, bos, encode = random.Random(args.seed), model.trainer_spec.bos_id, processor(model)
     totals, ids = list(accumulate(weight for weight, _ in documents)), []
-    while len(ids) < args.distill_tokens:
+    while len(ids) < wanted:
         (_, text), = chance.choices(documents, cum_weights=totals)
         ids += [bos, *encode.encode(text)]
-    places = range(0, args.distill_tokens, LOSS_WINDOW)
+    places = range(0, wanted, LOSS_WINDOW)
     return [[bos, *ids[place : place + LOSS_WINDOW]] for place in places]
 
 
@@ -758,83 +739,74 @@ def shared_rows(matrix, spelling: list[list[int]], uses: Counter, states) -> Any
     return first + torch.tensor(shares, device=u.device).log()[:, None] * u
 
 
-def distill_losses(llama, rows: dict[str, Any], window: list[int], table: list[list[int]]) -> tuple:
-    """The student's distance from the teacher, relative to the teacher's size, and the student's
-    cross entropy on the next piece, through which only the head's new rows learn."""
+def student_distance(llama, rows, window: list[int], table: list[list[int]]) -> Any:
+    """How far the base's states on the new pieces are from its states on their spelling, relative
+    to the size of the latter."""
     import torch
-    embedding, head = llama.get_input_embeddings().weight, llama.get_output_embeddings().weight
-    old, ids = len(embedding), torch.tensor(window, device=llama.device)  # (T,)
-    teacher = teacher_states(llama, window, table)
-    new, inputs = ids >= old, embedding[ids.clamp(max=old - 1)].float()
-    inputs = inputs.index_put((new,), rows[EMBEDDING][ids[new] - old]).to(embedding.dtype)
+    embedding, ids = llama.get_input_embeddings().weight, torch.tensor(window, device=llama.device)
+    old, teacher = len(embedding), teacher_states(llama, window, table)
+    new, inputs = ids >= old, embedding[ids.clamp(max=old - 1)].float()  # (T, H)
+    inputs = inputs.index_put((new,), rows[ids[new] - old]).to(embedding.dtype)
     student = llama.model(inputs_embeds=inputs[None]).last_hidden_state[0].float()
-    distance = (student - teacher).square().mean() / teacher.square().mean()
-    states = student[:-1].detach()
-    known = (states.to(head.dtype) @ head.T).float()
-    logits = torch.cat([known, states @ rows[HEAD].T], 1)  # (T - 1, V + N)
-    return distance, torch.nn.functional.cross_entropy(logits, ids[1:])
+    return (student - teacher).square().mean() / teacher.square().mean()
 
 
-def distill(
-    folder: Path, state: Path, base, model, spelling: list, documents: list, rows_of,
-    args: Arguments,
+def distill(llama, rows, windows: list[list[int]], table: list[list[int]], state: Path) -> None:
+    """Fit the input rows so that the frozen base's states on the new pieces (the student) become
+    those on the old spelling (the teacher): Dobler et al., ICLR 2026. Frequent pieces come often,
+    so they are learnt first. The state on disk lets a run that was stopped go on."""
+    import torch
+    peak, done = DISTILL_RATE * llama.get_input_embeddings().weight.float().std().item(), 0
+    optimizer = torch.optim.Adam([rows.requires_grad_()], betas=(0.9, 0.95))
+    key = sha256(repr([llama.name_or_path, windows, table]).encode()).hexdigest()
+    if state.is_file() and (saved := torch.load(state, map_location="cpu"))["key"] == key:
+        done = saved["done"]
+        optimizer.load_state_dict(saved["optimizer"])
+        rows.data.copy_(saved["rows"])
+        print(f"going on after {done} of {len(windows)} windows")
+    saved_at = monotonic()
+    for window in tqdm(windows[done:], "distilling", len(windows), initial=done, unit=" windows"):
+        optimizer.param_groups[0]["lr"] = peak * (1 - done / len(windows))
+        student_distance(llama, rows, window, table).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        done += 1
+        if done == len(windows) or monotonic() - saved_at > DISTILL_SAVE:
+            part = state.with_suffix(".part")
+            content = {"done": done, "rows": rows.detach(), "optimizer": optimizer.state_dict()}
+            torch.save({"key": key} | content, part)
+            part.replace(state)
+            saved_at = monotonic()
+
+
+def taught_rows(
+    folder: Path, state: Path, base, model, spelling: list, documents: list, args: Arguments,
 ) -> dict[str, Any]:
-    """Rows that the base itself teaches, as Token Distillation does (Dobler et al., ICLR 2026).
-
-    The frozen base reads each window twice: spelled in its own pieces (the teacher) and in the new
-    ones (the student). Input rows learn to give the student the teacher's hidden state after every
-    piece; output rows learn to predict the next piece. Frequent pieces come often, so they are
-    learnt first. The state on disk lets a run that was stopped go on.
-    """
+    """The rows for which the base has to read text: output rows by shared_rows; input rows are the
+    last spelling row, and with --init distilled fitted from there."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    windows = distill_windows(model, documents, args)
+    uses, windows = count_uses(model, documents), distill_windows(model, documents, args)
     table = [[number] for number in range(len(base.pieces))] + spelling
-    found = set(chain.from_iterable(windows)).difference(range(len(base.pieces)))
-    tokens, spelled = (sum(map(len, w)) for w in (windows, [table[i] for w in windows for i in w]))
-    print(f"distilling: {tokens:,} tokens, {spelled:,} in the base's pieces, go through the base; "
-          f"{len(found):,} of {len(spelling):,} new pieces are in them", flush=True)
     settings = {"dtype": torch.float32}
     if torch.cuda.is_available():
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
         nf4 = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16)
         settings = {"dtype": torch.bfloat16, "device_map": "cuda", "quantization_config": nf4}
     llama = AutoModelForCausalLM.from_pretrained(folder, **settings).requires_grad_(False)
-    matrices = {EMBEDDING: llama.get_input_embeddings().weight}
-    if not llama.config.tie_word_embeddings:
-        matrices[HEAD] = llama.get_output_embeddings().weight
-    rows, groups = {}, []
-    for name, matrix in matrices.items():
-        start = rows_of(name, matrix.cpu(), DISTILL_START)
-        if name == HEAD:
-            some = [teacher_states(llama, window, table) for window in windows[:SHARE_WINDOWS]]
-            uses = count_uses(model, documents)
-            start = shared_rows(matrix, spelling, uses, torch.cat(some))
-        rows[name] = start.to(matrix.device, torch.float32).requires_grad_()
-        groups.append({"params": rows[name], "peak": DISTILL_RATE * matrix.float().std().item()})
-    optimizer, done = torch.optim.Adam(groups, lr=0, betas=(0.9, 0.95)), 0
-    key = sha256(repr([str(folder), windows, table]).encode()).hexdigest()
-    if state.is_file() and (saved := torch.load(state, map_location="cpu"))["key"] == key:
-        done = saved["done"]
-        optimizer.load_state_dict(saved["optimizer"])
-        for name, learnt in saved["rows"].items():
-            rows[name].data.copy_(learnt)
-        print(f"going on after {done} of {len(windows)} windows")
-    both, saved_at = {HEAD: rows[EMBEDDING]} | rows, monotonic()  # a tied head is the embedding
-    for window in tqdm(windows[done:], "distilling", len(windows), initial=done, unit=" windows"):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * (1 - done / len(windows))
-        sum(distill_losses(llama, both, window, table)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        done += 1
-        if done == len(windows) or monotonic() - saved_at > DISTILL_SAVE:
-            part = state.with_suffix(".part")
-            content = {"done": done, "optimizer": optimizer.state_dict(), "rows": rows}
-            torch.save({"key": key} | content, part)
-            part.replace(state)
-            saved_at = monotonic()
-    return {name: learnt.detach().cpu() for name, learnt in rows.items()}
+    embedding, head = llama.get_input_embeddings().weight, llama.get_output_embeddings().weight
+    states = torch.cat([teacher_states(llama, w, table) for w in windows[:SHARE_WINDOWS]])
+    output_rows = shared_rows(head, spelling, uses, states).cpu()
+    input_rows = embedding[[ids[-1] for ids in spelling]].float()
+    if args.init == "distilled":
+        tokens, old = (sum(len(table[i]) if spelt else 1 for w in windows for i in w)
+                       for spelt in (False, True))
+        found = set(chain.from_iterable(windows)).difference(range(len(base.pieces)))
+        print(f"distilling: {tokens:,} tokens, {old:,} in the base's pieces, pass the base; they "
+              f"hold {len(found):,} of {len(spelling):,} new pieces; rows and Adam's state take "
+              f"{16 * input_rows.numel() / 1e9:.2f} GB", flush=True)
+        distill(llama, input_rows, windows, table, state)
+    return {EMBEDDING: input_rows.detach().cpu(), HEAD: output_rows}
 
 
 # --- The model -----------------------------------------------------------------------------------
@@ -909,7 +881,7 @@ def bits_before_training(folder: Path, base, model, texts: list[str], wanted: st
     and the extended model. Empty where the model is too large for this machine, see --eval_loss."""
     import torch
     from transformers import AutoModelForCausalLM
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in folder.glob("[!.]*.safetensors"))
     gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size
     if wanted == "no" or (wanted == "auto" and not gpu and size > CPU_LOSS_BYTES):
         return {}
@@ -990,6 +962,21 @@ def save_json(path: Path, content: dict) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") -> bool:
+    """Lock an open file or folder until it is closed; return whether it is ours. Where the file
+    system has no locks, say so and go on. With kind "lockf" forked processes do not hold it too."""
+    try:
+        getattr(fcntl, kind)(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {shown}: this file system has no locks; start no second run into the same "
+              "folder", file=sys.stderr)
+    return True
+
+
 @contextmanager
 def build_aside(output: Path) -> Iterator[Path]:
     """A hidden folder beside the output, which takes its place when all is well and is removed when
@@ -1008,15 +995,8 @@ def build_aside(output: Path) -> Iterator[Path]:
             lock = os.open(partial, os.O_RDONLY)
             leaving.callback(os.close, lock)  # the last step, when all is tidy
             held = False
-            with suppress(BlockingIOError, FileNotFoundError):
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    if error.errno not in NO_LOCKS:
-                        raise
-                    print(f"warning: {shown}: this file system has no locks; start no second run "
-                          "into the same folder", file=sys.stderr)
-                held = os.path.samestat(os.fstat(lock), partial.stat())  # not renamed by now
+            with suppress(FileNotFoundError):  # renamed by now
+                held = take_lock(lock, shown) and os.path.samestat(os.fstat(lock), partial.stat())
             if not held:
                 remedy = "wait for it, or pass another folder"
                 raise UserError(f"{shown}: another run is writing it; {remedy}")
@@ -1064,14 +1044,12 @@ def main(argv: list[str] | None = None) -> None:
     model, replaced = merge_pieces(base, candidates, args.vocab_size)
     spelling = spellings(base, [piece.piece for piece in model.pieces][len(base.pieces) :])
     std = config.get("initializer_range", 0.02)
-    inits = {EMBEDDING: args.init, HEAD: args.init_head or args.init}
-    taught: dict[str, Any] = {}  # the rows of --init distilled
+    taught: dict[str, Any] = {}  # the rows of --init shared and distilled
 
-    def rows_of(name: str, matrix, init: str | None = None) -> Any:
-        init = init or inits[name]
-        if init == "distilled":
+    def rows_of(name: str, matrix) -> Any:
+        if name in taught:
             return taught[name].to(matrix.dtype)
-        return new_rows(name, matrix, spelling, init, std, args.seed)
+        return new_rows(name, matrix, spelling, args.init, std, args.seed)
 
     report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
     report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
@@ -1081,8 +1059,8 @@ def main(argv: list[str] | None = None) -> None:
         write_tokenizer(folder, base_folder, model)
         texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, texts, args.seed)
-        if "distilled" in inits.values():
-            taught |= distill(base_folder, state, base, model, spelling, train, rows_of, args)
+        if args.init in ("shared", "distilled"):
+            taught |= taught_rows(base_folder, state, base, model, spelling, train, args)
         resize_model(folder, base_folder, shards, rows_of, len(spelling))
         save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         texts = sample(report_texts, LOSS_CHARS, args.seed)

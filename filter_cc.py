@@ -1,20 +1,22 @@
 """Common Crawl to a clean Traditional Chinese corpus in Taiwan usage.
 
 In: WET, WARC (HTML), JSONL or Parquet files; files, folders, globs, URLs, or a crawl by its name.
-Out: zstd Parquet with text, id, url, date and the scores of every page, stats.json, a dataset card,
-run.json, and the picture pictures/filter.png: pages and bytes that each rule left.
+Out: zstd Parquet with text, id, url, date, the scores of every page and its number of copies,
+stats.json, a dataset card, run.json, and the picture pictures/filter.png: what each rule left.
 
-One pass reads and judges. ISA-L inflates a record only as far as its header when the header names
-other languages (Common Crawl's CLD2 labels); numpy counts the scripts of what remains in its bytes;
-FastWARC parses, and rules judge, the few pages that are left: script, length, Taiwan usage, menus
-and footers, repetition (Gopher, Rae et al. 2021), closing punctuation (C4, Raffel et al. 2020;
-FineWeb, Penedo et al. 2024), spam. Personal data become placeholders. Then exact and MinHash
-deduplication (Broder 1997) over all pages. datatrove runs it: tasks, logs, resuming, clusters.
+One pass reads and judges. A record is inflated only as far as its header when the header names
+other languages (Common Crawl's CLD2 labels); numpy counts the scripts of the others; trafilatura
+extracts the article of HTML that can be Traditional Chinese. Rules judge what is left: script,
+length, menus and footers, repetition (Gopher, Rae et al. 2021), closing punctuation (C4, Raffel et
+al. 2020; FineWeb, Penedo et al. 2024), wording of Taiwan or elsewhere, spam. Personal data become
+placeholders. Then MinHash deduplication (Broder 1997) over all pages and, with --like, the choice
+of those most like a text that you trust. datatrove runs it: tasks, logs, resuming, clusters.
 
 A run of a minute on any CPU (this command was run):
     python filter_cc.py --input data/sample
-The real run:
+The real run, from a crawl or from a dataset of the hub (no whole download, rows are streamed):
     python filter_cc.py --crawl CC-MAIN-2026-30 --target_size 6GB --workers 8
+    python filter_cc.py --input 'hf://datasets/NAME/data/*.parquet' --target_size 6GB --workers 8
 Cost: a worker takes 0.2 GB of memory whatever the size of its files; benchmarks/bench_filter.py
 measures the speed, and the price of deduplication.
 """
@@ -65,6 +67,8 @@ from transformers import HfArgumentParser
 # --- Constants -----------------------------------------------------------------------------------
 
 CRAWL_URL = "https://data.commoncrawl.org/"
+# What a file system without locks answers.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 KINDS = (".wet", ".warc", ".jsonl", ".ndjson", ".json")
 COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
 ENDINGS = (".parquet", *(
@@ -182,6 +186,7 @@ FUNCTION_WORDS = frozenset(
     "的了是我你妳他她它在不有這那著也就都而又還說到過裡吧嗎呢啊讓把被與和卻才很")
 
 PRONOUNS = ("它", "們的", "你的", "一個")  # English needs them where Chinese does not
+UNCONVERTED = set("后里干几准云余咸淀松斗谷丑郁仆朴面")  # 之后, 家里: Taiwan writes 後, 裡
 # Forms of OpenCC's own standard, in use neither in Taiwan nor in Hong Kong: a conversion left them.
 VARIANTS = "爲僞衆竈覈纔"
 CURLY = re.compile("“[\u4e00-\u9fff]")  # Taiwan quotes with 「」; conversion leaves quotes alone
@@ -243,7 +248,7 @@ class Arguments:
         0.01, "Largest share of broken characters (U+FFFD, private use); 5 are always allowed.")
     max_rare: float = option(0.15, "Largest share of Han outside Big5 level 1, the 5,401 in use.")
     min_length: int = option(200, "Least number of Han left when the lines are cleaned.")
-    max_cantonese: float = option(0.02, "Largest share of characters of written Cantonese.")
+    max_cantonese: float = option(0.01, "Largest share of characters of written Cantonese.")
     max_mainland: float = option(4.0, "Most mainland words, less Taiwan's, per 1,000 Han.")
     max_hongkong: float = option(6.0, "Most Hong Kong words, less Taiwan's, per 1,000 Han.")
     max_converted: float = option(4.0, "Most wrongly converted words per 1,000 Han.")
@@ -729,17 +734,30 @@ def big5_extension(error: UnicodeError) -> tuple[str, int]:
 
 
 READINGS = re.compile(r"(?is)<r[tp]c?\b[^>]*>.*?(?=<r[tpb]c?\b|</r[tp]c?\s*>|</ruby)")
+LINE_BREAK, BROKEN_HERE = re.compile(r"(?i)<br\b[^>]*>"), "\ufdd0"  # a noncharacter of Unicode
+PREFORMATTED = re.compile(r"(?is)<pre\b.*?</pre\s*>")
 
 
 def extract(page: str) -> str:
     """Return the article of an HTML page by trafilatura (Barbaresi, ACL 2021), without the readings
-    of ruby. Its parser is not a browser's: it stops at an early </html>, for example. So the HTML5
-    parser of Resiliparse reads the page first."""
+    of ruby.
+
+    Its parser stops at an early </html>, so that an HTML5 parser (Resiliparse's) reads the page
+    first. It doubles or drops lines that <br> divides, here and there: so it reads such a page once
+    more with a character in the place of <br>, and the version with more different lines is it."""
     import trafilatura
     from resiliparse.parse.html import HTMLTree
 
-    page = READINGS.sub("", page.replace("\x00", ""))
-    return trafilatura.extract(str(HTMLTree.parse(page)), include_comments=False) or ""
+    page = READINGS.sub("", page.replace("\x00", "").replace(BROKEN_HERE, ""))
+    versions = [page]
+    if LINE_BREAK.search(page):
+        page = PREFORMATTED.sub(lambda code: LINE_BREAK.sub("\n", code[0]), page)
+        versions.insert(0, LINE_BREAK.sub(BROKEN_HERE, page))
+    articles = [
+        trafilatura.extract(str(HTMLTree.parse(version)), include_comments=False) or ""
+        for version in versions]
+    articles = [article.replace(BROKEN_HERE, "\n") for article in articles]
+    return max(articles, key=lambda article: sum(map(len, set(article.split("\n")))))
 
 
 # --- Rows out of JSONL and Parquet ---------------------------------------------------------------
@@ -931,8 +949,9 @@ def converted_words() -> dict[str, str]:
         if len(simple) != 2 or len(full) > 1:
             continue
         for at in (0, 1):
-            # the first is the usual one, and the character itself was not converted
-            for other in set(several.get(simple[at], ())[1:]) - {simple[at]}:
+            # the first is the usual one; most characters that were not converted are in use
+            others = {*several.get(simple[at], ())[1:], *simple[at]}
+            for other in others - ({simple[at]} - UNCONVERTED):
                 wrong.add(full[0][:at] + other + full[0][at + 1 :])
     converted = to_taiwan("\n".join(wrong - right)).split("\n")
     return dict.fromkeys(set(converted) - right, "converted")
@@ -1396,7 +1415,7 @@ def blocks() -> SimpleNamespace:
     from datatrove.utils.logging import logger
 
     class CrawlReader(BaseDiskReader):
-        """Reads WET and WARC with ISA-L and FastWARC, rows with datatrove's own readers."""
+        """Reads pages out of WET, WARC, JSON lines and Parquet, and counts what they hold."""
 
         name = "Luojiu crawl reader"
 
@@ -1907,6 +1926,21 @@ def read_folder(given: str, entries: list[dict]) -> list[str]:
     return chosen
 
 
+def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") -> bool:
+    """Lock an open file or folder until it is closed; return whether it is ours. Where the file
+    system has no locks, say so and go on. With kind "lockf" forked processes do not hold it too."""
+    try:
+        getattr(fcntl, kind)(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {shown}: this file system has no locks; start no second run into the same "
+              "folder", file=sys.stderr)
+    return True
+
+
 @contextmanager
 def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
     """Hold the output folder: one run at a time, always with the same settings."""
@@ -1917,15 +1951,9 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
         raise UserError(f"{where} another program's Parquet; expected its own folder; choose one")
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not take_lock(lock, where[:-1], kind="lockf"):
             what = "another run is writing here; expected none; wait for it or choose another"
-            raise UserError(f"{where} {what}") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            print(f"warning: {where} its file system has no locks; start no second run there")
+            raise UserError(f"{where} {what}")
         names = [name if "://" in name else os.path.relpath(name, output) for name in files]
         settings = {k: v for k, v in asdict(args).items() if k not in HERE_ONLY} | {"files": names}
         if not known.exists():

@@ -99,7 +99,8 @@ PASSAGE = (
 # The key under which train_pt.py writes into the metadata of adapter_model.safetensors how the base
 # was held: JSON, named as in BitsAndBytesConfig, and device (cuda or cpu round differently).
 QUANTIZATION = "luojiu_quantization"
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # from file systems without locks
+# What a file system without locks answers.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 AGAIN = "copy or download it again"
 INEXACT = "cannot be merged exactly"
 OTHER_MODEL = "is it the adapter of another model? pass its base with --base_model"
@@ -1171,6 +1172,21 @@ def check_output(output: Path, inputs: list[Path], nbytes: int) -> None:
         raise OSError(errno.ENOSPC, f"{shown}: {found}; make room or pass a folder on another disk")
 
 
+def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") -> bool:
+    """Lock an open file or folder until it is closed; return whether it is ours. Where the file
+    system has no locks, say so and go on. With kind "lockf" forked processes do not hold it too."""
+    try:
+        getattr(fcntl, kind)(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {shown}: this file system has no locks; start no second run into the same "
+              "folder", file=sys.stderr)
+    return True
+
+
 @contextmanager
 def build_aside(output: Path) -> Iterator[Path]:
     """A hidden folder beside the output, which takes its place when all is well and is removed when
@@ -1189,15 +1205,8 @@ def build_aside(output: Path) -> Iterator[Path]:
             lock = os.open(partial, os.O_RDONLY)
             leaving.callback(os.close, lock)  # the last step, when all is tidy
             held = False
-            with suppress(BlockingIOError, FileNotFoundError):
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    if error.errno not in NO_LOCKS:
-                        raise
-                    print(f"warning: {shown}: this file system has no locks; start no second run "
-                          "into the same folder", file=sys.stderr)
-                held = os.path.samestat(os.fstat(lock), partial.stat())  # not renamed by now
+            with suppress(FileNotFoundError):  # renamed by now
+                held = take_lock(lock, shown) and os.path.samestat(os.fstat(lock), partial.stat())
             if not held:
                 remedy = "wait for it, or pass another folder"
                 raise UserError(f"{shown}: another run is writing it; {remedy}")

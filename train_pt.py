@@ -44,7 +44,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial, wraps
@@ -73,7 +73,6 @@ IGNORED = -100  # the label of a token that is not predicted
 # Options of the Trainer that a run cannot keep its promises with, by the value that turns them on.
 UNSUPPORTED = {
     "deepspeed": "expected no DeepSpeed; several GPUs: accelerate launch --config_file fsdp.yaml",
-    "liger_kernel_config": "expected none; --use_liger_kernel takes norm, rope and SwiGLU",
     "push_to_hub": "expected false; when the run is done: hf upload NAME OUTPUT_DIR",
     "save_only_model": "expected false; without its optimizer a checkpoint cannot go on",
     "auto_find_batch_size": "expected false; --plan says which batch fits",
@@ -86,13 +85,19 @@ RENAMED = {  # by Transformers 5
     "evaluation_strategy": "--eval_strategy", "no_cuda": "--use_cpu",
     "per_gpu_train_batch_size": "--per_device_train_batch_size",
     "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
-    "group_by_length": "--train_sampling_strategy group_by_length",
     "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
     "overwrite_output_dir": "--resume_from_checkpoint none, which moves the run so far aside"}
 PART, BATCH = 1 << 16, 1 << 20  # characters: of a long text's parts, given to the tokenizer at once
 SURROGATES = re.compile("[\ud800-\udfff]")
+# What a file system without locks answers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 1,024 x 61,388 x 4 bytes = 0.25 GB
+# A run goes on under another of these where the learning rates so far are the same.
+SCHEDULE = {"max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs",
+            "warmup_steps"}
+# What an adapter brings with it, and must be the same where training starts from it.
+OF_AN_ADAPTER = ("lora_rank", "lora_alpha", "use_rslora", "quantization", "train_embeddings",
+                 "train_norms", "first_new_row")
 # The Trainer's options that change the result, beside our own Settings.
 TRAINER_SETTINGS = re.compile(
     "adam_|data(_seed|loader_drop)|fp16$|greater_is|load_best|lr_scheduler|max_(steps|grad)|"
@@ -122,6 +127,7 @@ class Settings:
     quantization: Literal["nf4", "none"] = option("nf4", "How the frozen weights are held.")
     lora_rank: int = option(32, "Rank of the LoRA matrices on all linear layers.")
     lora_alpha: int | None = option(None, "LoRA's scale times its rank; None: twice the rank.")
+    use_rslora: bool = option(False, "Scale LoRA by lora_alpha / sqrt(rank), not / rank.")
     lora_dropout: float = option(0.0, "Dropout before the LoRA matrices.")
     train_embeddings: Literal["new", "all", "none"] = option(
         "new", "Rows of embedding and head to train: the added pieces, all, or none.")
@@ -129,12 +135,20 @@ class Settings:
         None, "First new row; None: as extend_vocab.py wrote it, else 32000.")
     train_norms: bool = option(True, "Train the norms too (LongLoRA found it decisive).")
     learning_rate: float = option(5e-5, "Peak learning rate.")
+    embedding_learning_rate: float | None = option(
+        None, "Peak rate of the rows of embedding and head; None: learning_rate.")
+    norm_learning_rate: float | None = option(
+        None, "Peak rate of the norms; None: learning_rate.")
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: the rate of B is so many times learning_rate; None: the same.")
     lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
     num_train_epochs: float = option(3.0, "Passes over the data.")
     per_device_train_batch_size: int = option(8, "Sequences per device and forward pass.")
     gradient_accumulation_steps: int = option(4, "Forward passes per optimizer step.")
     optim: str | None = option(None, "Optimizer; None: adamw_8bit on a GPU, else adamw_torch.")
     bf16: bool = option(True, "Compute in bfloat16.")
+    dataset_weight: list[float] | None = field(default=None, metadata={
+        "help": "The sources' shares of the tokens trained on, as in 9 1; None: by their sizes."})
     seed: int = option(42, "Seed of order, initial weights and dropout.")
 
 
@@ -143,7 +157,9 @@ class Arguments(Settings):
     """Every option of the command line; the help text is the documentation."""
 
     model_name_or_path: str = option("outputs/extended", "Base model: a folder or a hub id.")
-    dataset: str = option("data/cc_filtered", "Text: .parquet, .jsonl, .txt, or a folder.")
+    dataset: list[str] = field(default_factory=lambda: ["data/cc_filtered"], metadata={
+        "help": "Text: .parquet, .jsonl, .txt, or folders. An epoch is a pass over the first; the "
+        "others repeat or stop short, as --dataset_weight asks."})
     output_dir: str = option("outputs/pt", "Folder of adapter, checkpoints and metrics.")
     picture: str = option("pictures/trainloss.png", "The loss chart, redrawn as it runs.")
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
@@ -151,13 +167,18 @@ class Arguments(Settings):
     plan: bool = option(
         False, "Print sizes, steps and a GPU's memory; train nothing. It needs no weights, and "
         "without a text it leaves the steps out.")
+    plan_gpu: Literal["a10", "4090", "a100", "h100", "h200"] | None = option(
+        None, "GPU whose speed a plan predicts; its memory too, where plan_gpu_gb is None.")
     plan_gpu_gb: float | None = option(None, "GPU memory to plan for, in GB; None: the GPU here.")
     activation_checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass; None: on a GPU.")
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
-    use_liger_kernel: bool | None = option(
-        None, "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel.")
+    use_liger_kernel: bool | None = field(default=None, metadata={
+        "help": "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel.",
+        "nargs": "?", "const": True})
+    adapter: str | None = option(
+        None, "Start from this adapter of train_pt.py, with a new optimizer and schedule.")
     resume_from_checkpoint: str = option(
         "auto", "A checkpoint's folder; auto: the last; none: anew, the run so far moved aside.")
     per_device_eval_batch_size: int = option(8, "Sequences per device in evaluation.")
@@ -169,9 +190,11 @@ class Arguments(Settings):
     report_to: str = option("none", "Also log to: wandb, tensorboard, ... or none.")
 
     def __post_init__(self):
-        for name in ("model_name_or_path", "dataset", "output_dir", "picture", "cache_dir",
+        for name in ("model_name_or_path", "output_dir", "picture", "cache_dir",
                      "resume_from_checkpoint"):
             setattr(self, name, os.path.expanduser(getattr(self, name)))
+        self.dataset = [os.path.expanduser(path) for path in self.dataset]
+        self.adapter = self.adapter and os.path.expanduser(self.adapter)
 
 
 def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
@@ -234,6 +257,9 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
                      "--optim adamw_torch with FSDP")
     if missing := set(training.report_to) - set(get_available_reporting_integrations()):
         parser.error(f"--report_to {', '.join(missing)}: unknown or not installed; pip install it")
+    if training.train_sampling_strategy != "random":
+        parser.error(f"--train_sampling_strategy {training.train_sampling_strategy}: expected "
+                     "random; all sequences are of one length")
     if training.max_steps == 0:
         parser.error("--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")
     if refusal := refused_schedule(training):
@@ -253,22 +279,33 @@ def unsupported(asked: dict[str, Any], unknown: list[str]) -> str | None:
     return f"unknown option: {' '.join(unknown)}; --help lists the options" if unknown else None
 
 
-def refused_schedule(training: Any) -> str | None:
-    """What the learning rate schedule lacks: it is built once, for a single number."""
+def learning_rate_schedule(settings: dict[str, Any], steps: int) -> Any:
+    """The schedule of a run of so many steps, as Trainer makes it: its `lr_lambdas` give the share
+    of the peak at each step. One that looks at the evaluations has none."""
     import torch
     from transformers import get_scheduler
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=settings["learning_rate"])
+    warmup = settings["warmup_steps"]
+    warmup = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
+    kwargs = dict(settings["lr_scheduler_kwargs"] or {})
+    return get_scheduler(
+        settings["lr_scheduler_type"], optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
+
+
+def refused_schedule(training: Any) -> str | None:
+    """What the learning rate schedule lacks: it is built once, for a single number."""
     if not training.learning_rate > 0:
         return None  # check refuses it
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=training.learning_rate)
+    settings = training.to_dict()
     steps = training.max_steps if training.max_steps > 0 else 10**6
-    shown = f"--lr_scheduler_type {training.lr_scheduler_type.value}"
-    kwargs = training.lr_scheduler_kwargs or {}
+    kwargs = json.dumps(settings["lr_scheduler_kwargs"] or {})
     try:
-        get_scheduler(training.lr_scheduler_type, optimizer, training.get_warmup_steps(steps),
-                      steps, scheduler_specific_kwargs=dict(kwargs))
+        learning_rate_schedule(settings, steps)
     except (ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        return f"{shown} --lr_scheduler_kwargs {json.dumps(kwargs)}: {reason}; pass what it needs"
+        return (f"--lr_scheduler_type {settings['lr_scheduler_type']} --lr_scheduler_kwargs "
+                f"{kwargs}: {reason}; pass what it needs")
     return None
 
 
@@ -352,7 +389,7 @@ def fingerprint(folder: Path) -> str:
     """Name a model's weights without reading gigabytes: the sha256 of config.json and, for every
     *.safetensors in name order, its name, its header and both ends (1,024 bytes) of each tensor."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("[!.]*.safetensors")):
         with path.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
             digest.update(path.name.encode() + header)
@@ -389,13 +426,13 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
         bare = args.plan and not any(folder.glob("tokenizer.*"))
         tokenizer = None if bare else AutoTokenizer.from_pretrained(folder)
         shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
-        parts = {*folder.glob("*.safetensors"), *(folder / name for name in shards)}
+        parts = {*folder.glob("[!.]*.safetensors"), *(folder / name for name in shards)}
         for path in () if args.plan else parts:
             safe_open(path, "np")  # it holds the header against the file's size
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{option} {path}: is not whole ({reason}); fetch it again") from error
-    missing = not args.plan and not any(folder.glob("*.safetensors"))
+    missing = not args.plan and not any(folder.glob("[!.]*.safetensors"))
     pickled = any(folder.glob("pytorch_model*.bin"))
     rows, positions = config.vocab_size, config.max_position_embeddings
     pieces = len(tokenizer or ())
@@ -609,88 +646,25 @@ class Corpus:
     characters: np.ndarray  # (documents,)
 
 
-def dataset_key(files: list[Path], base: Path, sums: dict[str, str]) -> str:
+def dataset_key(files: list[Path], base: Path) -> str:
     """Changes when the text or the tokenizer does, and with nothing else: a copy has the same."""
     digest = hashlib.sha256(b"2")  # counts the ways in which we have cut text into tokens
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         if (base / name).is_file():
             digest.update(name.encode() + (base / name).read_bytes())
-    for path, content in zip(files, sums.values(), strict=True):
-        digest.update(f"{path.suffix} {content}\n".encode())
+    for path in files:
+        digest.update(f"{path.suffix} {file_sum(path)}\n".encode())
     return digest.hexdigest()
 
 
-def known_sums(cache: Path) -> dict[str, str]:
-    """The sums of texts that are kept with the tokens."""
-    try:
-        known = json.loads((cache / "sums.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def text_sums(files: list[Path], known: dict[str, str]) -> dict[str, str]:
-    """The sha256 of each file, by its path, size and times: while these stay the same, a file whose
-    sum is known is not read again."""
-    sums = {}
-    for path in files:
-        stat = path.stat()
-        seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-        sums[seen] = known.get(seen) or file_sum(path)
-    return sums
-
-
-def lock(file: Any, how: int) -> None:
-    """Lock an open file until it is closed. Where the file system has no locks, say so and go on.
-    """
-    try:
-        fcntl.lockf(file, how)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        print(f"warning: {Path(file.name).parent}: the file system has no locks ({error}); let no "
-              "second run write there", flush=True)
-
-
-@contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Wait until no other process is in here. The lock's file is gone afterwards, and its folders
-    if they are new and empty."""
-    made, mine = [folder for folder in path.parents if not folder.exists()], False
-    while not mine:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the one waited for has removed it, or its folder
-            file = path.open("w")
-            try:
-                lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another run to leave {path.parent}", flush=True)
-                lock(file, fcntl.LOCK_EX)
-            mine = os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # without locks another run may have been here
-        file.close()
-        for folder in made:
-            with suppress(OSError):  # holds something
-                folder.rmdir()
-
-
-def tokenize(
-    files: list[Path], tokenizer: Any, cached: Path, sums: dict[str, str] | None = None
-) -> Corpus:
+def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
     """Tokenise every document, once: the next run finds the result in the cache, and one that
-    starts meanwhile waits for it. The tokenizer works on all cores. `sums` of the files are kept
-    with the tokens."""
+    starts meanwhile waits for it. The tokenizer works on all cores."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     if not cached.exists():
-        with only_one(cached.with_name(".lock")):
+        with lock_cache(cached.parent):
             if not cached.exists():  # another run has not made it meanwhile
                 write_tokens(files, tokenizer, cached, dtype)
-    known = known_sums(cached.parent)
-    if sums and sums.keys() - known.keys():
-        write_json(cached.with_name("sums.json"), known | sums)
     sizes = np.load(cached / "documents.npy")
     return Corpus(np.memmap(cached / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
 
@@ -778,6 +752,7 @@ class PackedBlocks:
         self.ends = np.cumsum(corpus.lengths[order])  # in the packed stream
         self.begins = self.ends - corpus.lengths[order]
         self.total = int(self.ends[-1])
+        self.documents = len(order)
         predicted = self.total - len(order)  # all but each document's first token
         self.tokens_per_character = float(predicted / max(1, corpus.characters[order].sum()))
 
@@ -798,7 +773,65 @@ class PackedBlocks:
         return {"input_ids": ids, "position_ids": position, "labels": labels}
 
 
-def split_corpus(corpus: Corpus, args: Arguments, padding: int) -> tuple[PackedBlocks, Any]:
+class Mixture:
+    """The sequences of an epoch in their order, from several sources: all blocks of the first,
+    shuffled, and evenly between them, of each other source, as many as its weight asks for. The
+    others go on in the next epoch where they stopped, and begin anew where they end."""
+
+    def __init__(self, sources: list[PackedBlocks], weights: list[float] | None, seed: int):
+        self.sources, self.seed = sources, seed
+        sizes = [len(blocks) for blocks in sources]
+        shares = weights or sizes
+        self.counts = [max(1, round(sizes[0] * share / shares[0])) for share in shares]
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        source, block = self.order[index]
+        return self.sources[source][block]
+
+    def shuffled(self, source: int, times: int) -> np.ndarray:
+        """The blocks of a source in their order, when it was read so many times before."""
+        import torch
+        generator = torch.Generator().manual_seed(self.seed + times)
+        return torch.randperm(len(self.sources[source]), generator=generator).numpy()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Put an epoch in order; accelerate's data loader calls it. A resumed run comes to the
+        same order, for it follows from seed and epoch alone."""
+        chosen, places = [], []
+        for source, count in enumerate(self.counts):
+            size = len(self.sources[source])
+            first, last = epoch * count, (epoch + 1) * count  # of a source that never ends
+            passes = range(first // size, (last - 1) // size + 1)
+            blocks = np.concatenate([self.shuffled(source, n) for n in passes])
+            blocks = blocks[first % size :][:count]
+            chosen.append(np.stack([np.full(count, source), blocks], axis=1))
+            places.append((np.arange(count) + 0.5) / count)
+        evenly = np.argsort(np.concatenate(places), kind="stable")
+        self.order, self.epoch = np.concatenate(chosen)[evenly], epoch  # (sequences, 2)
+
+    def tokens_seen(self, sequences: int) -> list[int]:
+        """The tokens of each source in the first so many sequences of a run."""
+        epoch, rest = divmod(sequences, len(self))
+        if rest and epoch != self.epoch:
+            self.set_epoch(epoch)
+        within = np.bincount(self.order[:rest, 0], minlength=len(self.sources))
+        seen = []
+        for source, blocks in enumerate(self.sources):
+            times, begun = divmod(epoch * self.counts[source] + int(within[source]), len(blocks))
+            padding = len(blocks) * blocks.block_size - blocks.total  # in the last block
+            padded = len(blocks) - 1 in self.shuffled(source, times)[:begun]
+            tokens = times * blocks.total + begun * blocks.block_size - padded * padding
+            seen.append(tokens)
+        return seen
+
+
+def split_corpus(
+    corpus: Corpus, args: Arguments, padding: int
+) -> tuple[PackedBlocks, PackedBlocks | None]:
     """Shuffle the documents by seed and hold some out, whole: (training, held out or None)."""
     documents = len(corpus.lengths)
     order = np.random.default_rng(args.seed).permutation(documents)
@@ -807,6 +840,46 @@ def split_corpus(corpus: Corpus, args: Arguments, padding: int) -> tuple[PackedB
     train, held_out = order[held:], order[:held]
     blocks = PackedBlocks(corpus, train, args.block_size, padding)
     return blocks, PackedBlocks(corpus, held_out, args.block_size, padding) if held else None
+
+
+def source_names(datasets: list[str]) -> list[str]:
+    """What the sources are called in metrics, chart and card: the file or folder, else the path."""
+    short = [Path(path).stem for path in datasets]
+    return short if len({*short}) == len(short) else datasets
+
+
+def pack_sources(
+    corpora: list[Corpus], args: Arguments, training: Any, padding: int
+) -> tuple[Mixture, dict[str, PackedBlocks]]:
+    """What to train on, and by the source's name what is held out."""
+    train, held_out = [], {}
+    for name, corpus in zip(source_names(args.dataset), corpora, strict=True):
+        blocks, held = split_corpus(corpus, args, padding)
+        train.append(blocks)
+        if held:
+            held_out[name] = held
+    seed = args.seed if training.data_seed is None else training.data_seed
+    return Mixture(train, args.dataset_weight, seed), held_out
+
+
+def count(corpora: list[Corpus], blocks: Mixture, held_out: dict, training: Any) -> dict[str, int]:
+    """The run in numbers."""
+    return {
+        "documents": sum(len(corpus.lengths) for corpus in corpora),
+        "tokens": sum(source.total for source in blocks.sources), "sequences": len(blocks),
+        "eval_sequences": sum(len(held) for held in held_out.values()),
+        "steps": total_steps(len(blocks), training)}
+
+
+def describe_sources(args: Arguments, training: Any, blocks: Mixture) -> list[str]:
+    """Tokens, share and epochs of each source in the whole run, a line each; none if it is one."""
+    steps = total_steps(len(blocks), training)
+    seen = blocks.tokens_seen(sequences_after(steps, len(blocks), training))
+    lines = []
+    for name, source, tokens in zip(source_names(args.dataset), blocks.sources, seen, strict=True):
+        share, epochs = tokens / sum(seen), tokens / source.total
+        lines.append(f"{name}: {tokens:,} tokens, {share:.1%}, {epochs:.2f} epochs")
+    return lines if len(lines) > 1 else []
 
 
 @dataclass
@@ -1073,7 +1146,7 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
     set_seed(args.seed)
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=args.lora_rank, lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout, target_modules=LINEAR_LAYERS)
+        lora_dropout=args.lora_dropout, target_modules=LINEAR_LAYERS, use_rslora=args.use_rslora)
     model = get_peft_model(model, lora)
     llama = model.base_model.model
     for module in model.modules():
@@ -1167,36 +1240,71 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 
 # --- Training ------------------------------------------------------------------------------------
+#
+# How a run goes on to the bit. Trainer writes a checkpoint: adapter, optimizer, schedule, random
+# states, its own state. The seal comes last: run.json with the sum of every file. A checkpoint
+# without its seal does not count. After a signal the step under way is dropped, the random states
+# at the end of the last whole step are put back, and that step is saved.
 
 
-class Stopped(Exception):
-    """A signal came: leave what is under way, save the last whole step."""
+class LeaveTraining(Exception):
+    """Leave Trainer's loop: a signal came, or a resumed run has no step left."""
+
+
+class RunCallback:
+    """Our part of Trainer's events; build_trainer gives it TrainerCallback as base class."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings its own save_steps
+        self.trainer.rehearse()
+        if state.global_step >= state.max_steps:  # Trainer would train one step too many
+            raise LeaveTraining
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.rng_states = [g.get_rng_state() for g in self.trainer.generators()]
+        if state.global_step == state.max_steps:  # the last step is always logged and measured
+            control.should_log = True
+            by_epoch = args.eval_strategy == "epoch"  # it comes when the epoch ends
+            control.should_evaluate = self.trainer.eval_dataset is not None and not by_epoch
 
 
 class PackedTraining:
-    """What transformers.Trainer lacks for us; build_trainer puts this class in front of it."""
+    """What Trainer lacks for us. build_trainer gives it Trainer as base class."""
 
     head: TailHead
     report: Report
-    stop: list[int]  # signals caught
-    keep: int  # checkpoints; seal removes the others
-    dice: tuple = ()  # the states of random numbers at the end of the last step
-    rehearsed = False
-    saving: Path | None = None  # the checkpoint under construction
-    lowest, worse = math.inf, 0  # the lowest loss logged, and how many in a row lie 2 above it
+    signals: list[int]  # caught so far
+    keep: int  # checkpoints, beside the best
+    load_best: bool
+    rng_states: list = []  # noqa: RUF012 (random states after the last optimizer step)
+    saved_step = 0
+    lowest_loss, high_losses_in_a_row = math.inf, 0
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | None = None) -> None:
+        """Train, measure the end, put the best weights back. After a signal save the last step."""
+        if resume_from_checkpoint:
+            self.saved_step = step_of(Path(resume_from_checkpoint))
         try:
             if self.is_world_process_zero():
                 self.report.join_wandb(self.args)
-            with suppress(Stopped):
-                super().train(*args, **kwargs)
+            with suppress(LeaveTraining):
+                super().train(resume_from_checkpoint)
+            with suppress(LeaveTraining):  # a run that was stopped in its last evaluation
+                if not (self.stopping() or self.is_measured()):
+                    self.evaluate()
+            if self.stopping():
+                self.save_last_step()
+            elif best := self.best_checkpoint():
+                load_adapter(self.model, best)
         except Exception as error:  # a package that we do not require names its own remedy
             wandb = "--report_to wandb: " if type(error).__module__.startswith("wandb.") else ""
             if not (wandb or (isinstance(error, ImportError) and not error.name)):
                 raise
             raise UserError(wandb + " ".join(str(error).split())) from error
-        finally:  # what is said then stands below the progress bar
+        finally:  # what is printed next stands below the progress bar
             for callback in self.callback_handler.callbacks:
                 if bar := getattr(callback, "training_bar", None):
                     bar.close()
@@ -1205,43 +1313,42 @@ class PackedTraining:
         with self.head.inside_the_loss(), self.accelerator.autocast():  # FSDP: without autocast
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def _run_epoch(self, *args, **kwargs):
-        self.state.compute_steps(self.args, self.state.max_steps)  # a checkpoint brings its own
-        try:
-            if not self.rehearsed:
-                self.rehearse()
-            if self.state.global_step < self.state.max_steps:
-                super()._run_epoch(*args, **kwargs)
-            else:  # resumed after the last step: it would train one too many
-                self.control.should_training_stop = True
-            if self.stopping():  # since its last batch
-                raise Stopped
-        except Stopped:
-            if self.dice:  # there is a step that may not be saved
-                for generator, state in zip(self.generators(), self.dice, strict=True):
-                    generator.set_rng_state(state)
-                # FSDP gathers the optimizer's state by a step, which accelerate else leaves out.
-                self.accelerator.gradient_state._set_sync_gradients(True)
-                self._save_checkpoint(self.model_wrapped)
-            self.control.should_training_stop = True
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.stopping():
+            raise LeaveTraining
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not loss.isfinite():
+            self.give_up(self.state.global_step + 1, f"the loss is {loss.item()}")
+        return loss
 
-    def _finalize_training(self, trial, *args, **kwargs):
-        measured = (row["step"] for row in self.state.log_history if "eval_loss" in row)
-        missing = self.eval_dataset is not None and self.state.global_step not in measured
-        if missing and not self.stopping():  # it stopped on its last step, and was resumed
-            metrics = self._evaluate(trial, None)
-            self._determine_best_metric(metrics, trial)
-            self.point_at_best()
-        return super()._finalize_training(trial, *args, **kwargs)
+    def stopping(self) -> bool:
+        """Whether a signal has come, to whichever process: they stop together."""
+        if self.args.world_size == 1:
+            return bool(self.signals)
+        import torch
+        signals = torch.tensor(len(self.signals), device=self.args.device)
+        return bool(self.accelerator.reduce(signals, "sum"))
+
+    def generators(self) -> list[Any]:
+        """Where random numbers come from on this device."""
+        import torch
+        return [torch.random, *[torch.cuda] * (self.args.device.type == "cuda")]
+
+    def save_last_step(self) -> None:
+        """Save the last whole step, with the random states that it ended with."""
+        for generator, state in zip(self.generators(), self.rng_states, strict=False):
+            generator.set_rng_state(state)
+        if self.rng_states:
+            self._save_checkpoint(self.model_wrapped)
 
     def rehearse(self) -> None:
         """Evaluate a batch, write a token and look at the disk before the first step: what is going
         to fail fails now, not after hours."""
         import torch
-        self.rehearsed = True
         if self.eval_dataset is not None:
             try:
-                self.held_out_loss(batches=1)
+                for blocks in self.eval_dataset.values():
+                    self.held_out_loss(blocks, batches=1)
                 self.report.sample(self, tokens=1)
             except torch.OutOfMemoryError as error:
                 raise UserError(
@@ -1249,24 +1356,10 @@ class PackedTraining:
                     "evaluation runs out of memory; choose a smaller one") from error
         numbers = sum(p.numel() for p in adapter_tensors(self.model).values())
         size = numbers * (4 + moment_bytes(self.args.optim))
-        if self.is_world_process_zero():
-            free = shutil.disk_usage(self.args.output_dir).free
-            if free < (min(self.keep, 2) + 1) * size:
-                print(f"note: {self.args.output_dir} has {free / 1e9:.1f} GB free, and each "
-                      f"checkpoint takes {size / 1e9:.1f} GB")
-
-    def generators(self) -> list[Any]:
-        """Where random numbers come from on this device."""
-        import torch
-        return [torch.random, *[torch.cuda] * (self.args.device.type == "cuda")]
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        if self.stopping():
-            raise Stopped
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        if not loss.isfinite():
-            self.give_up(self.state.global_step + 1, f"the loss is {loss.item()}")
-        return loss
+        free = shutil.disk_usage(self.args.output_dir).free
+        if self.is_world_process_zero() and free < (min(self.keep, 2) + 1) * size:
+            print(f"note: {self.args.output_dir} has {free / 1e9:.1f} GB free, and each "
+                  f"checkpoint takes {size / 1e9:.1f} GB")
 
     def give_up(self, step: int, reason: str) -> None:
         raise UserError(
@@ -1275,35 +1368,43 @@ class PackedTraining:
             "--max_grad_norm, in another --output_dir, and look at the text of that step")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        logs = logs | {"tokens_seen": round((self.state.epoch or 0) * self.report.facts["tokens"])}
+        """Add the tokens seen, write metrics.jsonl, and stop a loss that explodes."""
+        blocks = self.train_dataset
+        sequences = sequences_after(self.state.global_step, len(blocks), self.args)
+        seen = blocks.tokens_seen(sequences)
+        logs = logs | {"tokens_seen": sum(seen)}
+        if len(seen) > 1:
+            names = source_names(self.report.args.dataset)
+            logs |= {f"tokens_seen_{n}": count for n, count in zip(names, seen, strict=True)}
         figures = {name: value for name, value in logs.items() if name != "eval_sample"}
         super().log(figures, *args, **kwargs)
         self.state.log_history[-1].update(logs)
         if self.is_world_process_zero():
             self.report.write(self.state.log_history)
         if "loss" in logs:
-            self.worse = self.worse + 1 if logs["loss"] > self.lowest + 2 else 0
-            self.lowest = min(self.lowest, logs["loss"])
-            if self.worse > 1:
-                explosion = f"the loss explodes ({logs['loss']:.2f} after {self.lowest:.2f})"
+            high = logs["loss"] > self.lowest_loss + 2
+            self.high_losses_in_a_row = self.high_losses_in_a_row + 1 if high else 0
+            self.lowest_loss = min(self.lowest_loss, logs["loss"])
+            if self.high_losses_in_a_row > 1:
+                explosion = f"the loss explodes ({logs['loss']:.2f} after {self.lowest_loss:.2f})"
                 self.give_up(self.state.global_step, explosion)
 
-    def held_out_loss(self, batches: int = sys.maxsize) -> tuple[float, int]:
-        """The summed loss of the documents held out, full attention; and how many tokens it is of.
-        """
+    def held_out_loss(self, blocks: PackedBlocks, batches: int = sys.maxsize) -> tuple[float, int]:
+        """The summed loss of documents held out, full attention; and how many tokens it is of."""
         import torch
-        blocks, size = self.eval_dataset, self.args.per_device_eval_batch_size
+        from accelerate.utils import send_to_device
+        size = self.args.per_device_eval_batch_size
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         rank, ranks = self.args.process_index, self.args.world_size
         for start in islice(range(0, len(blocks), ranks * size), batches):
             if self.stopping():
-                raise Stopped
+                raise LeaveTraining
             chosen = range(len(blocks))[start : start + ranks * size][rank::ranks]
             batch = self.data_collator([blocks[i] for i in chosen or [0]])
             if not chosen:  # with FSDP nobody can go forward alone
                 batch["labels"].fill_(IGNORED)
-            batch = self._prepare_inputs(batch)
+            batch = send_to_device(batch, self.args.device)
             with torch.no_grad(), self.accelerator.autocast(), self.head.inside_the_loss():
                 sums[0] += self.model(**batch, num_items_in_batch=1).loss
             sums[1] += (batch["labels"] != IGNORED).sum()
@@ -1312,126 +1413,150 @@ class PackedTraining:
             self.give_up(self.state.global_step, f"the loss of the text held out is {total}")
         return total, max(1, int(predicted))
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Loss per token and bits per character of the documents held out."""
+    def evaluate(self, *args, **kwargs) -> dict[str, Any]:
+        """Loss per token and bits per character of the documents held out, of the first source
+        under the plain names; and a sample."""
         from tqdm import tqdm
-        total, predicted = self.held_out_loss()
-        # Where a block cuts a document, one token has no context: the mean stands for it.
-        tokens_per_character = self.eval_dataset.tokens_per_character
-        bits = total / predicted / math.log(2) * tokens_per_character
-        metrics = {"eval_loss": total / predicted, "eval_bits_per_character": bits}
+        metrics = {}
+        for name, blocks in self.eval_dataset.items():
+            total, predicted = self.held_out_loss(blocks)
+            # Where a block cuts a document, one token has no context: the mean stands for it.
+            bits = total / predicted / math.log(2) * blocks.tokens_per_character
+            of = f"_{name}" if metrics else ""
+            metrics[f"eval_loss{of}"] = total / predicted
+            metrics[f"eval_bits_per_character{of}"] = bits
         metrics |= self.report.sample(self)  # every process, for FSDP needs all to write one
         if self.is_world_process_zero():
-            tqdm.write(f"{bits:.3f} bits per character; it writes: {metrics.get('eval_sample')}")
+            bits = [f"{metrics[name]:.3f}" for name in metrics if "bits_per_character" in name]
+            tqdm.write(f"{', '.join(bits)} bits per character; it writes: "
+                       f"{metrics.get('eval_sample')}")
         self.log(metrics)
-        note = self.callback_handler.on_evaluate
-        self.control = note(self.args, self.state, self.control, metrics)
+        told = self.callback_handler.on_evaluate
+        self.control = told(self.args, self.state, self.control, metrics)
         return metrics
+
+    def is_measured(self) -> bool:
+        """Whether the last step was evaluated, if there is something to evaluate on."""
+        measured = [row["step"] for row in self.state.log_history if "eval_loss" in row]
+        return self.eval_dataset is None or self.state.global_step in measured
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's optimizer; parameters with a learning rate of their own in own groups."""
+        optimizer = super().create_optimizer(model)
+        rates = learning_rates(self.report.args, model or self.model)
+        if not rates:
+            return optimizer
+        groups = []
+        for group in optimizer.param_groups:
+            kinds: dict[float, list] = {}
+            for parameter in group["params"]:
+                kinds.setdefault(rates.get(parameter, group["lr"]), []).append(parameter)
+            groups += [group | {"params": chosen, "lr": rate} for rate, chosen in kinds.items()]
+        # The first group's rate is the one that Trainer logs.
+        groups.sort(key=lambda group: group["lr"] != self.args.learning_rate)
+        optimizer.param_groups[:] = groups
+        return optimizer
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # the stock estimate counts every parameter at each step
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        step = self.state.global_step
-        if self._globalstep_last_logged < step == self.state.max_steps:  # the end is measured
-            self.control.should_log = True
-            by_epoch = self.args.eval_strategy == "epoch"  # which comes in a moment
-            self.control.should_evaluate = self.eval_dataset is not None and not by_epoch
-        self.dice = tuple(generator.get_rng_state() for generator in self.generators())
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def stopping(self) -> bool:
-        """Whether a signal has come, to whichever process: they stop together."""
-        if self.args.world_size == 1:
-            return bool(self.stop)
-        import torch
-        signals = torch.tensor(len(self.stop), device=self.args.device)
-        return bool(self.accelerator.reduce(signals, "sum"))
-
-    def _get_output_dir(self, trial=None) -> str:
-        return str(self.saving or self.args.output_dir)
-
-    def save_model(self, output_dir=None, _internal_call=False) -> None:
-        record = self.report.record
-        model = self.accelerator.unwrap_model(self.model)
-        how = quantization_metadata(record["quantization"], self.args.device.type)
-        base = record["base"]["model_name_or_path"]
-        save_adapter(model, Path(output_dir or self.args.output_dir), base, how)
-
-    def _save_checkpoint(self, model, trial=None, *args, **kwargs) -> None:
-        """Trainer's checkpoint, built aside, sealed with the sums of its files, then renamed."""
-        output = Path(self.args.output_dir)
-        final = output / f"checkpoint-{self.state.global_step}"
-        self.accelerator.wait_for_everyone()
-        if final.exists():
-            whole = is_whole(final)
-            self.accelerator.wait_for_everyone()
-            if whole:
-                return
-            if self.args.should_save:
-                move_aside(final, "a broken checkpoint")
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter as stock PEFT reads it; Trainer calls this for a checkpoint too."""
         # With FSDP each process sees its own part; one that gives up ends the others' wait too.
         if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
             self.give_up(self.state.global_step, "weights are no longer finite")
-        self.saving = output / "checkpoint.building"
-        try:
-            super()._save_checkpoint(model, trial, *args, **kwargs)
-            self.accelerator.wait_for_everyone()
-            self.point_at_best(final)
-            if self.args.should_save:
-                self.seal(self.saving / final.name, final)
-        except Exception as error:  # torch and safetensors name a full disk each in their own way
-            full = shutil.disk_usage(output).free < 1 << 26 or "No space left" in str(error)
-            if not (full or isinstance(error, OSError)):
-                raise
-            last = next(iter(checkpoints(output)), "none")
-            reason = f"{final} cannot be written ({error}); the last good checkpoint is {last}; "
-            raise OSError(errno.ENOSPC, reason + "make room and run the same command") from error
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(self.saving, ignore_errors=True)
-            self.saving = None
+        record, model = self.report.record, self.accelerator.unwrap_model(self.model)
+        held = quantization_metadata(record["quantization"], self.args.device.type)
+        base = record["base"]["model_name_or_path"]
+        save_adapter(model, Path(output_dir or self.args.output_dir), base, held)
+
+    def _save_checkpoint(self, model, trial=None) -> None:
+        """Trainer's checkpoint, then the seal; then the oldest goes. Private, for Trainer has no
+        public way to save after a signal, and no hook where a full disk can be told."""
+        output, step = Path(self.args.output_dir), self.state.global_step
+        if step == self.saved_step:
+            return
+        folder = output / f"checkpoint-{step}"
+        if self.args.should_save:  # unsealed: a run was killed while it wrote this
+            shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                finalize_checkpoint(folder, self.report.record)
+                self.remove_old_checkpoints()
+        except Exception as error:  # torch and safetensors name a full disk each in their own way
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise told_with_a_remedy(error, folder) from error
+        self.accelerator.wait_for_everyone()
+        self.saved_step = step
 
-    def point_at_best(self, coming: Path | None = None) -> None:
-        """Name the best step's checkpoint, if it has one: not each evaluated step is saved."""
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        if best == coming or best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-
-    def seal(self, folder: Path, final: Path) -> None:
-        """Give a checkpoint its sums and its name; remove the oldest, but never the best."""
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-        write_json(folder / "run.json", self.report.record | {"files": file_sums(folder)})
-        folder.rename(final)
-        older = [p for p in checkpoints(final.parent) if step_of(p) <= step_of(final)]
-        for old in older[self.keep :]:
-            if str(old) != self.state.best_model_checkpoint:
-                shutil.rmtree(old)
-
-    def best_step(self) -> int | None:
-        """The step whose weights --load_best_model_at_end has put back."""
-        best = self.state.best_model_checkpoint
-        return step_of(Path(best)) if self.args.load_best_model_at_end and best else None
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Private, for stock PEFT cannot load into our rows of embedding and head."""
         load_adapter(model or self.model, Path(resume_from_checkpoint))
 
-    def _load_best_model(self) -> None:
-        load_adapter(self.model, Path(self.state.best_model_checkpoint))
+    def best_checkpoint(self) -> Path | None:
+        """With --load_best_model_at_end the kept checkpoint whose evaluation was the best."""
+        if not self.load_best:
+            return None
+        metric = "eval_" + self.args.metric_for_best_model.removeprefix("eval_")
+        kept = {step_of(path): path for path in checkpoints(Path(self.args.output_dir))}
+        found = {row["step"]: row[metric] for row in self.state.log_history
+                 if row["step"] in kept and metric in row}
+        best = max if self.args.greater_is_better else min
+        return kept[best(found, key=found.get)] if found else None
+
+    def remove_old_checkpoints(self) -> None:
+        best = self.best_checkpoint()
+        for old in checkpoints(Path(self.args.output_dir))[self.keep :]:
+            if old != best:
+                shutil.rmtree(old)
 
 
-def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report: Report) -> Any:
+def learning_rates(args: Arguments, model: Any) -> dict[Any, float]:
+    """The parameters that learn at a rate of their own, with that rate."""
+    lora_b = args.loraplus_lr_ratio and args.loraplus_lr_ratio * args.learning_rate
+    parts = {".trained": args.embedding_learning_rate, "norm.weight": args.norm_learning_rate,
+             ".lora_B.": lora_b}
+    rates = {}
+    for name, parameter in model.named_parameters():
+        for part, rate in parts.items():
+            if part in name and rate is not None:
+                rates[parameter] = rate
+    return rates
+
+
+def told_with_a_remedy(error: Exception, folder: Path) -> Exception:
+    """What to say of a checkpoint that could not be written; the error itself if the disk has
+    nothing to do with it."""
+    full = shutil.disk_usage(folder.parent).free < 1 << 26 or "No space left" in str(error)
+    if not (full or isinstance(error, OSError)):
+        return error
+    last = next(iter(checkpoints(folder.parent)), "none")
+    return OSError(errno.ENOSPC, f"{folder} cannot be written ({error}); the last good checkpoint "
+                   f"is {last}; make room and run the same command")
+
+
+def build_trainer(
+    training: Any, model: Any, blocks: Mixture, held_out: dict[str, PackedBlocks], report: Report
+) -> Any:
     """transformers.Trainer with PackedTraining in front."""
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
     keep, training.save_total_limit = max(0, training.save_total_limit) or sys.maxsize, None
-    if held_out is None:
+    load_best, training.load_best_model_at_end = training.load_best_model_at_end, False
+    training.train_sampling_strategy = "sequential"  # the blocks come in their order
+    if not held_out:
         training.eval_strategy, training.eval_on_start = "no", False
     head_size = model.config.hidden_size // model.config.num_attention_heads
     flash = not training.use_cpu and (training.bf16 or training.fp16) and flash_is_here(head_size)
     trainer = based_on(PackedTraining, Trainer)(
-        model=model, args=training, train_dataset=blocks, eval_dataset=held_out,
+        model=model, args=training, train_dataset=blocks, eval_dataset=held_out or None,
         data_collator=Collate(report.args.group_size, flash))
+    trainer.add_callback(based_on(RunCallback, TrainerCallback)(trainer))
+    trainer.head, trainer.report = model.base_model.model.lm_head, report
+    trainer.keep, trainer.load_best = keep, load_best
     if trainer.is_fsdp_enabled:
         from torch.distributed.fsdp import MixedPrecisionPolicy
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # not changed
@@ -1440,7 +1565,6 @@ def build_trainer(training: Any, model: Any, blocks: Any, held_out: Any, report:
     if trainer.accelerator.ddp_handler:  # no second copy of the gradients in DDP's buckets
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
     logging.getLogger("transformers.trainer_utils").addFilter(is_news)
-    trainer.head, trainer.report, trainer.keep = model.base_model.model.lm_head, report, keep
     return trainer
 
 
@@ -1450,29 +1574,32 @@ def is_news(record: logging.LogRecord) -> bool:
     return "The following arguments do not match" not in record.getMessage()
 
 
+class ForgivingStream:
+    """A stream whose write errors are ignored: the terminal may be closed, the same Ctrl-C may have
+    ended `tee`, or a signal may come in the middle of writing (RuntimeError)."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, RuntimeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, RuntimeError):
+            self.stream.flush()
+
+
 @contextmanager
-def streams_that_may_go() -> Iterator[None]:
-    """Let nothing fail for want of who reads it: a terminal that is closed, a tee that the same
-    Ctrl-C has ended, or one so slow that a signal comes in the middle of writing (RuntimeError)."""
-
-    class Stream:
-        def __init__(self, stream):
-            self.stream = stream
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.stream, name)
-
-        def write(self, text: str) -> int:
-            with suppress(OSError, RuntimeError):
-                self.stream.write(text)
-            return len(text)
-
-        def flush(self) -> None:
-            with suppress(OSError, RuntimeError):
-                self.stream.flush()
-
+def ignore_write_errors() -> Iterator[None]:
+    """Let no run end because nobody reads what it prints."""
+    out, err = ForgivingStream(sys.stdout), ForgivingStream(sys.stderr)
     try:
-        with redirect_stdout(Stream(sys.stdout)), redirect_stderr(Stream(sys.stderr)):
+        with redirect_stdout(out), redirect_stderr(err):
             yield
     finally:
         for name in ("stdout", "stderr"):
@@ -1483,10 +1610,10 @@ def streams_that_may_go() -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect the signals of STOPPING, so that the run can save. A Ctrl-C more than a second
-    after the first signal is not waited for; a cluster's signal reaches processes of torchrun
-    twice, once through it. What nohup has it ignore stays ignored."""
+def collect_signals() -> Iterator[list[int]]:
+    """Collect the signals of STOPPING, so that the run can save. A Ctrl-C that comes more than a
+    second after the first signal ends it at once; within a second it may be the same signal,
+    passed on by torchrun. What nohup has the run ignore stays ignored."""
     caught: list[int] = []
     first = math.inf
 
@@ -1511,6 +1638,50 @@ def stop_signals() -> Iterator[list[int]]:
 # --- Run folder ----------------------------------------------------------------------------------
 
 
+def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") -> bool:
+    """Lock an open file or folder until it is closed; return whether it is ours. Where the file
+    system has no locks, say so and go on. With kind "lockf" forked processes do not hold it too."""
+    try:
+        getattr(fcntl, kind)(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"warning: {shown}: this file system has no locks; start no second run into the same "
+              "folder", file=sys.stderr)
+    return True
+
+
+@contextmanager
+def lock_output_dir(output: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; refuse one that another run is writing."""
+    with (output / ".lock").open("a") as file:
+        if not take_lock(file, f"--output_dir {output}"):
+            raise UserError(f"--output_dir {output}: another run is writing it; wait for it, or "
+                            "pass another folder")
+        yield
+
+
+@contextmanager
+def lock_cache(cache: Path) -> Iterator[None]:
+    """Wait until no other run tokenises into this folder; after an error it is as it was."""
+    new = [folder for folder in (cache, *cache.parents) if not folder.exists()]
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        with (cache / ".lock").open("a") as file:
+            if not take_lock(file, f"--cache_dir {cache}"):
+                print(f"waiting for another run to leave {cache}", flush=True)
+                take_lock(file, f"--cache_dir {cache}", wait=True)
+            yield
+    except Exception:
+        (cache / ".lock").unlink(missing_ok=True)
+        for folder in new:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+        raise
+
+
 def write_json(path: Path, content: Any) -> None:
     """Whole or not at all."""
     building = path.with_name(path.name + ".building")
@@ -1533,21 +1704,22 @@ def file_sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_sums(folder: Path) -> dict[str, str]:
-    """The sha256 of every file but run.json."""
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "run.json")
-    return {str(path.relative_to(folder)): file_sum(path) for path in found}
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """The checkpoints of a run, the last first."""
-    found = [p for p in output.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
-    return sorted(found, key=step_of, reverse=True)
+def finalize_checkpoint(folder: Path, record: dict) -> None:
+    """Seal a checkpoint: run.json with the sum of every file, written last."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {str(path.relative_to(folder)): file_sum(path) for path in files}
+    write_json(folder / "run.json", record | {"files": sums})
 
 
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     return int(checkpoint.name.split("-")[1])
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The sealed checkpoints of a run, the last first."""
+    sealed = [path.parent for path in output.glob("checkpoint-*/run.json")]
+    return sorted((p for p in sealed if p.name[11:].isdigit()), key=step_of, reverse=True)
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -1559,13 +1731,16 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, key: str) -> dict:
+def describe_run(
+    args: Arguments, training: Any, folder: Path, first_new: int, keys: list[str]
+) -> dict:
     """What run.json holds from the start: with other settings or inputs it is another run."""
     settings = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
     settings |= {n: v for n, v in training.to_dict().items() if TRAINER_SETTINGS.match(n)}
     settings |= {"processes": training.world_size, "fsdp": fsdp_version(training)}
     settings |= {"held_out": args.eval_strategy != "no"}  # else those documents are trained on
-    settings |= {"first_new_row": first_new, "model": fingerprint(folder), "dataset": key}
+    settings |= {"first_new_row": first_new, "model": fingerprint(folder)}
+    settings |= {"dataset": " ".join(keys)}
     compute = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     nf4 = {"quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": compute}
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
@@ -1577,32 +1752,45 @@ def describe_run(args: Arguments, training: Any, folder: Path, first_new: int, k
         "settings": json.loads(json.dumps(settings, default=str))}
 
 
-def move_aside(folder: Path, what: str) -> None:
-    """Make room for another of its name; nothing is deleted."""
+def changed_settings(record: dict, old: dict) -> list[str]:
+    """The settings that are not as in an older record; none if it is the same run."""
+    new, before = record["settings"], old["settings"]
+    # A setting that an older version did not know was at its default.
+    was = {setting.name: setting.default for setting in fields(Settings)} | before
+    return [name for name in sorted(new | before) if new.get(name) != was.get(name)]
+
+
+def other_settings(record: dict, old: dict, changed: list[str]) -> str:
+    """How the settings differ, in words."""
+    new, before = record["settings"], old["settings"]
+    words = {"dataset": "the text or the tokenizer changed", "model": "the base changed",
+             "adapter": "--adapter changed",
+             "held_out": "--eval_strategy no trains on the documents held out too"}
+    return "; ".join(
+        words.get(n, f"{n} was {before.get(n)}, now {new.get(n)}") for n in changed)
+
+
+def move_aside(folder: Path, what: str, run: Path) -> Path:
+    """Make room for another of its name, unless a run is at work; nothing is deleted."""
+    with lock_output_dir(run):
+        pass
     aside = next(p for n in range(1, 10**6) if not (p := Path(f"{folder}.{n}")).exists())
     folder.rename(aside)
     print(f"{folder} held {what}: moved to {aside}")
+    return aside
 
 
-def take(output: Path, how: int = fcntl.LOCK_EX) -> Any:
-    """Refuse a folder that another run is writing; else it is ours while the file is open."""
-    file = open(output / ".lock", "a+")  # noqa: SIM115 (held on to)
-    try:
-        lock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(f"--output_dir {output}: another run is writing it; wait for it, or pass "
-                        "another folder") from error
-    return file
-
-
-def other_settings(record: dict, old: dict) -> str:
-    """What of a run's settings is not as in an older record; nothing if they are the same run."""
-    new, before = record["settings"], old["settings"]
-    sums = {"dataset": "the text or the tokenizer changed", "model": "the base changed",
-            "held_out": "--eval_strategy no trains on the documents held out too"}
-    changed = [n for n in sorted(new | before) if new.get(n) != before.get(n)]
-    return "; ".join(sums.get(n, f"{n} was {before.get(n)}, now {new.get(n)}") for n in changed)
+def recorded_run(output: Path) -> dict:
+    """The run.json of the run in output_dir; empty where none has begun."""
+    begun = {".lock", "run.json.building", ".DS_Store"}  # of a start that failed, or of macOS
+    names = ["a file"] if output.is_file() else []
+    if output.is_dir():
+        names = sorted({path.name for path in output.iterdir()} - begun)
+    old = read_record(output)
+    foreign = old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys()
+    refuse((names and foreign, f"--output_dir {output}: holds something else "
+            f"({', '.join(names[:3])}); choose another folder"))
+    return old
 
 
 def open_run(args: Arguments, record: dict) -> str | None:
@@ -1610,61 +1798,137 @@ def open_run(args: Arguments, record: dict) -> str | None:
     mix two runs. Moved aside are a finished run with other settings, the run so far for
     --resume_from_checkpoint none, and for a checkpoint given by name the later ones."""
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    named = wanted not in ("auto", "none")
-    if named and not is_whole(Path(wanted)):
-        raise UserError(f"--resume_from_checkpoint {wanted}: not a whole checkpoint; use auto")
-    if named and (other := other_settings(record, read_record(Path(wanted)))):
-        raise UserError(f"--resume_from_checkpoint {wanted}: of a run with other settings ({other})"
-                        "; give the same, or begin anew without it")
-    begun = {".lock", "run.json.building", ".DS_Store"}  # of a start that failed, or of macOS
-    if output.is_file() or (output.is_dir() and {p.name for p in output.iterdir()} - begun):
-        old = read_record(output)
-        if old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys():
-            names = sorted(p.name for p in output.iterdir()) if output.is_dir() else ["a file"]
-            other = ", ".join(names[:3])
-            raise UserError(
-                f"--output_dir {output}: holds something else ({other}); choose another folder")
-        other = other_settings(record, old)
-        if other and old["results"] is None:
-            raise UserError(
-                f"--output_dir {output}: an unfinished run with other settings ({other}); give the "
-                "same to go on, name another --output_dir, or remove the folder")
-        if old["results"] is not None and not other:
-            return "done"
-        take(output, fcntl.LOCK_SH).close()  # nothing is moved from under a run
-        if other:
-            move_aside(output, "a finished run with other settings")
-        elif wanted == "none":
-            move_aside(output, "the run so far")
+    named = None if wanted in ("auto", "none") else Path(wanted)
     if named:
-        step = json.loads((Path(wanted) / "trainer_state.json").read_text())["global_step"]
-        for later in checkpoints(output):
-            if step_of(later) > step:
-                move_aside(later, f"a later step than {step}")
+        refuse((not is_whole(named), f"--resume_from_checkpoint {wanted}: not a whole checkpoint; "
+                "use auto"))
+        refuse_other(record, read_record(named), f"--resume_from_checkpoint {wanted}: of a run")
+    if old := recorded_run(output):
+        changed = changed_settings(record, old)
+        other = other_settings(record, old, changed)
+        if old["results"] is None:
+            refuse_other(record, old, f"--output_dir {output}: an unfinished run")
+        elif not changed:
+            return "done"
+        if old["results"] and not SCHEDULE.issuperset(changed):
+            aside = move_aside(output, f"a finished run with other settings ({other})", output)
+            print(f"a new run begins; to train that adapter further instead: --adapter {aside}")
+        elif wanted == "none":
+            move_aside(output, "the run so far", output)
+    if named:
+        move_later_aside(output, step_of(named))
         return wanted
-    saved = checkpoints(output) if wanted == "auto" else []
+    return last_whole_checkpoint(output)
+
+
+def refuse_other(record: dict, old: dict, what: str) -> None:
+    """Refuse to go on where more than the schedule differs."""
+    changed = changed_settings(record, old)
+    refuse((not SCHEDULE.issuperset(changed), f"{what} with other settings "
+            f"({other_settings(record, old, changed)}); give the same to go on, or begin a run in "
+            "another --output_dir, from this adapter with --adapter"))
+
+
+def move_later_aside(output: Path, step: int) -> None:
+    """Move the checkpoints after a step out of the way."""
+    for later in checkpoints(output):
+        if step_of(later) > step:
+            move_aside(later, f"a later step than {step}", output)
+
+
+def check_schedule(
+    args: Arguments, training: Any, record: dict, checkpoint: str, steps: int
+) -> str:
+    """The checkpoint to go on from where steps or schedule are other than it was saved under: the
+    last before which every learning rate is the same. So a run is prolonged, or a decay branches
+    off a run with a constant rate, to the bit of one long run."""
+    output, asked = Path(args.output_dir), Path(checkpoint)
+    named = args.resume_from_checkpoint not in ("auto", "none")
+    earlier = [p for p in checkpoints(output) if step_of(p) < step_of(asked) and not named]
+    for folder in [asked, *earlier]:
+        if is_whole(folder) and same_schedule_so_far(record, folder, steps):
+            if folder != asked and training.process_index == 0:
+                move_later_aside(output, step_of(folder))
+            return str(folder)
+    old = read_record(asked)
+    other = other_settings(record, old, changed_settings(record, old))
+    raise UserError(
+        f"{asked}: cannot go on to step {steps} ({other}): its learning rates would have been "
+        "others, or it is past that step. A run with --lr_scheduler_type constant, "
+        "constant_with_warmup or, before its decay, warmup_stable_decay can be prolonged; to train "
+        f"this adapter further under another schedule: --adapter {asked} --output_dir ANOTHER")
+
+
+def same_schedule_so_far(record: dict, checkpoint: Path, steps: int) -> bool:
+    """Whether a checkpoint was saved under the learning rates that this run has up to its step."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    new, old = record["settings"], read_record(checkpoint)["settings"]
+    if steps == state["max_steps"] and all(new.get(n) == old.get(n) for n in SCHEDULE):
+        return True
+    rates = []
+    for settings, total in ((new, steps), (old, state["max_steps"])):
+        schedule = learning_rate_schedule(settings, total)
+        if not hasattr(schedule, "lr_lambdas"):
+            return False
+        rate = schedule.lr_lambdas[0]
+        rates.append([rate(step) for step in range(state["global_step"] + 1)])
+    return rates[0] == rates[1] and state["global_step"] <= steps
+
+
+def check_adapter(args: Arguments, record: dict) -> None:
+    """Refuse an adapter that does not fit, before the weights load; note which one it is."""
+    if not args.adapter:
+        return
+    weights, old = Path(args.adapter, "adapter_model.safetensors"), read_record(Path(args.adapter))
+    refuse((not (weights.is_file() and old.get("script") == "train_pt.py"),
+            f"--adapter {args.adapter}: expected what train_pt.py has written, an output_dir or a "
+            "checkpoint, with run.json and adapter_model.safetensors"))
+    output, adapter = Path(args.output_dir).resolve(), Path(args.adapter).resolve()
+    refuse((output in (adapter, *adapter.parents), f"--adapter {args.adapter}: lies in "
+            f"--output_dir {args.output_dir}; expected another --output_dir"))
+    new, before = record["settings"], {"use_rslora": False} | old["settings"]
+    refuse((new["model"] != before["model"], f"--adapter {args.adapter}: of another base, "
+            f"{old['base']['model_name_or_path']}; expected one of {args.model_name_or_path}"))
+    for name in OF_AN_ADAPTER:
+        refuse((new[name] != before[name], f"--adapter {args.adapter}: trained with {name} "
+                f"{before[name]}, not {new[name]}; give the same"))
+    new["adapter"] = file_sum(weights)
+
+
+def last_whole_checkpoint(output: Path) -> str | None:
+    """The checkpoint to go on from; later ones, which are broken, are moved aside."""
+    saved = checkpoints(output)
     whole = next((folder for folder in saved if is_whole(folder)), None)
     refuse((saved and not whole, f"--output_dir {output}: a file of each of its checkpoints is "
             f"missing or not as it was written ({', '.join(p.name for p in saved)}); copy them "
             "again, or begin anew with --resume_from_checkpoint none, which moves them aside"))
     for folder in saved[: saved.index(whole)] if whole else ():
-        print(f"{folder} is broken (not what was written): falling back to the one before")
-        take(output, fcntl.LOCK_SH).close()
-        move_aside(folder, "a broken checkpoint")
+        move_aside(folder, "a broken checkpoint", output)
     return str(whole) if whole else None
 
 
 # --- Plan ----------------------------------------------------------------------------------------
 
 
-def total_steps(sequences: int, training: Any) -> int:
-    """Optimizer steps, as Trainer counts them."""
-    if training.max_steps > 0:
-        return training.max_steps
+def steps_per_epoch(sequences: int, training: Any) -> int:
+    """Optimizer steps in an epoch, as Trainer counts them."""
     batches = sequences / (training.per_device_train_batch_size * training.world_size)
     batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
-    per_epoch = math.ceil(batches / training.gradient_accumulation_steps)
-    return math.ceil(training.num_train_epochs * per_epoch)
+    return math.ceil(batches / training.gradient_accumulation_steps)
+
+
+def total_steps(sequences: int, training: Any) -> int:
+    """Optimizer steps of the run."""
+    if training.max_steps > 0:
+        return training.max_steps
+    return math.ceil(training.num_train_epochs * steps_per_epoch(sequences, training))
+
+
+def sequences_after(step: int, sequences: int, training: Any) -> int:
+    """How many sequences were trained on after so many steps, of so many in an epoch."""
+    epochs, rest = divmod(step, steps_per_epoch(sequences, training))
+    batch = training.per_device_train_batch_size * training.world_size
+    return epochs * sequences + min(rest * batch * training.gradient_accumulation_steps, sequences)
 
 
 def moment_bytes(optim: str) -> float:
@@ -1706,9 +1970,38 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
         "backward pass of a layer, or loss": max(layer, loss)}
 
 
-def print_plan(args: Arguments, training: Any, config: Any, first_new: int, facts: dict) -> None:
+# A card's memory (GB), and what a training step sustains on it: PFLOP/s of matrix products, TB/s.
+# The H200's as measured; the others' by their public figures at its share of its own.
+CARDS = {"a10": (24, 0.060, 0.53), "4090": (24, 0.138, 0.88), "a100": (80, 0.215, 1.57),
+         "h100": (80, 0.688, 2.58), "h200": (141, 0.688, 3.7)}
+
+
+def step_seconds(config: Any, args: Arguments, first_new: int) -> float:
+    """Seconds of an optimizer step on args.plan_gpu, with recomputation and Liger's kernels. Fitted
+    to a count of what every kernel computes and moves (benchmarks/bench_plan.py)."""
+    D, M, L, V = (getattr(config, name) for name in (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"))
+    kv = config.num_key_value_heads * D // config.num_attention_heads
+    weights = L * (2 * D * D + 2 * D * kv + 3 * D * M)
+    lora = L * (11 * D + 2 * kv + 3 * M) * args.lora_rank
+    rows = {"new": V - first_new, "all": V, "none": 0}[args.train_embeddings]
+    tokens = args.per_device_train_batch_size * args.block_size
+    # Each weight works forward, again in recomputation (but for the layer's last product) and
+    # backward; attention counts as 1,000 keys a token, for it runs at a quarter of the rate.
+    flops = 2 * (3 * weights - L * D * M) + 8 * lora + (4 * V + 2 * rows + 18_000 * L) * D
+    moved = tokens * L * (276 * D + 56 * M) + 15 * weights * (args.quantization == "nf4")
+    _, products, bandwidth = CARDS[args.plan_gpu]
+    batch = tokens * flops / (products * 1e15) + moved / (bandwidth * 1e12)
+    return args.gradient_accumulation_steps * batch + 2e-3 * L  # 8-bit Adam waits 16 times a layer
+
+
+def print_plan(
+    args: Arguments, training: Any, config: Any, first_new: int, facts: dict, *lines: str
+) -> None:
     """Sizes, steps, and what fits."""
     import torch
+    if training.process_index:
+        return
 
     def items(batch: int, block: int) -> dict:
         parts = memory_items(config, args, first_new, batch, block)
@@ -1717,13 +2010,22 @@ def print_plan(args: Arguments, training: Any, config: Any, first_new: int, fact
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):>36}: {value:,}")
     if not facts:
-        print(f"no text at --dataset {args.dataset}, or no tokenizer with the model: steps are not "
-              "counted")
+        print(f"no text at --dataset {' '.join(args.dataset)}, or no tokenizer with the model: "
+              "steps are not counted")
+    for line in lines:
+        print(line)
     batch, block = training.per_device_train_batch_size, args.block_size
     print(f"memory on a GPU, estimated from the shapes, at batch {batch} x {block} tokens:")
     for name, size in items(batch, block).items():
         print(f"{name:>36}: {size / 1e9:7.2f} GB")
-    size = (args.plan_gpu_gb or 0) * 1e9
+    if args.plan_gpu:
+        seconds = step_seconds(config, args, first_new)
+        speed = args.gradient_accumulation_steps * batch * block / seconds
+        steps = facts.get("steps", max(training.max_steps, 0))
+        days = f", {steps * seconds / 86_400:.1f} days for {steps:,} steps" if steps else ""
+        print(f"on one {args.plan_gpu}, predicted, not measured, with liger-kernel: "
+              f"{seconds:.1f} s a step, {speed:,.0f} tokens/s{days}")
+    size = (args.plan_gpu_gb or CARDS.get(args.plan_gpu, (0,))[0]) * 1e9
     if torch.cuda.is_available() and not size:
         size = torch.cuda.get_device_properties(0).total_memory
     if not size:
@@ -1761,8 +2063,6 @@ documents held out {eval_loss}, that is {eval_bits_per_character} bits per chara
 
 ## Documents held out
 
-| epoch | step | loss | bits per character |
-| --- | --- | --- | --- |
 {held_out}
 
 ## Framework versions
@@ -1777,26 +2077,18 @@ class Report:
     def __init__(self, args: Arguments, record: dict, tokenizer: Any, facts: dict, source: Any):
         self.args, self.record, self.tokenizer, self.facts = args, record, tokenizer, facts
         self.prompt = source[0]["input_ids"][:32].tolist()
-        self.output, self.drawn, self.lock = Path(args.output_dir), -math.inf, None
+        self.output, self.drawn = Path(args.output_dir), -math.inf
 
-    def __enter__(self) -> Report:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Let go of the folder, however the run ends: a notebook's process lives on."""
-        if self.lock:
-            self.lock.close()
-
-    def begin(self, blocks: PackedBlocks, *notes: str | None) -> None:
-        """Open the folder, for this process alone, and say what comes."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.lock = take(self.output)
+    def begin(self, blocks: Mixture, *lines: str) -> None:
+        """Write the record, and say what comes."""
         run = os.getenv("WANDB_RUN_ID") or read_record(self.output).get("wandb_run_id")
         self.record["wandb_run_id"] = run or uuid4().hex[:8]
         write_json(self.output / "run.json", self.record)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (self.output / name).unlink(missing_ok=True)  # of a run that is prolonged
         print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in self.facts.items()))
-        for note in filter(None, notes):
-            print(f"note: {note}")
+        for line in lines:
+            print(line)
         print("a sample:", self.tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
 
     def join_wandb(self, training: Any) -> None:
@@ -1828,9 +2120,10 @@ class Report:
             return
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        for rows, name, style, label in ((train, "loss", "-", "train"),
-                                         (held, "eval_loss", "o-", "held out")):
-            axes.plot([r["step"] for r in rows], [r[name] for r in rows], style, label=label)
+        axes.plot([r["step"] for r in train], [r["loss"] for r in train], label="train")
+        for name in (n for n in (held[-1] if held else {}) if n.startswith("eval_loss")):
+            label = f"held out {name[10:]}".strip()
+            axes.plot([r["step"] for r in held], [r[name] for r in held], "o-", label=label)
         title = f"{self.facts['steps']} steps, blocks of {self.args.block_size} tokens"
         axes.set(ylabel="loss (nats per token)", title=title)
         millions = train[-1]["tokens_seen"] / train[-1]["step"] / 1e6
@@ -1848,15 +2141,15 @@ class Report:
         self.drawn = time.monotonic()
 
     def sample(self, trainer: Any, tokens: int | None = None) -> dict[str, Any]:
-        """What the model writes after a held-out beginning, without touching the run's dice; tokens
-        None: --sample_tokens."""
+        """What the model writes after a held-out beginning; the run's random states stay as they
+        are. tokens None: --sample_tokens."""
         if not self.args.sample_tokens:
             return {}
         import torch
         device, model = trainer.args.device, trainer.accelerator.unwrap_model(trainer.model)
         prompt = torch.tensor([self.prompt], device=device)
-        dice = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with dice, trainer.accelerator.autocast():
+        own_states = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with own_states, trainer.accelerator.autocast():
             torch.manual_seed(self.args.seed)
             ids = model.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True,
@@ -1875,35 +2168,46 @@ class Report:
             how = "the same command" if auto else "--resume_from_checkpoint auto"
             print(f"{said}; {how} goes on", flush=True)
 
-    def finish(self, history: list[dict], best_step: int | None) -> None:
-        """Chart and model card; run.json last, for it says that the run is whole. best_step: whose
-        weights were taken in the end, if not the last step's."""
+    def finish(self, history: list[dict], best: Path | None) -> None:
+        """Chart and model card; run.json last, for it says that the run is whole. best: the
+        checkpoint whose weights were taken in the end, if not the last step's."""
         train, held = ([row for row in history if n in row] for n in ("loss", "eval_loss"))
-        last = held[-1] if held else {}
-        if best_step:
-            last = next(row for row in held if row["step"] == best_step)
+        steps = history[-1]["step"]
+        adapter_step = step_of(best) if best else steps
+        measured = next((row for row in held if row["step"] == adapter_step), {})
         results = self.facts | {
-            "steps": history[-1]["step"], "adapter_step": best_step or history[-1]["step"],
-            "loss_first": train[0]["loss"],
-            "loss_last": train[-1]["loss"], "eval_loss": last.get("eval_loss"),
-            "eval_bits_per_character": last.get("eval_bits_per_character")}
+            "steps": steps, "adapter_step": adapter_step,
+            "loss_first": train[0]["loss"], "loss_last": train[-1]["loss"],
+            "eval_loss": measured.get("eval_loss"),
+            "eval_bits_per_character": measured.get("eval_bits_per_character")}
         try:
             self.draw(history, self.output / "trainloss.png")
         except OSError as error:
             print(f"warning: chart not written ({error})", flush=True)
-        row = "| {epoch:.2f} | {step} | {eval_loss:.4f} | {eval_bits_per_character:.4f} |"
+        results |= {n: v for n, v in history[-1].items() if n.startswith("tokens_seen_")}
         card = CARD.format(
             **{n: round(v, 4) if isinstance(v, float) else v for n, v in results.items()},
             base=self.record["base"]["model_name_or_path"],
             hyperparameters="\n".join(f"- {n}: {v}" for n, v in self.record["settings"].items()),
-            held_out="\n".join(row.format(**metrics) for metrics in held),
+            held_out=table_of_evaluations(held),
             versions="\n".join(f"- {n} {v}" for n, v in self.record["versions"].items()))
         (self.output / "README.md").write_text(card, encoding="utf-8")
         write_json(self.output / "run.json", self.record | {"results": results})
         losses = f"loss {results['loss_first']:.3f} to {results['loss_last']:.3f}"
-        best = f" (of step {best_step}, the best)" if best_step else ""
-        print(f"{results['steps']} steps, {losses}; wrote {self.output}{best}",
-              "next: python merge_lora.py", sep="; ")
+        chosen = f" (of step {adapter_step}, the best)" if best else ""
+        print(f"{steps} steps, {losses}; wrote {self.output}{chosen}; next: python merge_lora.py")
+
+
+def table_of_evaluations(held: list[dict]) -> str:
+    """Each evaluation's figures, a row each, in Markdown."""
+    columns = [name for name in (held[-1] if held else {})
+               if name.startswith(("eval_loss", "eval_bits_per_character"))]
+    titles = ["epoch", "step", *(name[5:].replace("_", " ") for name in columns)]
+    rows = [titles, ["---"] * len(titles)]
+    for row in held:
+        figures = [f"{row[name]:.4f}" for name in columns]
+        rows.append([f"{row['epoch']:.2f}", str(row["step"]), *figures])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def traditional_share(text: str) -> float | None:
@@ -1926,6 +2230,8 @@ def check(args: Arguments) -> None:
     ranges = {  # where it is not 1 or more or, for fractions, above 0; a NaN lies in none
         "block_size": (8, math.inf), "group_size": (2, args.block_size), "eval_fraction": (0, 0.9),
         "lora_rank": (1, 8192), "lora_dropout": (0, 0.99), "learning_rate": (0, 100),
+        "embedding_learning_rate": (0, 100), "norm_learning_rate": (0, 100),
+        "loraplus_lr_ratio": (0.01, 1000),
         "num_train_epochs": (1e-6, 10**4), "seed": (0, 2**32 - 1), "sample_tokens": (0, 4096),
         "save_total_limit": (-math.inf, math.inf), "plan_gpu_gb": (1, 10**4)}
     for name, value in vars(args).items():
@@ -1935,7 +2241,17 @@ def check(args: Arguments) -> None:
     options, parsed = args.activation_checkpointing_kwargs, None
     with suppress(ValueError):
         parsed = json.loads(options or "{}")
+    weights = args.dataset_weight
+    places = [Path(path).resolve() for path in args.dataset]
+    twice = [path for n, path in enumerate(args.dataset) if places[n] in places[:n]]
     refuse(
+        (twice, f"--dataset {' '.join(twice)}: named twice; expected each source once, and "
+         "--dataset_weight for its share"),
+        (weights and len(weights) != len(places), f"--dataset_weight {shown(weights)}: expected a "
+         f"number for each --dataset, which are {len(places)}"),
+        (weights and not all(0 < w <= 1000 * min(weights) for w in weights),
+         f"--dataset_weight {shown(weights)}: expected numbers above 0, as in 9 1, the largest at "
+         "most 1000 times the smallest"),
         (Path(args.cache_dir).is_file(), f"--cache_dir {args.cache_dir}: expected a folder"),
         (Path(args.picture).suffix not in (".png", ".pdf", ".svg"),
          f"--picture {args.picture}: expected a file that ends in .png, .pdf or .svg"),
@@ -1943,6 +2259,11 @@ def check(args: Arguments) -> None:
          f"({unusable(Path(args.picture))}); choose another place"),
         (not isinstance(parsed, dict), f"--activation_checkpointing_kwargs {options}: expected "
          """a JSON object such as '{"offload": true}'"""))
+
+
+def shown(numbers: list[float] | None) -> str:
+    """Numbers as they are typed."""
+    return " ".join(f"{number:g}" for number in numbers or ())
 
 
 def unusable(file: Path) -> str | None:
@@ -1958,7 +2279,7 @@ def unusable(file: Path) -> str | None:
 def slow_device(training: Any, folder: Path) -> str | None:
     """What to say of a device on which the run will take longer than it need."""
     import torch
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in folder.glob("[!.]*.safetensors"))
     if training.use_cpu and size > LARGE_FOR_A_CPU:
         return (f"no GPU in use, so {size / 1e9:.1f} GB of weights train on the CPU, slowly; if "
                 "there is one, see nvidia-smi and torch.version.cuda")
@@ -1968,59 +2289,72 @@ def slow_device(training: Any, folder: Path) -> str | None:
     return None
 
 
-def nothing_held_out(args: Arguments, held_out: Any, files: list[Path]) -> str | None:
-    """What to say where an evaluation is asked for and the text has too few documents for one."""
-    if held_out or args.eval_fraction == 0 or args.eval_strategy == "no":
+def nothing_held_out(args: Arguments, held_out: dict, files: list[list[Path]]) -> str | None:
+    """What to say where an evaluation is asked for and a text has too few documents for one."""
+    if args.eval_fraction == 0 or args.eval_strategy == "no":
         return None
-    return (f"--dataset {args.dataset}: too few documents to hold one out, so nothing is evaluated"
-            + ("; a .txt is one document: one a row, as JSON Lines, would be many"
-               if any(p.suffix == ".txt" for p in files) else ""))
+    for name, dataset, found in zip(source_names(args.dataset), args.dataset, files, strict=True):
+        if name not in held_out:
+            txt = any(path.suffix == ".txt" for path in found)
+            remedy = "; a .txt is one document: one a row, as JSON Lines, would be many"
+            return (f"--dataset {dataset}: too few documents to hold one out, so nothing of it is "
+                    f"evaluated{remedy if txt else ''}")
+    return None
 
 
-@streams_that_may_go()
+def first_lines(
+    args: Arguments, training: Any, folder: Path, blocks: Mixture, held_out: dict, files: list
+) -> list[str]:
+    """What to say of the sources and the device before the first step."""
+    notes = [None if args.plan else slow_device(training, folder)]  # a plan: of another machine
+    notes.append(nothing_held_out(args, held_out, files))
+    return describe_sources(args, training, blocks) + [f"note: {note}" for note in notes if note]
+
+
+@ignore_write_errors()
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
     """Read, check, tokenise, pack, build, train, report."""
     args, training = parse_args(argv)
     check(args)
     folder, config, tokenizer, first_new = load_base(args)
-    if args.plan and not (tokenizer and Path(args.dataset).exists()):
+    if args.plan and not (tokenizer and all(Path(path).exists() for path in args.dataset)):
         return print_plan(args, training, config, first_new, {})
-    files = text_files(args.dataset)
-    with training.main_process_first():
-        sums = text_sums(files, known_sums(Path(args.cache_dir)))
-        key = dataset_key(files, folder, sums)
-        record = describe_run(args, training, folder, first_new, key)
+    files = [text_files(dataset) for dataset in args.dataset]
+    keys = [dataset_key(found, folder) for found in files]
+    record = describe_run(args, training, folder, first_new, keys)
+    check_adapter(args, record)
+    with training.main_process_first():  # of several processes one moves and tokenises
         checkpoint = None if args.plan else open_run(args, record)
-    if checkpoint == "done":
-        return print(f"already done: {args.output_dir} holds this very run, finished")
-    with training.main_process_first():
-        corpus = tokenize(files, tokenizer, Path(args.cache_dir) / key[:16], sums)
-    blocks, held_out = split_corpus(corpus, args, tokenizer.eos_token_id or 0)
-    unheld = nothing_held_out(args, held_out, files)
-    facts = {
-        "documents": len(corpus.lengths), "tokens": blocks.total, "sequences": len(blocks),
-        "eval_sequences": len(held_out) if held_out else 0,
-        "steps": total_steps(len(blocks), training)}
+        if checkpoint == "done":
+            return print(f"already done: {args.output_dir} holds this very run, finished")
+        corpora = [tokenize(found, tokenizer, Path(args.cache_dir) / key[:16])
+                   for found, key in zip(files, keys, strict=True)]
+    blocks, held_out = pack_sources(corpora, args, training, tokenizer.eos_token_id or 0)
+    facts = count(corpora, blocks, held_out, training)
+    lines = first_lines(args, training, folder, blocks, held_out, files)
     if args.plan:
+        return print_plan(args, training, config, first_new, facts, *lines)
+    if checkpoint:
+        checkpoint = check_schedule(args, training, record, checkpoint, facts["steps"])
+    report = Report(args, record, tokenizer, facts, next(iter(held_out.values()), blocks))
+    with ExitStack() as run:
         if training.process_index == 0:
-            print_plan(args, training, config, first_new, facts)
-            if unheld:
-                print(f"note: {unheld}")
-        return
-    with Report(args, record, tokenizer, facts, held_out or blocks) as report:
-        if training.process_index == 0:
-            report.begin(blocks, slow_device(training, folder), unheld)
+            report.output.mkdir(parents=True, exist_ok=True)
+            run.enter_context(lock_output_dir(report.output))
+            report.begin(blocks, *lines)
         model, _ = build_model(args, training, folder, first_new)
+        if args.adapter:
+            load_adapter(model, Path(args.adapter))
         trainer = build_trainer(training, model, blocks, held_out, report)
-        with stop_signals() as trainer.stop:
-            trainer.train(resume_from_checkpoint=checkpoint)
-            if trainer.stopping():
-                report.stopped(trainer)
-                raise SystemExit(128 + (trainer.stop or [signal.SIGTERM])[0])
+        trainer.signals = run.enter_context(collect_signals())
+        trainer.train(checkpoint)
+        if trainer.stopping():
+            report.stopped(trainer)
+            raise SystemExit(128 + (trainer.signals or STOPPING)[0])
         trainer.save_model()
         if training.process_index == 0:
-            report.finish(trainer.state.log_history, trainer.best_step())
+            report.finish(trainer.state.log_history, trainer.best_checkpoint())
 
 
 if __name__ == "__main__" and "__file__" in globals():

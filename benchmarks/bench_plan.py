@@ -302,7 +302,8 @@ OPERATOR = {  # as the profiler names them on a GPU
     "_varlen_attn_backward": "aten::_flash_attention_backward",
     "dequantize_4bit": "dequantize", "dequantize_blockwise": "dequantize",
     "optimizer_update_8bit_blockwise": "optimizer"}
-OVERWRITING = {"copy_", "fill_", "zero_"}
+OVERWRITING = {  # does not read its first argument
+    "copy_", "fill_", "zero_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_full"}
 LOOKING_UP = {"embedding", "gather", "index_select"}  # reads no more of the table than it writes
 
 
@@ -339,12 +340,13 @@ class Traffic(Account):
         if space in ("prim", "profiler") or name in FREE or operation.is_view:
             return
         inputs = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        inputs = inputs[name in OVERWRITING :]
         outputs = [x for x in tree_leaves(result) if torch.is_tensor(x)]
         if result is None:  # it writes into its arguments
             written = zip(operation._schema.arguments, args, strict=False)
             written = [x for form, x in written if form.alias_info and form.alias_info.is_write]
             outputs = [x for x in tree_leaves(written) if torch.is_tensor(x)]
-        moved = sum(map(size, inputs[name in OVERWRITING :])) + sum(map(size, outputs))
+        moved = sum(map(size, inputs + outputs))
         if name in LOOKING_UP:
             moved = 2 * size(outputs[0])
         elif name == "scatter_add_":
@@ -684,12 +686,11 @@ def show(row: dict, before: dict | None) -> None:
         print(f"{' + '.join(OVERHEAD)}: {row['overhead_gb']:,.0f} GB, {ratio:.2f} x before")
 
 
-def recorded(table: str, rows: list[dict]) -> None:
+def recorded(table: str, commit: str, rows: list[dict]) -> None:
     """Write a table with its stamp, keeping the others."""
-    commit = ["git", "rev-parse", "--short", "HEAD"]
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     stamp = {
-        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
+        "commit": commit,
         "command": f"python benchmarks/bench_plan.py --only {table}",
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
@@ -725,14 +726,16 @@ def main() -> None:
             measured(shape, rows, given.offload, given.detail, given.options)
     if given.shapes:
         return
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.check_output(words, cwd=ROOT, text=True).strip()  # it may move meanwhile
     if given.only in (None, "memory"):
         rows = [
             measured(f"8x{length}", "new", offload, 0, [])
             for offload, lengths in LENGTHS.items() for length in lengths]
-        recorded("memory", rows)
+        recorded("memory", commit, rows)
     if given.only != "memory":
         before = json.loads(RESULTS.read_text())["results"]["before"]["results"]
-        recorded(given.only or "traffic", traffic(before))
+        recorded(given.only or "traffic", commit, traffic(before))
         beside_h200(before)
 
 

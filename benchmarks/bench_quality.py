@@ -31,18 +31,20 @@ BASE = {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
     "max_position_embeddings": 2048}
 BASE_STEPS, BASE_ROWS, BASE_RATE = 420, 16, 3e-3
-NEW_PIECES, EVAL_CHARS, DISTILL_TOKENS = 29_388, 6_000, 100_000
+NEW_PIECES, EVAL_CHARS, DISTILL_TOKENS = 29_388, 6_000, 60_000
 CONTEXT, NEAREST = 4, 8  # characters on either side; old pieces for a new one
 TRAIN_STEPS, TRAIN_ROWS, TRAIN_RATE, CHECKED = 240, 2, 1e-3, (60, 240)
 RULES = [
-    "random", "multivariate", "mean", "first_subtoken", "last_subtoken", "weighted_subtoken",
-    "mean_subtoken", "aligned", "distilled"]
+    "random", "multivariate", "mean", "first", "last", "weighted", "mean_subtoken", "aligned",
+    "shared", "distilled"]
 RULES += [f"{rule}, scaled" for rule in RULES[3:7]]
-DRAWN_RULES = ["random", "multivariate", "aligned", "distilled"]  # those that a seed changes
+DRAWN_RULES = ["random", "multivariate", "aligned", "shared", "distilled"]  # a seed changes them
+CROSSED = ("mean_subtoken", "last", "shared")  # with each other rule, in either matrix
 STARTS = {
     "random": ("random", "random"),
     "mean_subtoken": ("mean_subtoken", "mean_subtoken"),
-    "shared": ("last_subtoken", "shared"),
+    "last, weighted": ("last", "weighted"),
+    "shared": ("last", "shared"),
     "distilled": ("distilled", "distilled")}
 REPLAY_START, SHARES, FACTORS = "mean_subtoken", (0, 0.05, 0.1, 0.25), (0.1, 1, 10)
 sys.path.insert(0, str(ROOT))
@@ -287,46 +289,50 @@ def rows_by(rule: str, name: str, matrix, material: tuple, seed: int):
     """New rows of one matrix by a rule's name, as float32; ", scaled": to the old rows' norm."""
     import torch
 
-    base, extended, spelling, documents = material
+    _, _, spelling, _ = material
     rule, scaled = rule.removesuffix(", scaled"), rule.endswith(", scaled")
     if rule == "aligned":
         ids, weights = map(torch.from_numpy, alignment_of(seed))
         return (weights[..., None] * matrix[ids]).sum(1)
-    if rule == "shared":
-        return script.shared_rows(matrix, spelling, *uses_and_states(seed))
-    if rule == "distilled":
-        return distilled_rows(base, extended, spelling, documents, seed)[name]
-    return script.new_rows(name, matrix, spelling, rule, 0.02, seed, scaled)
+    if rule in ("shared", "distilled"):
+        return taught_rows(rule, seed)[name]
+    rows = other_rows(name, matrix, spelling, rule, seed)
+    norm = matrix.norm(dim=1).mean()
+    return rows * norm / rows.norm(dim=1, keepdim=True) if scaled else rows
 
 
-def distilled_rows(base, extended, spelling: list, documents: list, seed: int) -> dict:
-    """The script's distilled rows, kept on disk for the other tables."""
+def other_rows(name: str, matrix, spelling: list[list[int]], rule: str, seed: int):
+    """The script's own starts, and those that were tried and not kept: the first or last spelling
+    row, weights that double towards the last (in the head towards the first), and a normal draw
+    with the old rows' mean and covariance (Hewitt, 2021)."""
     import torch
 
-    path = WORK / f"distilled_{seed}.pt"
-    if not path.is_file():
-        args = script.Arguments(seed=seed, distill_tokens=DISTILL_TOKENS)
-
-        def rows_of(name: str, matrix, init: str):
-            return script.new_rows(name, matrix, spelling, init, 0.02, seed)
-
-        found = script.distill(WORK / "base", WORK / f"state_{seed}", base, extended, spelling,
-                               documents, rows_of, args)
-        torch.save(found, path)
-    return torch.load(path)
+    if rule == "multivariate":
+        generator = torch.Generator().manual_seed(2 * seed + (name == script.HEAD))
+        values, vectors = torch.linalg.eigh(torch.cov(matrix.T))
+        noise = torch.randn(len(spelling), len(values), generator=generator)
+        return matrix.mean(0) + noise * values.clamp_min(0).sqrt() @ vectors.T
+    if rule in ("first", "last"):
+        return matrix[[ids[-(rule == "last")] for ids in spelling]]
+    if rule == "weighted":
+        order = -1 if name == script.HEAD else 1
+        weights = [2.0 ** (order * torch.arange(len(ids))) for ids in spelling]
+        return torch.stack([
+            w @ matrix[ids] / w.sum() for w, ids in zip(weights, spelling, strict=True)])
+    return script.new_rows(name, matrix, spelling, rule, 0.02, seed)
 
 
 @functools.cache
-def uses_and_states(seed: int) -> tuple:
-    """How often the corpus uses each piece, and hidden states of the base along the corpus."""
+def taught_rows(init: str, seed: int) -> dict:
+    """The script's rows for which the base reads text; distilled ones are kept on disk."""
     import torch
 
-    base, extended, spelling, documents = extension()
-    args = script.Arguments(seed=seed, distill_tokens=script.SHARE_WINDOWS * script.LOSS_WINDOW)
-    table = [[number] for number in range(len(base.pieces))] + spelling
-    states = [script.teacher_states(base_model(), window, table)
-              for window in script.distill_windows(extended, documents, args)]
-    return script.count_uses(extended, documents), torch.cat(states)
+    path = WORK / f"{init}_{seed}.pt"
+    if not path.is_file():
+        args = script.Arguments(init=init, seed=seed, distill_tokens=DISTILL_TOKENS)
+        torch.save(
+            script.taught_rows(WORK / "base", WORK / f"state_{seed}", *extension(), args), path)
+    return torch.load(path)
 
 
 @functools.cache
@@ -362,7 +368,7 @@ def bits_of_heads(llama, embedding, heads: dict, material: dict) -> dict:
 
 
 def starts() -> dict:
-    """Bits per character before training, for every pair of an input rule and an output rule."""
+    """Bits per character before training: every rule for both matrices, and crossed with some."""
     import torch
 
     llama, material = base_model(), extension()
@@ -379,11 +385,12 @@ def starts() -> dict:
         rules = RULES if seed == SEED else DRAWN_RULES
         new = {rule: {name: rows_by(rule, name, matrix, material, seed).float()
                       for name, matrix in matrices.items()} for rule in rules}
-        heads = {rule: found[script.HEAD] for rule, found in new.items()}
         for rule, found in new.items():
             embedding = torch.cat([matrices[script.EMBEDDING], found[script.EMBEDDING]])
-            wanted = heads if seed == SEED else {rule: heads[rule]}
-            for head, bits in bits_of_heads(llama, embedding, wanted, held).items():
+            every = rule in CROSSED and seed == SEED
+            heads = rules if every else {rule, *CROSSED}.intersection(rules)
+            heads = {head: new[head][script.HEAD] for head in heads}
+            for head, bits in bits_of_heads(llama, embedding, heads, held).items():
                 results.append({"input": rule, "output": head, "seed": seed, **bits})
                 print(json.dumps(results[-1]), flush=True)
     return {"base": of_base, "characters": EVAL_CHARS, "starts": results}
@@ -402,11 +409,11 @@ def stream_of(encode, share: float, seed: int):
     chosen = []
     chinese = texts["modern"] * 2 + texts["novel"]
     for found, wanted in ((chinese, count - english), (texts["english"], english)):
-        stream = packed(encode, found, seed)
+        stream = packed(encode, found if wanted else found[:9], seed)
         windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)
-        repeated = windows.repeat(-(-wanted // len(windows)), 1)
-        chosen.append(repeated[torch.randperm(len(windows), generator=order)][:wanted]
-                      if wanted <= len(windows) else repeated[:wanted])
+        passes = -(-wanted // len(windows))
+        orders = [torch.randperm(len(windows), generator=order) for _ in range(passes)]
+        chosen += [windows[torch.cat(orders)[:wanted]]] if passes else []
     mixed = torch.cat(chosen)
     return mixed[torch.randperm(len(mixed), generator=order)]
 
@@ -468,13 +475,13 @@ def train(rules: tuple, material: tuple, seed: int, share: float = 0.0, rows_rat
 
 def run(key: str, *given, **more) -> list[dict]:
     """The points of one training run, kept on disk: a benchmark that was stopped goes on."""
-    path = WORK / "runs.json"
-    done = json.loads(path.read_text()) if path.is_file() else {}
-    if key not in done:
+    path = WORK / "runs" / f"{key}.json"
+    if not path.is_file():
         print(f"--- {key}", flush=True)
-        done[key] = train(*given, **more)
-        path.write_text(json.dumps(done))
-    return done[key]
+        path.parent.mkdir(exist_ok=True)
+        points = train(*given, **more)
+        path.write_text(json.dumps(points))
+    return json.loads(path.read_text())
 
 
 def training() -> list[dict]:

@@ -95,6 +95,7 @@ def test_kernels_are_counted_with_their_flops_and_bytes(bench_plan):
     assert launched(lambda: x + y) == [("add", element, 0, 3 * 512, False)]
     assert launched(lambda: x.add_(y)) == [("add_", element, 0, 3 * 512, False)]
     assert launched(lambda: x.copy_(y)) == [("copy_", copy, 0, 2 * 512, False)]
+    assert launched(lambda: x.new_zeros(4)) == [("new_zeros", element, 0, 16, False)]
     assert launched(lambda: x * row) == [("mul", element, 0, 2 * 512 + 64, True)]
     assert launched(lambda: x * row.expand(8, 16)) == [("mul", element, 0, 2 * 512 + 64, True)]
     assert launched(lambda: x.t() * y.t()) == [("mul", element, 0, 3 * 512, False)]
@@ -146,6 +147,21 @@ def test_the_account_reproduces_what_an_h200_took():
         near = 0.05 if row["operator"] == "aten::mm" else 0.45
         told = operators[row["operator"]]
         assert told == pytest.approx(row["milliseconds"], rel=near), row["operator"]
+
+
+def test_the_plan_foretells_the_seconds_of_the_account():
+    """--plan_gpu's formula beside the count of every kernel, on every card."""
+    import train_pt
+
+    shape = {"vocab_size": 61_388, "hidden_size": 4096, "intermediate_size": 11_008}
+    llama = SimpleNamespace(
+        **shape, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
+    for row in table_of("plan", "traffic"):
+        near = {"S²": 0.05, "full attention": 0.08}.get(row["variant"])
+        for card, told in row["cards"].items() if near else ():
+            args = train_pt.Arguments(plan_gpu=card)
+            seconds = train_pt.step_seconds(llama, args, 32_000)
+            assert seconds == pytest.approx(told["step_seconds"], rel=near), card
 
 
 def test_a_step_moves_a_third_of_what_it_moved():
@@ -247,7 +263,7 @@ def test_a_part_of_the_gpu_table_ends_at_its_limit_and_the_next_one_runs(tmp_pat
     monkeypatch.setattr(bench_gpu, "PARTS", parts)
     monkeypatch.setattr(bench_gpu, "SHORTEST", 0)
     monkeypatch.setattr(bench_gpu, "find_spec", lambda name: None)
-    slow, killed, quick, done, without = bench_gpu.speed_table(tiny=True, unsloth=None)
+    slow, killed, quick, done, without = bench_gpu.speed_table(tiny=False, unsloth=None)
     assert (slow["row"], quick["row"]) == ("slow", "quick")
     assert killed["exit_code"] == -9 and 3 <= killed["took_s"] < 30
     assert done["exit_code"] == 0

@@ -245,7 +245,8 @@ ACCEPTED = {
             "min_closing")},
     E: {"max_chars": ["huge"], "seed": ["zero"]},
     T: {"eval_fraction": ["zero"], "lora_dropout": ["zero"], "seed": ["zero"],
-        "learning_rate": ["zero"], "sample_tokens": ["zero"], "lora_alpha": ["huge"],
+        "learning_rate": ["zero"], "embedding_learning_rate": ["zero"],
+        "norm_learning_rate": ["zero"], "sample_tokens": ["zero"], "lora_alpha": ["huge"],
         "per_device_train_batch_size": ["huge"], "per_device_eval_batch_size": ["huge"],
         "gradient_accumulation_steps": ["huge"], "base_vocab_size": ["huge"],
         "save_total_limit": ["negative", "zero", "huge"],  # Transformers' way to say: keep all

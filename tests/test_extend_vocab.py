@@ -1,6 +1,5 @@
 """extend_vocab.py: ids kept, pieces alive, runtimes agreed, rows exact, refusals clear."""
 
-import copy
 import errno
 import hashlib
 import json
@@ -9,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
@@ -23,7 +23,6 @@ import extend_vocab as script
 
 BASE_SIZE, NEW_SIZE = 359, 6239  # odd on purpose; 5,401 characters and some 400 words are new
 HIDDEN = 36
-BUDGET = ["--distill_tokens", "20000"]
 
 # --- Material ------------------------------------------------------------------------------------
 
@@ -409,62 +408,6 @@ def smallest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
 
 
-@pytest.mark.parametrize("name", [script.EMBEDDING, script.HEAD])
-@pytest.mark.parametrize("init", ["first", "last", "weighted"])
-def test_rows_from_the_spelling_by_plain_formulas(init, name):
-    """weighted: 1, 2, 4, ... towards the last row; in the head towards the first."""
-    torch.manual_seed(3)
-    matrix, chance = torch.randn(41, 13), random.Random(3)
-    spelling = [chance.choices(range(41), k=count) for count in range(1, 49)]
-    rows = script.new_rows(name, matrix, spelling, f"{init}_subtoken", 0.02, 0)
-    for row, ids in zip(rows, spelling, strict=True):
-        if init == "weighted":
-            order = ids[::-1] if name == script.HEAD else ids
-            weighted = sum(2**place * matrix[i].double() for place, i in enumerate(order))
-            expected = weighted / (2 ** len(ids) - 1)
-        else:
-            expected = matrix[ids[0] if init == "first" else ids[-1]].double()
-        torch.testing.assert_close(row.double(), expected, rtol=0, atol=2e-6)
-
-
-def test_multivariate_has_the_mean_and_covariance_of_the_rows():
-    """Even of fewer rows than columns, whose covariance no Cholesky decomposition takes."""
-    for count in (200, 5):
-        torch.manual_seed(4)
-        matrix = torch.randn(count, 7) @ torch.randn(7, 7) + torch.arange(7)
-        rows = script.new_rows(script.HEAD, matrix, [[0]] * 60_001, "multivariate", 0.02, 0)
-        scale = matrix.var(0).max().item()
-        found, expected = torch.cov(rows.T), torch.cov(matrix.T, correction=0)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.03 * scale)
-        torch.testing.assert_close(rows.mean(0), matrix.mean(0), rtol=0, atol=0.03 * scale**0.5)
-    again = script.new_rows(script.HEAD, matrix, [[0]] * 60_001, "multivariate", 0.02, 1)
-    assert not torch.equal(rows, again)
-
-
-@pytest.mark.parametrize("init", ["mean_subtoken", "last_subtoken", "mean", "random"])
-def test_matched_norms_are_the_old_rows_mean_norm(init):
-    torch.manual_seed(5)
-    matrix = 3 * torch.randn(1051, 9)
-    plain, rows = (
-        script.new_rows(script.HEAD, matrix, [[0, 5], [1050]] * 3, init, 0.02, 0, match)
-        for match in (False, True))
-    wanted = matrix.double().norm(dim=1).mean().float()
-    torch.testing.assert_close(rows.norm(dim=1), wanted.expand(6), rtol=1e-5, atol=0)
-    ratio = rows.norm(dim=1) / plain.norm(dim=1)
-    torch.testing.assert_close(plain * ratio[:, None], rows, rtol=1e-5, atol=1e-6)  # direction kept
-
-
-def test_each_matrix_by_its_own_rule(base, corpus, tmp_path):
-    more = ["--init", "last_subtoken", "--init_head", "first_subtoken"]
-    script.main(options(base, corpus, *more))
-    old, new = weights(base), weights(tmp_path / "outputs" / "extended")
-    pieces = [piece.piece for piece in proto(tmp_path / "outputs" / "extended").pieces][BASE_SIZE:]
-    spelling = script.spellings(proto(base), pieces)
-    for name, place in ((script.EMBEDDING, -1), (script.HEAD, 0)):
-        expected = old[name][[ids[place] for ids in spelling]]
-        assert torch.equal(new[name][BASE_SIZE:], expected)
-
-
 def test_mean_is_the_mean_of_all_rows_and_random_has_the_configs_width():
     torch.manual_seed(2)
     matrix = torch.randn(1501, 7)
@@ -477,57 +420,71 @@ def test_mean_is_the_mean_of_all_rows_and_random_has_the_configs_width():
     assert abs(draw[0].mean().item()) < 0.01
 
 
-def test_the_distance_and_the_cross_entropy_by_hand(tmp_path):
-    """The teacher's state after a piece's last old token; the softmax over old and new rows."""
+def test_the_distance_to_the_teacher_by_hand(tmp_path):
+    """The teacher's state after a piece's last old token, the student's after the piece."""
     folder = write_base(tmp_path / "base", dtype=torch.float32)
     llama = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(6)
-    rows = {name: torch.randn(3, HIDDEN) for name in (script.EMBEDDING, script.HEAD)}
-    spelling = [[5, 6, 7], [8, 9], [300, 301, 302, 303]]
-    table = [[number] for number in range(BASE_SIZE)] + spelling
+    rows = torch.randn(3, HIDDEN)
+    table = [[number] for number in range(BASE_SIZE)]
+    table += [[5, 6, 7], [8, 9], [300, 301, 302, 303]]
     window = [1, BASE_SIZE, 44, BASE_SIZE + 2, BASE_SIZE + 1, 45]
-    distance, loss = script.distill_losses(llama, rows, window, table)
-    both = copy.deepcopy(llama)
-    both.resize_token_embeddings(BASE_SIZE + 3, mean_resizing=False)
-    both.get_input_embeddings().weight.data[BASE_SIZE:] = rows[script.EMBEDDING]
-    both.get_output_embeddings().weight.data[BASE_SIZE:] = rows[script.HEAD]
+    distance = script.student_distance(llama, rows, window, table)
     with torch.no_grad():
         taught = llama.model(torch.tensor([[1, 5, 6, 7, 44, 300, 301, 302, 303, 8, 9, 45]]))
-        ids = torch.tensor([window])
-        learning = both(ids, labels=ids, output_hidden_states=True)
+        llama.resize_token_embeddings(BASE_SIZE + 3, mean_resizing=False)
+        llama.get_input_embeddings().weight[BASE_SIZE:] = rows
+        student = llama.model(torch.tensor([window])).last_hidden_state[0]
     teacher = taught.last_hidden_state[0][[0, 3, 4, 8, 10, 11]]
-    student = learning.hidden_states[-1][0]
     expected = ((student - teacher) ** 2).sum() / (teacher**2).sum()
     torch.testing.assert_close(distance, expected, rtol=1e-4, atol=0)
-    torch.testing.assert_close(loss, learning.loss, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_distilled_rows_learn_and_nothing_else_changes(tied, corpus, tmp_path, monkeypatch):
-    """Both losses fall below those of the start; the base's rows are the base's."""
+def test_shared_rows_share_out_what_the_first_token_has():
+    """Where a direction with 1 for every state exists, the logits are exact: the first token's plus
+    the logarithm of the piece's share."""
+    torch.manual_seed(7)
+    matrix, states = torch.randn(19, 11), torch.randn(501, 11)
+    states[:, 4] = 1
+    spelling = [[3, 5], [3], [8, 1, 1], [3, 9]]
+    uses = Counter({19: 60, 20: 30, 21: 7, 22: 0, 3: 1000})
+    logits = states @ script.shared_rows(matrix, spelling, uses, states).T
+    for piece, (ids, share) in enumerate(
+        zip(spelling, [60.1 / 90.3, 30.1 / 90.3, 1, 0.1 / 90.3], strict=True)):
+        expected = states @ matrix[ids[0]] + torch.tensor(share).log()
+        torch.testing.assert_close(logits[:, piece], expected, rtol=0, atol=0.03)
+
+
+def test_uses_are_counted_by_weight(base):
+    uses = script.count_uses(proto(base), [(2, "the token"), (0.5, "token token")])
+    ids = [script.processor(proto(base)).encode(text) for text in ("the token", "token token")]
+    for number in range(BASE_SIZE):
+        assert uses[number] == 2 * ids[0].count(number) + 0.5 * ids[1].count(number)
+
+
+def test_distilled_rows_learn_and_nothing_else_changes(corpus, tmp_path, monkeypatch):
+    """The student comes nearer to the teacher than from mean_subtoken; the base's rows are the
+    base's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    base = write_base(tmp_path / "base", tied, torch.float32)
-    losses = {}
+    monkeypatch.setattr(script, "DISTILL_RATE", 0.2)  # a random base and a short budget
+    base = write_base(tmp_path / "base", dtype=torch.float32)
+    llama = AutoModelForCausalLM.from_pretrained(base)
+    old, found, budget = weights(base), {}, ["--distill_tokens", "20000"]
     for init in ("mean_subtoken", "distilled"):
-        script.main(options(base, corpus, "--init", init, *BUDGET, "--overwrite"))
+        script.main(options(base, corpus, "--init", init, *budget, "--overwrite"))
         result = tmp_path / "outputs" / "extended"
-        old, new = weights(base), weights(result)
+        new, pieces = weights(result), [piece.piece for piece in proto(result).pieces]
         for name, tensor in old.items():
             assert torch.equal(new[name][: len(tensor)], tensor)
-        pieces = [piece.piece for piece in proto(result).pieces]
         table = [[number] for number in range(BASE_SIZE)]
         table += script.spellings(proto(base), pieces[BASE_SIZE:])
-        rows = {script.EMBEDDING: new[script.EMBEDDING][BASE_SIZE:]}
-        rows[script.HEAD] = new[script.EMBEDDING if tied else script.HEAD][BASE_SIZE:]
+        texts = list(script.documents(corpus, "--corpus"))
         args = script.Arguments(distill_tokens=900, seed=1)
-        documents = [(1, text) for text in script.documents(corpus, "--corpus")]
-        windows = script.distill_windows(proto(result), documents, args)
-        llama = AutoModelForCausalLM.from_pretrained(base)
-        with torch.no_grad():
-            found = [torch.stack(script.distill_losses(llama, rows, w, table)) for w in windows]
-        losses[init] = torch.stack(found).mean(0)
-    (distance, loss), (far, high) = losses["distilled"], losses["mean_subtoken"]
-    assert distance < 0.6 * far and loss < high - 0.05, losses
+        windows = script.distill_windows(proto(result), [(1, text) for text in texts], args)
+        rows = new[script.EMBEDDING][BASE_SIZE:]
+        distances = [script.student_distance(llama, rows, w, table).item() for w in windows]
+        found[init] = sum(distances) / len(distances)
+    assert found["distilled"] < 0.5 * found["mean_subtoken"], found
 
 
 def test_distilling_that_is_stopped_goes_on_to_the_same_bytes(base, corpus, tmp_path, monkeypatch):
@@ -536,20 +493,21 @@ def test_distilling_that_is_stopped_goes_on_to_the_same_bytes(base, corpus, tmp_
     expected = weights(tmp_path / "outputs" / "extended")
     shutil.rmtree(tmp_path / "outputs")
     monkeypatch.setattr(script, "DISTILL_SAVE", 0)
-    losses, count = script.distill_losses, iter(range(99))
+    distance, calls = script.student_distance, []
 
-    def stop_at_the_third(*given):
-        if next(count) == 3:
+    def stop_at_the_fourth(*given):
+        calls.append(given)
+        if len(calls) == 4:
             raise KeyboardInterrupt
-        return losses(*given)
+        return distance(*given)
 
-    monkeypatch.setattr(script, "distill_losses", stop_at_the_third)
+    monkeypatch.setattr(script, "student_distance", stop_at_the_fourth)
     with pytest.raises(SystemExit) as stop:
         script.main(words)
     assert stop.value.code == 130
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == [".extended.distilled"]
     script.main(words)
-    assert next(count) == 3 + 1 + 3, "six windows, the fourth begun twice"
+    assert len(calls) == 4 + 3, "six windows, the fourth begun twice"
     assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["extended"]
     for name, tensor in weights(tmp_path / "outputs" / "extended").items():
         assert torch.equal(tensor, expected[name])
@@ -558,8 +516,14 @@ def test_distilling_that_is_stopped_goes_on_to_the_same_bytes(base, corpus, tmp_
 def test_a_large_base_without_a_gpu_is_not_distilled(base, corpus, monkeypatch, capsys):
     monkeypatch.setattr(script, "CPU_LOSS_BYTES", 1000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = refusal(capsys, *options(base, corpus, "--init_head", "distilled"))
+    said = refusal(capsys, *options(base, corpus, "--init", "distilled"))
     assert "GB of weights and no GPU; expected a GPU" in said
+
+
+def test_a_tied_base_is_not_distilled(corpus, tmp_path, capsys):
+    tied = write_base(tmp_path / "tied", tied=True)
+    said = refusal(capsys, *options(tied, corpus, "--init", "distilled"))
+    assert "its embedding; expected two matrices" in said
 
 
 @pytest.mark.parametrize(
@@ -672,7 +636,6 @@ def test_bits_per_character_equal_a_plain_loop(base):
         ("--vocab_size", "900", "or more, for the base's 359 pieces"),
         ("--vocab_size", "99999999999", "less than 10 million"),
         ("--distill_tokens", "0", "--distill_tokens 0: expected 1 or more"),
-        ("--init_head", "best", "expected one of mean_subtoken, first_subtoken"),
         ("--seed", "-1", "expected 0 to 4294967295"),
         ("--max_chars", "3", "expected 1000 or more"),
         ("--output_dir", "ascii.txt", "extend_vocab.py did not make it"),

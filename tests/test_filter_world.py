@@ -32,6 +32,7 @@ from test_filter_cc import (
     run_here,
 )
 
+import filter_cc
 from filter_cc import hide_private, jsonl_rows
 
 assert judge  # the fixture is used by its name
@@ -276,6 +277,37 @@ def test_a_response_whose_header_names_another_language_is_refused(judge):
     pages, tally = read(judge, members(foreign))
     assert pages == []
     assert tally.pages == {"language": 1}
+
+
+def paragraphs(number: int) -> list[str]:
+    text = RECIPE.replace("\n", "")
+    return [f"第{at}段：{text[at * 30 : at * 30 + 60]}。" for at in range(number)]
+
+
+def test_an_early_end_of_html_ends_nothing():
+    """libxml2 stops there; browsers do not."""
+    head = "<html><head><title>題</title></head></html>"
+    body = "".join(f"<p>{text}</p>" for text in paragraphs(6))
+    article = filter_cc.extract(f"{head}<body><article>{body}</article></body></html>")
+    assert all(text in article for text in paragraphs(6))
+
+
+@pytest.mark.parametrize("tag", ["div", "p", "td", "li", "section"])
+def test_lines_that_br_divides_are_there_once(tag):
+    rows = {"td": ("<table><tr>", "</tr></table>"), "li": ("<ul>", "</ul>")}
+    before, after = rows.get(tag, ("", ""))
+    lines = "<br/>".join(paragraphs(8))
+    page = f"<html><body><main>{before}<{tag}>{lines}</{tag}>{after}</main></body></html>"
+    article = filter_cc.extract(page)
+    assert [article.count(text) for text in paragraphs(8)] == [1] * 8
+
+
+def test_code_that_br_divides_stays():
+    code = "<br>".join(f"value_{at} = load({at})" for at in range(6))
+    body = "".join(f"<p>{text}</p>" for text in paragraphs(5))
+    page = f"<article>{body}<pre><code>{code}</code></pre>{body}</article>"
+    article = filter_cc.extract(f"<html><body>{page}</body></html>")
+    assert all(f"value_{at} = load({at})" in article for at in range(6))
 
 
 # --- Quality and provenance ----------------------------------------------------------------------

@@ -28,11 +28,17 @@ def definitions(script: str) -> dict[str, str]:
         ("find_model", ["extend_vocab.py", "train_pt.py", "merge_lora.py"]),
         ("fingerprint", ["train_pt.py", "merge_lora.py"]),
         ("build_aside", ["extend_vocab.py", "merge_lora.py"]),
+        ("take_lock", SCRIPTS),
     ],
 )
 def test_a_helper_that_scripts_share_stands_identically_in_each(name, scripts):
     copies = {definitions(script)[name] for script in scripts}
     assert len(copies) == 1, f"{name} differs between {', '.join(scripts)}"
+
+
+def test_what_has_no_locks_is_known_alike():
+    lines = {re.search("^NO_LOCKS = .+", (ROOT / s).read_text(), re.MULTILINE) for s in SCRIPTS}
+    assert len({line.group() for line in lines}) == 1
 
 
 def test_every_name_defined_in_several_scripts_is_a_known_copy():

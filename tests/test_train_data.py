@@ -119,7 +119,7 @@ def test_a_run_waits_for_another_that_tokenises_and_takes_its_result(tokenizer, 
 
     def other(ready):
         with (tmp_path / "two/.lock").open("w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
             ready.set()
             time.sleep(0.5)
             shutil.copytree(tmp_path / "one/key", tmp_path / "two/key")
@@ -141,7 +141,7 @@ def test_what_a_killed_tokenisation_left_is_written_over(tokenizer, tmp_path):
     (tmp_path / "cache/building/tokens.bin").write_bytes(b"half of something" * 100)
     corpus = train_pt.tokenize([tmp_path / "a.txt"], tokenizer, tmp_path / "cache/key")
     assert len(corpus.tokens) == corpus.lengths.sum()
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"key"}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"key", ".lock"}
 
 
 def test_a_missing_dataset_names_the_script_to_run_first():

@@ -1,6 +1,7 @@
 """The loss, trainable rows and norms, the adapter's file, NF4 on CPUs, against plain references."""
 
 import copy
+import os
 from functools import partial
 from inspect import unwrap
 
@@ -345,6 +346,25 @@ def test_the_whole_model_learns_as_it_does_under_peft(quantization, tmp_path):
     assert len(replaced) == 4 * 7
     for one, other in zip(ours, gradients(), strict=True):
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("variable", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_memory_of_a_gpu_grows_in_segments_unless_the_user_says_otherwise(
+    variable, monkeypatch
+):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:128")
+    args, training = train_pt.parse_args(["--use_cpu", "true"])
+    there = {name: os.environ[name] for name in names if name in os.environ}
+    expected = {variable: "max_split_size_mb:128"} if variable else {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert there == expected
+    assert args.use_liger_kernel is False
+    assert training.use_liger_kernel is False, "the Trainer would patch Transformers itself"
 
 
 def test_dropout_stays_with_peft(tmp_path):

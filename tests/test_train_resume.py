@@ -112,7 +112,7 @@ def test_writing_to_nobody_fails_nowhere(monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", Gone())
     monkeypatch.setattr(sys, "stderr", Gone())
-    with pytest.raises(SystemExit), train_pt.streams_that_may_go():
+    with pytest.raises(SystemExit), train_pt.ignore_write_errors():
         print("once", flush=True)
         print("twice", end="")
         print("error", file=sys.stderr)
@@ -160,7 +160,7 @@ def test_a_terminal_that_is_closed_takes_no_work_with_it(command):
 
 
 def test_a_second_ctrl_c_is_not_waited_for_but_a_signal_that_comes_twice_is(monkeypatch):
-    with train_pt.stop_signals() as caught:
+    with train_pt.collect_signals() as caught:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):  # of torchrun, and its own
             os.kill(os.getpid(), signum)
         now = time.monotonic()
@@ -174,7 +174,7 @@ def test_a_second_ctrl_c_is_not_waited_for_but_a_signal_that_comes_twice_is(monk
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with train_pt.stop_signals() as caught:
+        with train_pt.collect_signals() as caught:
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
         assert caught == [signal.SIGTERM]
@@ -279,7 +279,7 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(command, whole, monkey
     content[len(content) // 2] ^= 1
     optimizer.write_bytes(content)
     train_pt.main(command())
-    assert "checkpoint-10 is broken" in capsys.readouterr().out
+    assert "checkpoint-10 held a broken checkpoint: moved to" in capsys.readouterr().out
     assert same(weights("pt"), whole())
 
 

@@ -71,8 +71,10 @@ def test_the_same_run_again_is_done_and_another_is_moved_aside(command, capsys):
     first = weights("pt")
     train_pt.main(command("--max_steps", "2"))
     assert "already done" in capsys.readouterr().out
-    train_pt.main(command("--max_steps", "3"))
-    assert "moved to pt.1" in capsys.readouterr().out
+    train_pt.main(command("--max_steps", "2", "--learning_rate", "0.02"))
+    said = capsys.readouterr().out
+    assert "settings (learning_rate was 0.01, now 0.02): moved to pt.1" in said
+    assert "to train that adapter further instead: --adapter pt.1" in said
     assert same(weights("pt.1"), first)
     assert not same(weights("pt"), first)
 
@@ -213,7 +215,8 @@ def test_a_large_model_without_a_gpu_is_noted_and_trained(command, monkeypatch, 
 def test_a_gpu_without_bfloat16_is_noted(capability, noted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    note = train_pt.slow_device(SimpleNamespace(use_cpu=False, bf16=True), TINY)
+    training = SimpleNamespace(use_cpu=False, bf16=True)
+    note = train_pt.slow_device(training, TINY)
     assert note == ("--bf16 true: Tesla T4 has no units for bfloat16; it has some for float16: "
                     "--bf16 false --fp16 true" if noted else None)
 
