@@ -352,7 +352,8 @@ FIGURES: list[tuple] = [
     ("只要讀約 {:.1f} GB", "only about {:.1f} GB are read", lambda _: 107 * 2 / 48),
     ("一個約 70 MB 的 WET 檔留下約 140 kB，6 GB 要 {:.1f} 萬個檔案、{:.0f} TB", None,
      lambda _: 6e9 / 140e3 / 1e4, lambda _: 6e9 / 140e3 * 70e6 / 1e12),
-    ("每秒 100 MB 的網路要 {:.0f} 小時", "{:.0f} hours at 100 MB a second", lambda _: 3e12 / 1e8 / 3600),
+    ("每秒 100 MB 的網路要 {:.0f} 小時", "{:.0f} hours at 100 MB a second",
+     lambda _: 3e12 / 1e8 / 3600),
     (None, "a WET file of about 70 MB yields about 140 kB, so 6 GB take {:.0f},000 files, a "
      "download of {:.0f} TB", lambda _: 6e6 / 140e3, lambda _: 6e9 / 140e3 * 70e6 / 1e12),
 ]
