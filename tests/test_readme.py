@@ -647,6 +647,25 @@ def test_every_script_is_run_in_the_readme():
     assert {*SCRIPTS} <= {script for script, _ in our_commands()}
 
 
+def test_a_trial_of_the_filter_has_a_folder_of_its_own():
+    """A folder holds results of the same settings only, so the real command would be refused."""
+    trials = [o for script, o in our_commands() if script == "filter_cc.py" and "--limit_files" in o]
+    real = [o for script, o in our_commands() if script == "filter_cc.py" and o not in trials]
+    assert trials and real
+    assert all("--output_dir" in options for options in trials)
+    assert not any("--output_dir" in options for options in real)
+
+
+def test_the_number_format_is_chosen_where_the_model_is_merged():
+    import merge_lora
+
+    merges = [options for script, options in our_commands() if script == "merge_lora.py"]
+    assert "python merge_lora.py --dtype bf16\n" in merge_lora.__doc__
+    assert merges and all(options[:2] == ("--dtype", "bf16") for options in merges)
+    (serve,) = {tuple(words) for words in commands(ALL) if words[:2] == ["vllm", "serve"]}
+    assert "--dtype" not in serve
+
+
 # --- Both languages ------------------------------------------------------------------------------
 
 
