@@ -649,8 +649,9 @@ def test_every_script_is_run_in_the_readme():
 
 def test_a_trial_of_the_filter_has_a_folder_of_its_own():
     """A folder holds results of the same settings only, so the real command would be refused."""
-    trials = [o for script, o in our_commands() if script == "filter_cc.py" and "--limit_files" in o]
-    real = [o for script, o in our_commands() if script == "filter_cc.py" and o not in trials]
+    runs = [options for script, options in our_commands() if script == "filter_cc.py"]
+    trials = [options for options in runs if "--limit_files" in options]
+    real = [options for options in runs if options not in trials]
     assert trials and real
     assert all("--output_dir" in options for options in trials)
     assert not any("--output_dir" in options for options in real)
