@@ -11,6 +11,7 @@ outputs/extended: tokenizer.model, tokenizer.json and the model with a row for e
 3. Proof, every run, before anything is written: no dead piece, SentencePiece and AutoTokenizer give
    the same ids, decoding gives the text back.
 4. Only embedding, head and config change. They are streamed: 13.5 GB pass in under 2 GB of memory.
+   New rows are the mean of the rows that spell the piece, unless the base is to read text (--init).
 
 A run of a minute on any CPU (this command was run):
     python extend_vocab.py --base_model data/sample/tiny-llama --corpus data/cc_filtered \\
@@ -19,6 +20,8 @@ The real run (the novel is fetched from Project Gutenberg when data/hongloumeng.
     python extend_vocab.py
 Far better on modern text, with what filter_cc.py kept weighted against the novel:
     python extend_vocab.py --corpus data/hongloumeng.txt data/cc_filtered --corpus_weight 1 8
+New rows that start with fewer bits per character (README), where a GPU is there:
+    python extend_vocab.py --init shared
 
 Cost, measured on 2 cores: 29 s and 0.8 GB of memory for 13.5 GB of weights (1.3 to 3.8 times as
 long as cp -r); 20 s of CPU and 1 GB for each 10 million characters of corpus.
@@ -64,7 +67,8 @@ INDEX = "model.safetensors.index.json"
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
-DISTILL_RATE = 0.02  # times the standard deviation of the old input rows
+DISTILL_RATE = 0.02  # Adam's, times the standard deviation of the old input rows
+TAUGHT = ("shared", "distilled")  # for these starts the base reads text
 SHARE_WINDOWS, DISTILL_SAVE = 16, 300  # seconds between two states on the disk
 SIMPLIFIED_SHARE = 0.1  # above it, a corpus is said to be Simplified
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
@@ -295,7 +299,7 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     dtypes = {dtype for _, dtype in matrices.values()}
     if "quantization_config" in config or not dtypes <= {"BF16", "F16", "F32"}:
         raise UserError(f"{given}: is quantised; expected weights in bf16, fp16 or fp32")
-    if args.init in ("shared", "distilled"):
+    if args.init in TAUGHT:
         import torch
         if HEAD not in matrices:
             raise UserError(f"--init {args.init}: the base's head is its embedding; expected two "
@@ -307,6 +311,15 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     return base, config, shards
 
 
+def pickled(folder: Path) -> str | None:
+    """Of a model whose weights are in .bin files: what is wrong, and the command that mends it."""
+    names = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    return names and (
+        f"its weights are in {names[0]}; expected *.safetensors; convert them: python -c \"from "
+        f"transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', "
+        f"dtype='auto').save_pretrained('{folder}')\"")
+
+
 def find_shards(folder: Path, given: str) -> dict[Path, dict[str, tuple[int, str]]]:
     """The model's safetensors files, each whole: rows and dtype of embedding and head in it."""
     from safetensors import SafetensorError, safe_open
@@ -315,12 +328,8 @@ def find_shards(folder: Path, given: str) -> dict[Path, dict[str, tuple[int, str
         names = set(load_json(index, given).get("weight_map", {}).values())
     for path in (folder / name for name in sorted(names)):
         if not path.is_file():
-            pickled = [file.name for file in folder.glob("*.bin")]
-            wrong = f"its weights are in {pickled[0]}" if pickled else f"{path.name} is missing"
-            raise UserError(
-                f"{given}: {wrong}; expected *.safetensors; {AGAIN}, or convert .bin files: python "
-                "-c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained("
-                f"'{folder}', dtype='auto').save_pretrained('{folder}')\"")
+            wrong = pickled(folder) or f"{path.name} is missing; expected *.safetensors; {AGAIN}"
+            raise UserError(f"{given}: {wrong}")
         try:
             with safe_open(path, "np") as file:  # it holds the header against the file's size
                 inside = {n: file.get_slice(n) for n in {EMBEDDING, HEAD}.intersection(file.keys())}
@@ -784,6 +793,8 @@ def taught_rows(
 ) -> dict[str, Any]:
     """The rows for which the base has to read text: output rows by shared_rows; input rows are the
     last spelling row, and with --init distilled fitted from there."""
+    if args.init not in TAUGHT:
+        return {}
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     uses, windows = count_uses(model, documents), distill_windows(model, documents, args)
@@ -876,20 +887,20 @@ def measure(model, texts: list[str]) -> dict[str, float]:
     return {"characters_per_token": chars / len(ids), "byte_token_share": spelled / len(ids)}
 
 
-def bits_before_training(folder: Path, base, model, texts: list[str], wanted: str) -> dict:
-    """Bits per character, which compares across tokenizers as loss per token does not, of the base
-    and the extended model. Empty where the model is too large for this machine, see --eval_loss."""
+def add_bits(report: dict, folder: Path, base, model, texts: list[str], wanted: str) -> None:
+    """Add bits per character, which compares across tokenizers as loss per token does not, of the
+    base and the extended model, unless the model is too large for this machine, see --eval_loss."""
     import torch
     from transformers import AutoModelForCausalLM
     size = sum(path.stat().st_size for path in folder.glob("[!.]*.safetensors"))
     gpu = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * size
     if wanted == "no" or (wanted == "auto" and not gpu and size > CPU_LOSS_BYTES):
-        return {}
+        return
     print("measuring the loss before training", flush=True)
     dtype, device = ("auto", "cuda") if gpu else (torch.float32, "cpu")
     llama = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device).eval()
-    return {name: bits_per_character(llama, tokenizer, texts)
-            for name, tokenizer in (("base", base), ("extended", model))}
+    for name, tokenizer in (("base", base), ("extended", model)):
+        report[name]["bits_per_character"] = bits_per_character(llama, tokenizer, texts)
 
 
 def bits_per_character(llama, model, texts: list[str]) -> float:
@@ -1044,7 +1055,7 @@ def main(argv: list[str] | None = None) -> None:
     model, replaced = merge_pieces(base, candidates, args.vocab_size)
     spelling = spellings(base, [piece.piece for piece in model.pieces][len(base.pieces) :])
     std = config.get("initializer_range", 0.02)
-    taught: dict[str, Any] = {}  # the rows of --init shared and distilled
+    taught: dict[str, Any] = {}
 
     def rows_of(name: str, matrix) -> Any:
         if name in taught:
@@ -1059,14 +1070,11 @@ def main(argv: list[str] | None = None) -> None:
         write_tokenizer(folder, base_folder, model)
         texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, texts, args.seed)
-        if args.init in ("shared", "distilled"):
-            taught |= taught_rows(base_folder, state, base, model, spelling, train, args)
+        taught |= taught_rows(base_folder, state, base, model, spelling, train, args)
         resize_model(folder, base_folder, shards, rows_of, len(spelling))
         save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         texts = sample(report_texts, LOSS_CHARS, args.seed)
-        bits = bits_before_training(folder, base, model, texts, args.eval_loss)
-        for name, found in bits.items():
-            report[name]["bits_per_character"] = found
+        add_bits(report, folder, base, model, texts, args.eval_loss)
         record |= {"versions": {name: version(name) for name in PACKAGES}, "results": report}
         save_json(folder / "run.json", record)
         show(report, report_texts[0], model, Path(args.picture))

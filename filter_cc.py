@@ -193,7 +193,7 @@ CURLY = re.compile("“[\u4e00-\u9fff]")  # Taiwan quotes with 「」; conversio
 # Personal data. Digits and letters around them must have ended; that is asked after the first
 # character, because a pattern that begins with a set of characters is found much faster.
 EMAIL = re.compile(r"(?a)[\w.+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+")
-NUMBER = re.compile(r"[0-9０-９][0-9０-９.．()（）\s－-]{5}")  # all that follow have one
+NUMBER = re.compile(r"[0-9０-９][0-9０-９.．()（）\s－‐-―-]{5}")  # all that follow have one
 IP_ADDRESS = re.compile(r"(?a)\d(?<![\d.]\d)\d{0,2}(\.\d{1,3}){3}(?!\d|\.\d)")
 NATIONAL_ID = re.compile(r"(?a)[A-Z](?<![A-Za-z\d][A-Z])[1289A-D]\d{8}(?!\d)")
 PHONE = re.compile(
@@ -206,8 +206,9 @@ PHONE = re.compile(
 
 PRIVATE = (
     (EMAIL, "[EMAIL]"), (IP_ADDRESS, "[IP]"), (NATIONAL_ID, "[ID]"), (PHONE, "[PHONE]"))
-FULL_WIDTH = re.compile("[０-９Ａ-Ｚａ-ｚ＠]")
+FULL_WIDTH = re.compile("[０-９Ａ-Ｚａ-ｚ＠‐-―]")
 HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+HALF_WIDTH |= dict.fromkeys(range(0x2010, 0x2016), ord("-"))
 
 PLACEHOLDER = re.compile(r"\[(?:EMAIL|IP|ID|PHONE)\]")
 
@@ -332,8 +333,9 @@ def file_records(file, wanted: Callable, damage: Callable, tally: "Tally") -> It
             if not lost and data[at : min(start, at + HEAD)].strip():
                 damage("foreign bytes")
             head = data[start : start + (1 << 16)]
-            body = max(head.find(b"\r\n\r\n"), 0) + 4
-            header = head[: body - 2].lower()
+            end = re.search(rb"\r?\n\r?\n", head)
+            body = end.end() if end else 4
+            header = head[:body].lower()
             said = header.partition(b"\ncontent-length:")[2].partition(b"\n")[0].strip()
             length = int(said[:20]) if said.isdigit() else 0  # int() refuses thousands of digits
             at = start + body + length
@@ -601,7 +603,8 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
     for data, at, length in stream_records(stream, wanted, lost, tally):
         header, page = data[:at].lower(), data[at : at + length]
         refused = "language" if FOREIGN.search(header) else None
-        if RECORD_TYPE.search(header)[1] == b"response":
+        article = RECORD_TYPE.search(header)[1] == b"response"
+        if article:
             try:
                 page, unfit = html_page(page, judge)
             except Exception as error:  # whatever lxml and trafilatura raise at a broken page
@@ -618,7 +621,8 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
         known = header_fields(data[:at])
         yield {
             "text": page.decode("utf-8", "replace"), "id": known.get("warc-record-id"),
-            "url": known.get("warc-target-uri"), "date": known.get("warc-date"), "refused": refused}
+            "url": known.get("warc-target-uri"), "date": known.get("warc-date"), "refused": refused,
+            "article": article}
 
 
 def header_fields(head: bytes) -> dict[str, str]:
@@ -636,9 +640,9 @@ def http_payload(block: bytes) -> tuple[dict[str, str], bytes]:
         fields, body = header_fields(block[: end.start()]), block[end.end() :]
     if "chunked" in fields.get("transfer-encoding", "").lower():
         body = join_chunks(body)
-    if body.startswith(b"\x1f\x8b"):
+    while body.startswith(b"\x1f\x8b"):  # some servers compress twice
         body = zlib.decompressobj(31).decompress(body, MAX_RECORD)
-    elif body.startswith(b"\x28\xb5\x2f\xfd"):
+    if body.startswith(b"\x28\xb5\x2f\xfd"):
         body = zstandard.ZstdDecompressor().decompressobj().decompress(body)
     elif fields.get("content-encoding", "").lower() in ("br", "deflate"):
         for inflate in (zlib.decompress, lambda data: zlib.decompress(data, -15), inflate_brotli):
@@ -734,30 +738,100 @@ def big5_extension(error: UnicodeError) -> tuple[str, int]:
 
 
 READINGS = re.compile(r"(?is)<r[tp]c?\b[^>]*>.*?(?=<r[tpb]c?\b|</r[tp]c?\s*>|</ruby)")
-LINE_BREAK, BROKEN_HERE = re.compile(r"(?i)<br\b[^>]*>"), "\ufdd0"  # a noncharacter of Unicode
-PREFORMATTED = re.compile(r"(?is)<pre\b.*?</pre\s*>")
+SILENT = frozenset([  # elements that hold no text of a page
+    "audio", "button", "canvas", "datalist", "head", "iframe", "input", "noscript", "object",
+    "option", "rp", "rt", "rtc", "script", "select", "style", "svg", "template", "textarea",
+    "title", "video"])
+BLOCKS = frozenset([  # elements that begin a line
+    "address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details",
+    "dialog", "div", "dl", "dt", "fieldset", "figcaption", "figure", "footer", "form", "h1",
+    "h2", "h3", "h4", "h5", "h6", "header", "hr", "legend", "li", "main", "menu", "nav", "ol",
+    "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul"])
+BESIDE = re.compile(  # names of elements, classes and ids beside an article
+    r"(?i)(?:^|[\s_-])(?:nav|aside|footer|header|menu|side(?:bar)?|comments?|respond|shar(?:e|ing)|"
+    r"social|related|recommend\w*|breadcrumbs?|tags?|pag(?:ination|er)|ads?|advert\w*|banner|"
+    r"popular|widgets?|login|cookies?)(?:$|[\s_-])")
+WIDE = "[\u3000-\u9fff\uff00-\uffef]"
+SOURCE_BREAK = re.compile(rf"(?<={WIDE})[ \t]*[\r\n]\s*(?={WIDE})")
 
 
 def extract(page: str) -> str:
-    """Return the article of an HTML page by trafilatura (Barbaresi, ACL 2021), without the readings
-    of ruby.
-
-    Its parser stops at an early </html>, so that an HTML5 parser (Resiliparse's) reads the page
-    first. It doubles or drops lines that <br> divides, here and there: so it reads such a page once
-    more with a character in the place of <br>, and the version with more different lines is it."""
+    """Return the article of an HTML page, whole. trafilatura (Barbaresi, ACL 2021) finds it, but
+    loses what it does not know: text behind <wbr> and <rb>, tables, captions, short items, lines
+    between <br>. So its text only says where the article is; all lines there are the article, but
+    for menus and the like in which it found nothing."""
     import trafilatura
+    from lxml import html
     from resiliparse.parse.html import HTMLTree
 
-    page = READINGS.sub("", page.replace("\x00", "").replace(BROKEN_HERE, ""))
-    versions = [page]
-    if LINE_BREAK.search(page):
-        page = PREFORMATTED.sub(lambda code: LINE_BREAK.sub("\n", code[0]), page)
-        versions.insert(0, LINE_BREAK.sub(BROKEN_HERE, page))
-    articles = [
-        trafilatura.extract(str(HTMLTree.parse(version)), include_comments=False) or ""
-        for version in versions]
-    articles = [article.replace(BROKEN_HERE, "\n") for article in articles]
-    return max(articles, key=lambda article: sum(map(len, set(article.split("\n")))))
+    # libxml2 stops at an early </html>, so an HTML5 parser reads the page first.
+    tree = str(HTMLTree.parse(READINGS.sub("", page.replace("\x00", ""))))
+    found = "".join((trafilatura.extract(tree, include_comments=False) or "").split())
+    body = html.fromstring(tree, parser=html.HTMLParser(remove_comments=True)).find("body")
+    lines = [] if body is None else page_lines(body)
+    size, links, hits = Counter(), Counter(), Counter()  # characters in an element
+    hit = []
+    for line, owner, linked in lines:
+        words = "".join(line.removeprefix("- ").split())
+        hit.append(len(words) > 7 and words in found)
+        for element in (owner, *owner.iterancestors()):
+            size[element] += len(line)
+            links[element] += linked
+            hits[element] += len(words) * hit[-1]
+    if not hits[body]:
+        return "\n".join(line for line, _, _ in lines)
+    place = body
+    for element in body.iterdescendants(*BLOCKS):  # the innermost box that holds nearly all
+        if hits[element] >= 0.9 * hits[body] and any(part.tag in BLOCKS for part in element):
+            place = element
+    inside = {place: True}  # is it a part of the article?
+    for element in place.iterdescendants():
+        name = f"{element.tag} {element.get('class', '')} {element.get('id', '')}"
+        menu = links[element] and (BESIDE.search(name) or 2 * links[element] > size[element])
+        inside[element] = inside[element.getparent()] and not (menu and not hits[element])
+    return "\n".join(
+        line for at, (line, owner, _) in enumerate(lines) if hit[at] or inside.get(owner))
+
+
+def page_lines(body) -> list[tuple]:
+    """Return the lines of a page as a browser shows them, each with its element and the number of
+    its characters that are links."""
+    from lxml import etree
+
+    lines, words, blocks, linked = [], [], [body], 0
+    preformatted = link = 0  # how many such elements are open
+
+    def end_line() -> None:
+        nonlocal linked
+        text = SOURCE_BREAK.sub("", "".join(words)) if not preformatted else "".join(words)
+        for line in text.split("\n") if preformatted else [" ".join(text.split())]:
+            if line.strip(" -\t\r"):
+                lines.append((line.rstrip(), blocks[-1], min(linked, len(line))))
+        words.clear()
+        linked = 0
+
+    walk = etree.iterwalk(body, events=("start", "end"))
+    for event, element in walk:
+        tag, text = element.tag, element.text if event == "start" else element.tail
+        if event == "start" and tag in SILENT:
+            walk.skip_subtree()
+            continue
+        if event == "start":
+            cell = tag in ("td", "th") and any(part.tag in BLOCKS for part in element.iter("*"))
+            if cell or tag in BLOCKS or tag == "br":
+                end_line()
+            if cell or tag in BLOCKS:
+                blocks.append(element)
+            words.append({"li": "- ", "td": " ", "th": " "}.get(tag, ""))
+        elif blocks[-1] is element:
+            end_line()
+            blocks.pop()
+        preformatted += (tag == "pre") * (1 if event == "start" else -1)
+        link += (tag == "a") * (1 if event == "start" else -1)
+        words.append(text or "")
+        linked += link and len((text or "").strip())
+    end_line()
+    return lines
 
 
 # --- Rows out of JSONL and Parquet ---------------------------------------------------------------
@@ -795,7 +869,7 @@ def jsonl_rows(stream, damage: Callable) -> Iterator[tuple[int, dict]]:
         if line is None:
             damage("oversized row", number)
             continue
-        if not (line := line.removeprefix(codecs.BOM_UTF8).strip()):
+        if not (line := line.strip().lstrip(codecs.BOM_UTF8)):
             continue
         text = line.decode("utf-8", "replace")
         if text.count("\ufffd") - line.count(b"\xef\xbf\xbd") > 0.002 * len(text) + 2:
@@ -929,6 +1003,11 @@ def word_kinds() -> dict[str, str]:
         "shared", "mainland", "topic", "hongkong", "hongkong_topic", "taiwan", "report", "spam",
         "spun", "terms"):
         words |= dict.fromkeys(listed_words(kind), kind)
+    for word, kind in words.items():
+        if len(word) == 1:
+            raise UserError(
+                f"data/filter/{kind}.txt: {word}: a single character; expected two or more, for it"
+                " is part of too many words; take it out")
     return words
 
 
@@ -1035,10 +1114,10 @@ class Judge:
         few = counts.traditional < self.limits.min_traditional * telling
         return "simplified" if few else None
 
-    def verdict(self, text: str) -> tuple[str, dict, str | None]:
+    def verdict(self, text: str, article: bool = False) -> tuple[str, dict, str | None]:
         """Return a page's prose, its scores, and the rule that refuses it (None: it is good)."""
         limits = self.limits
-        text = clean_lines(INVISIBLE.sub("", text))
+        text = clean_lines(INVISIBLE.sub("", text), article)
         codes = code_points(text)
         counts = self.count(codes)
         han = sum(counts[1:5])
@@ -1110,9 +1189,10 @@ def lead_bytes(text: bytes) -> int:
     return len(text) - len(text.translate(None, HAN_LEADS))
 
 
-def clean_lines(text: str) -> str:
-    """Return the lines that are prose, headings or verse; menus, footers and notices go."""
-    lines = [line for line in map(" ".join, map(str.split, text.splitlines())) if line]
+def clean_lines(text: str, article: bool = False) -> str:
+    """Return the lines that are prose, headings or verse; menus, footers and notices go. Of a text
+    that is known to be an article, lines between paragraphs stay unless they are a menu's."""
+    lines = list(filter(None, map(single_spaced, text.splitlines())))
     if sum(" --> " in line for line in lines) > 3:
         lines = [line for line in lines if not TIMING.fullmatch(line)]
     kinds = [line_kind(line) for line in lines]
@@ -1123,10 +1203,18 @@ def clean_lines(text: str) -> str:
     for at, kind in enumerate([*kinds, "end"]):
         if kind in ("prose", "end"):
             if start < at:
-                kept += block_lines(lines[start:at], kinds[start:at], kind == "prose", start > 0)
+                prose = (kind == "prose", start > 0)
+                kept += block_lines(lines[start:at], kinds[start:at], *prose, article)
             kept += lines[at : at + 1]
             start = at + 1
     return "\n".join(kept)
+
+
+def single_spaced(line: str) -> str:
+    """Return a line with single spaces; indented code stays as it is."""
+    words = " ".join(line.split())
+    code = line[:1] in (" ", "\t") and CODE.search(words) and not HAN.search(words)
+    return line.rstrip() if code else words
 
 
 def drop_links(lines: list[str], kinds: list[str]) -> None:
@@ -1208,25 +1296,29 @@ def line_kind(line: str) -> str:
 
 
 def block_lines(
-    lines: list[str], kinds: list[str], before_prose: bool, after_prose: bool
+    lines: list[str], kinds: list[str], before_prose: bool, after_prose: bool, article: bool
 ) -> list[str]:
     """Return what to keep of lines between prose: a heading and a byline, verse, or data and code
     that stand within the article without any word of menus."""
     if before_prose and after_prose and "furniture" not in kinds:
         data = [line for line in lines if DATA.search(line) and not ABOUT.match(line)]
-        if 2 * len(data) >= len(lines):
+        if article or 2 * len(data) >= len(lines):
             return lines
-    if "short" not in kinds:
-        return []
-    kinds = ["furniture" if kind == "table" else kind for kind in kinds]
     short = [line for line, kind in zip(lines, kinds, strict=True) if kind == "short"]
+    if not short:
+        return []
     verse = []
-    for is_short, run in groupby(zip(lines, kinds, strict=True), lambda pair: pair[1] == "short"):
-        run = [line for line, _ in run]
-        if is_short and is_verse(run):
+    for soft, run in groupby(zip(lines, kinds, strict=True), lambda pair: pair[1] != "furniture"):
+        run = list(run)
+        while run and run[-1][1] == "table":
+            run.pop()
+        run = [line for line, kind in run if kind == "short" or not (
+            DATA.search(line) or LATIN.search(line.lower()) or ABOUT.match(line))]
+        if soft and is_verse(run):
             verse += run
     if verse:
         return verse
+    kinds = ["furniture" if kind == "table" else kind for kind in kinds]
     if not before_prose:
         return []
     if "furniture" in kinds or len(short) > 3:
@@ -1485,6 +1577,8 @@ def blocks() -> SimpleNamespace:
                         continue
                     name = row.get("id")
                     name = as_text(name) if isinstance(name, str | bytes) else None
+                    if name and "\ufffd" in name:  # others may look the same
+                        name = None
                     yield {
                         "text": text, "id": name or f"{path}:{number}", "refused": refused,
                         "url": as_label(row.get("url")), "date": as_label(row.get("date"))}
@@ -1507,10 +1601,10 @@ def blocks() -> SimpleNamespace:
 
         def filter(self, doc):
             tally = self.tally = doc.metadata.pop("tally")
-            refused = doc.metadata.pop("refused")
+            refused, article = doc.metadata.pop("refused"), doc.metadata.pop("article", False)
             before = len(doc.text.encode("utf-8", errors="replace"))
             if not refused:
-                text, scores, refused = self.judge.verdict(doc.text)
+                text, scores, refused = self.judge.verdict(doc.text, article)
                 if not refused and self.url_filter and doc.metadata["url"]:
                     refused = "url" if self.url_filter.filter(doc) is not True else None
                 doc.metadata |= scores

@@ -5,21 +5,15 @@ names its base. Out, in outputs/merged: safetensors, config, generation config, 
 and the tokenizer, with tokenizer.model byte for byte (saved by Transformers 5 it is left out, and
 llama.cpp then mis-tokenises without a word). --push_to_hub uploads that folder.
 
-Streaming: no model is built. Tensors flow from file to file in blocks of rows, so memory stays at a
-few hundred MB for any size. The bytes are read and written here: the safetensors package writes
-only what is whole in memory and reads by memory maps, which is slower. The format is a length
-(8 bytes), a JSON header, and the tensors.
-
 Exact: equal to PEFT 0.21's merge_and_unload on CPU, bit for bit. Like PEFT we take A and B to fp32,
     delta = (B @ A) * scaling            # (out, r) @ (r, in)
     W     = round(W + delta)             # one rounding, at the sum
-block by block: rows of a product do not depend on one another. DoRA (Liu et al. 2024, section 4)
-scales each row to its trained length.
+block by block of rows, so memory stays at a few hundred MB for any size: no model is built, and the
+rows of a product do not depend on one another. DoRA (Liu et al. 2024, section 4) scales each row to
+its trained length. An adapter that lacks a part of what its config promises is refused.
 
 An adapter trained on a 4-bit base (QLoRA, Dettmers et al. 2023) has learned to live with that
 base's rounding. It is merged into what it saw, the base quantised and dequantised: --merge_into.
-
-Whole: all that adapter_config.json promises must be in the file, or the merge is refused.
 
 Several adapters of one base: the mean of their merged weights, in fp32. A chat model of the same
 base: merged + scale * (chat - base), in fp32, a chat vector (Huang et al. 2024). It brings
@@ -46,7 +40,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -86,6 +80,7 @@ KNOWN_VALUES = {
     # These leave the base as it was; PiSSA, OLoRA, LoftQ, ... change it before training begins.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
 TERMS = ["LICENSE*", "NOTICE*", "USE_POLICY*"]  # Llama 2's licence travels with its weights
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
 NF4 = {  # QLoRA's settings, for --merge_into dequantized when the adapter does not tell its own
     "quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": "bfloat16",
@@ -333,9 +328,6 @@ class Stored:
             raise UserError(f"{self.path}: {self.name} has NaN or inf; {remedy}")
         return rows
 
-    def whole(self) -> "Tensor":
-        return self.block(0, self.rows).float()
-
 
 def finite(rows: "Tensor") -> bool:
     """No NaN, no infinity; the sum tells in one pass, unless it overflows by itself."""
@@ -344,7 +336,8 @@ def finite(rows: "Tensor") -> bool:
 
 def read_tensors(folder: Path, shown: str, file: str = "model.safetensors") -> dict[str, Stored]:
     """The tensors of one safetensors file or of the shards that its index names, in the order in
-    which they lie there. All of their bytes must be there."""
+    which they lie there. A file is a length (8 bytes), a JSON header, and the tensors; we read and
+    write it ourselves, since the package maps files into memory and writes only what it holds."""
     from safetensors import SafetensorError, safe_open
     index, names, tensors = folder / f"{file}.index.json", {file}, {}
     if not (folder / file).is_file():
@@ -478,6 +471,20 @@ def read_adapter(name: str, args: Arguments) -> Adapter:
     return Adapter(folder, shown, lora, run, tensors, base, read_quantization(folder, shown, run))
 
 
+def read_adapters(args: Arguments) -> list[Adapter]:
+    """The adapters, of one base: else a mean of their merged weights means nothing."""
+    first, *others = adapters = [read_adapter(name, args) for name in args.adapter]
+    for other in others:
+        refuse(
+            (other.base != first.base,
+             f"{other.shown}: its base is {other.base}, that of {first.shown} is {first.base}; "
+             "expected one base; pass it with --base_model"),
+            (other.quantization != first.quantization and not args.merge_into,
+             f"{other.shown}: trained on {other.quantization}, {first.shown} on "
+             f"{first.quantization}; expected one base; say it with --merge_into"))
+    return adapters
+
+
 def read_quantization(folder: Path, shown: str, run: dict) -> dict | None:
     """The 4-bit settings of an adapter's training, from its file's metadata, else from run.json."""
     from safetensors import safe_open
@@ -505,10 +512,6 @@ def read_quantization(folder: Path, shown: str, run: dict) -> dict | None:
 def find_base(args: Arguments, adapters: list[Adapter]) -> Model:
     """The model that the adapters were trained on."""
     first = adapters[0]
-    for other in adapters[1:]:
-        if other.base != first.base:
-            wrong = f"its base is {other.base}, that of {first.shown} is {first.base}"
-            raise UserError(f"{other.shown}: {wrong}; expected one base; pass it with --base_model")
     shown, revision = f"--base_model {first.base}", first.lora.get("revision")
     if not args.base_model and revision not in (None, "main") and not Path(first.base).exists():
         raise UserError(f"{shown}: wanted is revision {revision}; download it and pass its folder")
@@ -713,8 +716,8 @@ def is_target(module: str, lora: dict) -> bool:
 
 
 def check_whole(parts: dict[str, Part], number: int, adapter: Adapter) -> None:
-    """All that adapter_config.json promises is there, and no LoRA that it does not promise. Any
-    other adapter would be merged in part, without a word."""
+    """Refuse an adapter that lacks what adapter_config.json promises or has LoRA that it does not
+    promise: it would be merged in part, without a word."""
     lora, promised, missing, foreign = adapter.lora, 0, [], []
     saved, rows = tuple(lora.get("modules_to_save") or []), tuple(token_indices(lora))
     for name, part in parts.items():
@@ -723,33 +726,26 @@ def check_whole(parts: dict[str, Part], number: int, adapter: Adapter) -> None:
         change, matrix = part.changes[number], leaf == "weight" and len(part.like.shape) == 2
         for wanted, there, by in (
             (matrix and is_target(module, lora), change.a, "LoRA by target_modules"),
-            (bool(saved) and any(parent.endswith(saved) for parent in parents), change.whole,
-             "modules_to_save"),
-            (matrix and bool(rows) and module.endswith(rows), change.new,
-             "trainable_token_indices")):
+            (any(parent.endswith(saved) for parent in parents), change.whole, "modules_to_save"),
+            (matrix and module.endswith(rows), change.new, "trainable_token_indices")):
             promised += wanted
-            if wanted and not there:
-                missing.append(f"{module} ({by})")
+            missing += [f"{module} ({by})"] if wanted and not there else []
         if change.a and lora.get("target_modules") and not is_target(module, lora):
             foreign.append(module)
-    for found, wrong in (
-        (missing, f"{len(missing)} of {promised} that adapter_config.json promises are missing"),
-        (foreign, f"{len(foreign)} have LoRA that adapter_config.json does not promise")):
-        if found or not adapter.tensors:
-            wrong = wrong if adapter.tensors else f"the file holds no tensors; {wrong}"
-            names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-            raise UserError(f"{adapter.shown}: adapter_model.safetensors is not whole: {wrong}: "
-                            f"{names}; save it again from the trained model or pass a checkpoint")
+    wrong = f"{len(foreign)} have LoRA that adapter_config.json does not promise"
+    if missing or not adapter.tensors:
+        wrong = f"{len(missing)} of {promised} that adapter_config.json promises are missing"
+        wrong = "the file holds no tensors; " * (not adapter.tensors) + wrong
+    if found := missing or foreign or ["all"] * (not adapter.tensors):
+        names = ", ".join(found[:3]) + ", ..." * (len(found) > 3)
+        raise UserError(f"{adapter.shown}: adapter_model.safetensors is not whole: {wrong}: "
+                        f"{names}; save it again from the trained model or pass a checkpoint")
 
 
 def choose_base(parts: dict[str, Part], args: Arguments, adapters: list[Adapter]) -> dict | None:
     """Mark what a 4-bit base holds in 4 bits and return its settings; None: the base as it is."""
     import torch
     trained = adapters[0].quantization
-    for other in adapters[1:]:
-        if other.quantization != trained and not args.merge_into:
-            wrong = f"trained on {other.quantization}, {adapters[0].shown} on {trained}"
-            raise UserError(f"{other.shown}: {wrong}; expected one base; say it with --merge_into")
     if trained is None and not args.merge_into:
         print(f"warning: {adapters[0].shown}: it does not tell whether it was trained in 4 bits; "
               "merged into the base as it is; if it was (QLoRA), pass --merge_into dequantized",
@@ -778,16 +774,17 @@ def choose_base(parts: dict[str, Part], args: Arguments, adapters: list[Adapter]
     return nf4
 
 
-def read_pieces(folder: Path, shown: str) -> dict[str, int]:
-    """A tokenizer's pieces and their ids."""
+def read_pieces(folder: Path, shown: str, names: Sequence[str] = TOKENIZERS) -> tuple[dict, dict]:
+    """The pieces of a tokenizer and what was added to it, with their ids."""
     from sentencepiece import SentencePieceProcessor
     try:
-        if not (folder / "tokenizer.json").is_file():
-            model = SentencePieceProcessor(str(folder / "tokenizer.model"))
-            return {model.id_to_piece(i): i for i in range(model.vocab_size())}
-        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        path = next(folder / name for name in names if (folder / name).is_file())
+        if path.suffix == ".model":
+            model = SentencePieceProcessor(str(path))
+            return {model.id_to_piece(i): i for i in range(model.vocab_size())}, {}
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
         added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-        return tokenizer["model"]["vocab"] | added
+        return tokenizer["model"]["vocab"], added
     except Exception as error:
         wrong = "no tokenizer.model or tokenizer.json that can be read"
         raise UserError(f"{shown}: {wrong}; copy the tokenizer's files there") from error
@@ -808,7 +805,9 @@ def lay_chat_over(args: Arguments, parts: dict[str, Part], base: Model) -> Model
         if has != due:
             wrong = f"{name} is {has}; expected {due}, as in the base"
             raise UserError(f"{chat.shown}: {wrong}; {other}")
-    pieces, known = (read_pieces(model.folder, model.shown) for model in (chat, base))
+    pieces, known = (
+        vocabulary | added for vocabulary, added in
+        (read_pieces(model.folder, model.shown) for model in (chat, base)))
     shared = sorted(i for piece, i in pieces.items() if known.get(piece) == i)
     if len(shared) < 0.9 * len(pieces):
         wrong = f"{len(shared)} of its {len(pieces)} pieces have the same ids in the base"
@@ -1045,8 +1044,8 @@ def copy_rest(adapter: Adapter, base: Model, chat: Model | None, folder: Path) -
     if not (folder / "generation_config.json").is_file():
         ids = {key: value for key, value in base.config.items() if key.endswith("_token_id")}
         save_json(folder / "generation_config.json", ids)
-    own = ("tokenizer.json", "tokenizer.model")
-    return next((adapter.shown for name in own if (adapter.folder / name).is_file()), base.shown)
+    own = any((adapter.folder / name).is_file() for name in TOKENIZERS)
+    return adapter.shown if own else base.shown
 
 
 def copy_chat(chat: Model, folder: Path) -> None:
@@ -1067,27 +1066,25 @@ def copy_chat(chat: Model, folder: Path) -> None:
 
 def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
     """See that tokenizer.model, tokenizer.json and embedding agree; return the number of tokens."""
-    from sentencepiece import SentencePieceProcessor
-    made, model, pieces = folder / "tokenizer.json", folder / "tokenizer.model", "no"
-    try:
-        if model.is_file() or not made.is_file():
-            pieces = SentencePieceProcessor(str(model)).vocab_size()
-        if not made.is_file():  # it is made from tokenizer.model, which takes some time and memory
-            from transformers import AutoTokenizer
+    made, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    spelled = read_pieces(folder, shown, ["tokenizer.model"])[0] if model.is_file() else None
+    if spelled and not made.is_file():
+        from transformers import AutoTokenizer  # which takes some time and memory
+        try:
             AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(made))
-        tokenizer = json.loads(made.read_text(encoding="utf-8"))
-    except Exception as error:
-        wrong = "no tokenizer.model or tokenizer.json that can be read, with base or adapter"
-        raise UserError(f"{shown}: {wrong}; copy the tokenizer's files there") from error
-    count = len(tokenizer["model"]["vocab"])
-    tokens = max([count, *(token["id"] + 1 for token in tokenizer.get("added_tokens", []))])
-    if pieces not in ("no", count) or not rows - 512 <= tokens <= rows:  # some round the rows up
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{shown}: no tokenizer of its files ({reason}); {AGAIN}") from error
+    pieces, added = read_pieces(folder, shown)
+    tokens, count = max([len(pieces), *(i + 1 for i in added.values())]), len(pieces)
+    if (spelled and len(spelled) != count) or not rows - 512 <= tokens <= rows:  # rows are rounded
         remedy = "copy the tokenizer of this model there"
         if shown.startswith("--adapter"):
             remedy += ", or remove its tokenizer's files to take those of the base"
         raise UserError(
-            f"{shown}: tokenizer.model has {pieces} pieces, tokenizer.json {count} and with added "
-            f"tokens {tokens}, the embedding {rows} rows; {remedy}")
+            f"{shown}: tokenizer.model has {len(spelled) if spelled else 'no'} pieces, "
+            f"tokenizer.json {count} and with added tokens {tokens}, the embedding {rows} rows; "
+            f"{remedy}")
     return tokens
 
 
@@ -1106,7 +1103,7 @@ def write_papers(
 def origin(adapter: Adapter, base: Model) -> str:
     """The model that it all began with: our records name what each base was made from."""
     name, folder = adapter.base, base.folder
-    for _ in range(9):
+    for _ in range(9):  # a record may name itself
         record = run_record(folder)
         name = ((record.get("arguments") or {}).get("base_model")
                 or (record.get("base") or {}).get("model_name_or_path") or name)
@@ -1118,35 +1115,36 @@ def model_card(folder: Path, args: Arguments, adapter: Adapter, base: Model, fac
     """README.md with the front matter that the hub reads, from the records of the training."""
     from huggingface_hub import EvalResult, ModelCardData
     run, name = adapter.run, origin(adapter, base)
-    results, settings = run.get("results") or {}, run.get("settings") or {}
+    results, settings = run.get("results") or {}, dict(run.get("settings") or {})
     title = (args.push_to_hub or args.output_dir).rpartition("/")[2]
-    kinds = ["chat-vector"] if args.chat_model else []
-    kinds += ["qlora" if adapter.quantization else "lora"]
     size = {key: results[key] for key in ("documents", "tokens") if key in results}
     dataset = Path((run.get("arguments") or {}).get("dataset") or "unknown").name
-    losses = {"train loss": "loss_last", "loss on documents held out": "eval_loss",
-              "bits per character on documents held out": "eval_bits_per_character"}
+    kinds = ("loss", "train loss", "loss_last"), ("loss", "loss held out", "eval_loss"), (
+        "bits_per_character", "bits per character held out", "eval_bits_per_character")
+    losses = [
+        EvalResult("text-generation", "text", dataset, kind, round(results[key], 4),
+                   dataset_args=size, metric_name=shown)
+        for kind, shown, key in kinds if results.get(key) is not None]
     data = ModelCardData(
         base_model=name if re.fullmatch(HUB_ID, name) and not Path(name).exists() else None,
         language="zh", license="llama2" if "llama-2" in name.lower() else "other",
         library_name="transformers", pipeline_tag="text-generation", model_name=title,
-        tags=["llama", "traditional-chinese", *kinds], eval_results=[
-            EvalResult("text-generation", "text", dataset, "loss", results[key], dataset_args=size,
-                       metric_name=metric)
-            for metric, key in losses.items() if results.get(key) is not None] or None)
+        tags=["llama", "traditional-chinese", "qlora" if adapter.quantization else "lora"],
+        eval_results=losses or None)
     sections = {
-        "Weights": facts, "Training data": {"dataset": dataset, **size} if size else {},
-        "Loss": {metric: results.get(key) for metric, key in losses.items()},
-        "Hyperparameters": settings, "Framework versions": run.get("versions") or {}}
-    picture = "![training loss](trainloss.png)\n" * (folder / "trainloss.png").is_file()
-    text = [f"---\n{data.to_yaml()}\n---\n\n# {title}\n", picture,
-            f"{name}, trained further on Traditional Chinese text: a LoRA adapter merged into its "
-            "base by merge_lora.py of 落九 (Luojiu). The terms of the base hold for these weights "
-            "too.\n"]
+        "Training": {"dataset": dataset} | size if size else {},
+        "Results": {loss.metric_name: loss.metric_value for loss in losses},
+        "Hyperparameters": {k: v for k, v in settings.items() if k not in ("model", "dataset")},
+        "Weights": facts, "Framework versions": run.get("versions") or {}}
+    text = [f"---\n{data.to_yaml()}\n---", f"# {title}"]
+    text += ["![training loss](trainloss.png)"] * (folder / "trainloss.png").is_file()
+    text += [f"{name}, trained further on Traditional Chinese text: a LoRA adapter merged into its "
+             "base by merge_lora.py of 落九 (Luojiu). The terms of the base hold for these weights "
+             "too."]
     for heading, values in sections.items():
         lines = [f"- {key}: {value}" for key, value in values.items() if value is not None]
-        text += [f"## {heading}\n", *lines, ""] if lines else []
-    return "\n".join(filter(None, text))
+        text += [f"## {heading}", "\n".join(lines)] if lines else []
+    return "\n\n".join(text) + "\n"
 
 
 # --- The output folder ---------------------------------------------------------------------------
@@ -1305,7 +1303,7 @@ def main(argv: list[str] | None = None) -> None:
     args, began = parse_args(argv), time.time()
     check(args)
     text = read_passage(args.verify)
-    adapters = [read_adapter(name, args) for name in args.adapter]
+    adapters = read_adapters(args)
     base = find_base(args, adapters)
     parts = make_plan(args, base, adapters)
     nf4 = choose_base(parts, args, adapters)

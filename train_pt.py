@@ -1,9 +1,9 @@
 """Continued pretraining of an extended Llama on one GPU: QLoRA with shifted sparse (S²) attention.
 
 In: the model of extend_vocab.py (outputs/extended) and a folder of text (data/cc_filtered: Parquet
-with a column `text`; JSON Lines and .txt work too). Out: outputs/pt with the adapter (stock PEFT:
-LoRA, the new rows of embedding and head, the norms), checkpoints, metrics.jsonl, a model card, and
-pictures/trainloss.png, redrawn as it runs.
+with a column `text`; JSON Lines and .txt work too), or several in a ratio of tokens. Out:
+outputs/pt with the adapter (stock PEFT: LoRA, the new rows of embedding and head, the norms),
+checkpoints, metrics.jsonl, a model card, and pictures/trainloss.png, redrawn as it runs.
 
 The weights are NF4 (QLoRA, Dettmers et al. 2023). In training half of the heads attend within
 groups of --group_size tokens and half within groups shifted by half a group (LongLoRA, Chen et al.
@@ -19,6 +19,9 @@ Minutes on any CPU, after the first two steps of `make demo`:
 The real run, and first what it will take (config.json is enough for that):
     python train_pt.py --plan --plan_gpu_gb 24
     python train_pt.py --lora_rank 32
+With a tenth of English mixed in; and a run that goes on from a trained adapter:
+    python train_pt.py --dataset data/cc_filtered english.parquet --dataset_weight 9 1
+    python train_pt.py --adapter outputs/pt --output_dir longer
 Several GPUs, a copy of the model on each (DDP), or a part of it on each (FSDP; README.md):
     torchrun --shutdown_timeout 600 --nproc_per_node 4 train_pt.py --lora_rank 32
     accelerate launch --config_file fsdp.yaml train_pt.py --lora_rank 32
@@ -160,6 +163,8 @@ class Arguments(Settings):
     dataset: list[str] = field(default_factory=lambda: ["data/cc_filtered"], metadata={
         "help": "Text: .parquet, .jsonl, .txt, or folders. An epoch is a pass over the first; the "
         "others repeat or stop short, as --dataset_weight asks."})
+    eval_dataset: list[str] | None = field(default=None, metadata={
+        "help": "More text to evaluate on, as name=path; beside what is held out of each source."})
     output_dir: str = option("outputs/pt", "Folder of adapter, checkpoints and metrics.")
     picture: str = option("pictures/trainloss.png", "The loss chart, redrawn as it runs.")
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
@@ -385,6 +390,15 @@ def find_model(name_or_path: str, option: str) -> Path:
     return Path(snapshot)
 
 
+def pickled(folder: Path) -> str | None:
+    """Of a model whose weights are in .bin files: what is wrong, and the command that mends it."""
+    names = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    return names and (
+        f"its weights are in {names[0]}; expected *.safetensors; convert them: python -c \"from "
+        f"transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', "
+        f"dtype='auto').save_pretrained('{folder}')\"")
+
+
 def fingerprint(folder: Path) -> str:
     """Name a model's weights without reading gigabytes: the sha256 of config.json and, for every
     *.safetensors in name order, its name, its header and both ends (1,024 bytes) of each tensor."""
@@ -433,7 +447,6 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{option} {path}: is not whole ({reason}); fetch it again") from error
     missing = not args.plan and not any(folder.glob("[!.]*.safetensors"))
-    pickled = any(folder.glob("pytorch_model*.bin"))
     rows, positions = config.vocab_size, config.max_position_embeddings
     pieces = len(tokenizer or ())
     recorded = (read_record(folder).get("results") or {}).get("base_vocab_size")
@@ -447,10 +460,7 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
         (config.tie_word_embeddings, f"{model}: embedding and head are tied; expected two"),
         (getattr(config, "quantization_config", None), f"{model}: it is quantised, and what is "
          "trained on it cannot be merged; pass the 16-bit model that it was made from"),
-        (missing and pickled, f"{model}: its weights are pytorch_model*.bin; expected "
-         "*.safetensors; convert them: python -c \"from transformers import AutoModelForCausalLM "
-         f"as M; M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}')\""),
-        (missing, f"{model}: no *.safetensors, so no weights in it"),
+        (missing, f"{model}: {pickled(folder) or 'no *.safetensors, so no weights in it'}"),
         (uneven and args.quantization == "nf4",
          f"{model}: {uneven}; nf4 expects a multiple of 64; use --quantization none"),
         (pieces > rows, f"{model}: the tokenizer has {pieces} pieces and the model only {rows} "
@@ -591,18 +601,18 @@ def register_attention() -> None:
 # --- Data ----------------------------------------------------------------------------------------
 
 
-def text_files(dataset: str) -> list[Path]:
+def text_files(dataset: str, option: str = "--dataset") -> list[Path]:
     """The files to read, in name order. Of a folder the top level alone: below it filter_cc.py
     keeps its work and the pages that it refused."""
     root = Path(dataset).expanduser()
     if not root.exists():
         hint = "run python filter_cc.py first" if "cc_filtered" in dataset else "check the path"
-        raise UserError(f"--dataset {dataset}: there is no such file or folder; {hint}")
+        raise UserError(f"{option} {dataset}: there is no such file or folder; {hint}")
     found = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.is_file())
     visible = (p for p in found if not p.name.startswith("."))  # ._page.txt is macOS's own
     files = [p for p in visible if p.suffix in (".parquet", ".jsonl", ".txt")]
     if not files:
-        raise UserError(f"--dataset {dataset}: no .parquet, .jsonl or .txt in it; expected text")
+        raise UserError(f"{option} {dataset}: no .parquet, .jsonl or .txt in it; expected text")
     return files
 
 
@@ -848,16 +858,26 @@ def source_names(datasets: list[str]) -> list[str]:
     return short if len({*short}) == len(short) else datasets
 
 
+def eval_texts(args: Arguments) -> dict[str, str]:
+    """The texts of --eval_dataset by their names; none if nothing is evaluated."""
+    asked = args.eval_dataset or [] if args.eval_strategy != "no" else []
+    return {name: os.path.expanduser(path) for name, _, path in (t.partition("=") for t in asked)}
+
+
 def pack_sources(
     corpora: list[Corpus], args: Arguments, training: Any, padding: int
 ) -> tuple[Mixture, dict[str, PackedBlocks]]:
-    """What to train on, and by the source's name what is held out."""
+    """What to train on, and by its name what to evaluate on: what is held out of each source, and
+    the texts of --eval_dataset, whose corpora come last."""
     train, held_out = [], {}
-    for name, corpus in zip(source_names(args.dataset), corpora, strict=True):
+    for name, corpus in zip(source_names(args.dataset), corpora, strict=False):
         blocks, held = split_corpus(corpus, args, padding)
         train.append(blocks)
         if held:
             held_out[name] = held
+    for name, corpus in zip(eval_texts(args), corpora[len(train) :], strict=True):
+        every = np.arange(len(corpus.lengths))
+        held_out[name] = PackedBlocks(corpus, every, args.block_size, padding)
     seed = args.seed if training.data_seed is None else training.data_seed
     return Mixture(train, args.dataset_weight, seed), held_out
 
@@ -865,7 +885,7 @@ def pack_sources(
 def count(corpora: list[Corpus], blocks: Mixture, held_out: dict, training: Any) -> dict[str, int]:
     """The run in numbers."""
     return {
-        "documents": sum(len(corpus.lengths) for corpus in corpora),
+        "documents": sum(len(corpus.lengths) for corpus in corpora[: len(blocks.sources)]),
         "tokens": sum(source.total for source in blocks.sources), "sequences": len(blocks),
         "eval_sequences": sum(len(held) for held in held_out.values()),
         "steps": total_steps(len(blocks), training)}
@@ -2241,12 +2261,17 @@ def check(args: Arguments) -> None:
     options, parsed = args.activation_checkpointing_kwargs, None
     with suppress(ValueError):
         parsed = json.loads(options or "{}")
+    texts, names = args.eval_dataset or [], source_names(args.dataset)
+    names += [text.partition("=")[0] for text in texts]
     weights = args.dataset_weight
     places = [Path(path).resolve() for path in args.dataset]
     twice = [path for n, path in enumerate(args.dataset) if places[n] in places[:n]]
     refuse(
         (twice, f"--dataset {' '.join(twice)}: named twice; expected each source once, and "
          "--dataset_weight for its share"),
+        (not all(re.fullmatch(r"[\w-]+=.+", text) for text in texts) or len({*names}) < len(names),
+         f"--eval_dataset {' '.join(texts)}: expected name=path, each name once and none of "
+         f"{', '.join(source_names(args.dataset))}"),
         (weights and len(weights) != len(places), f"--dataset_weight {shown(weights)}: expected a "
          f"number for each --dataset, which are {len(places)}"),
         (weights and not all(0 < w <= 1000 * min(weights) for w in weights),
@@ -2293,7 +2318,7 @@ def nothing_held_out(args: Arguments, held_out: dict, files: list[list[Path]]) -
     """What to say where an evaluation is asked for and a text has too few documents for one."""
     if args.eval_fraction == 0 or args.eval_strategy == "no":
         return None
-    for name, dataset, found in zip(source_names(args.dataset), args.dataset, files, strict=True):
+    for name, dataset, found in zip(source_names(args.dataset), args.dataset, files, strict=False):
         if name not in held_out:
             txt = any(path.suffix == ".txt" for path in found)
             remedy = "; a .txt is one document: one a row, as JSON Lines, would be many"
@@ -2320,9 +2345,10 @@ def main(argv: list[str] | None = None) -> None:
     folder, config, tokenizer, first_new = load_base(args)
     if args.plan and not (tokenizer and all(Path(path).exists() for path in args.dataset)):
         return print_plan(args, training, config, first_new, {})
-    files = [text_files(dataset) for dataset in args.dataset]
+    files = [text_files(path) for path in args.dataset]
+    files += [text_files(path, "--eval_dataset") for path in eval_texts(args).values()]
     keys = [dataset_key(found, folder) for found in files]
-    record = describe_run(args, training, folder, first_new, keys)
+    record = describe_run(args, training, folder, first_new, keys[: len(args.dataset)])
     check_adapter(args, record)
     with training.main_process_first():  # of several processes one moves and tokenises
         checkpoint = None if args.plan else open_run(args, record)

@@ -1,12 +1,13 @@
 """merge_lora.py beside PEFT's merge_and_unload and beside cp -r: time, memory, bits.
 
     python benchmarks/bench_merge.py                 # both models that follow, if the disk allows
-    python benchmarks/bench_merge.py --only 1.9B     # a 3.7 GB model, minutes; 17 GB of disk
+    python benchmarks/bench_merge.py --only 1.9B     # a 3.7 GB model, minutes; 25 GB of disk
     python benchmarks/bench_merge.py --only 7B       # a 14 GB one, cp and ours; 32 GB of disk
     python benchmarks/bench_merge.py --draw          # the picture again, from the results
 
 Random weights in Llama's shapes with 61,388 rows, and an adapter laid out like train_pt.py's: rank
-32 on all linear layers, norms, 29,388 new rows of embedding and head. Each way is a process of its
+32 on all linear layers, norms, 29,388 new rows of embedding and head; for the way "chat" a copy of
+the base stands for the chat model. Each way is a process of its
 own, from start to files that are safely on the disk (fsync). The ways take turns, the medians are
 shown; times are comparable within one run only, and only on a machine that does nothing else. Then
 every tensor of ours is compared with PEFT's.
@@ -39,8 +40,8 @@ ROWS, NEW_FROM, RANK, SEED = 61_388, 32_000, 32, 0
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 SIZES = {"1.9B": (32, 2048, 5504), "7B": (32, 4096, 11008)}  # layers, hidden, intermediate
-WAYS = {"1.9B": ["cp", "original", "dequantized", "PEFT"], "7B": ["cp", "original"]}
-DISK = {"1.9B": 17, "7B": 32}  # GB
+WAYS = {"1.9B": ["cp", "original", "dequantized", "chat", "PEFT"], "7B": ["cp", "original"]}
+DISK = {"1.9B": 25, "7B": 32}  # GB
 sys.path.insert(0, str(ROOT))
 
 import merge_lora as script  # noqa: E402
@@ -137,7 +138,7 @@ PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out
 """
 
 
-def commands(base: Path, adapter: Path) -> dict[str, list[str]]:
+def commands(base: Path, adapter: Path, chat: Path) -> dict[str, list[str]]:
     """Each way's command; the last word is its output folder."""
     copy = f"cp -r {base} $0 && {sys.executable} -c '{SYNC}' $0"
     ours = [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(adapter)]
@@ -145,6 +146,7 @@ def commands(base: Path, adapter: Path) -> dict[str, list[str]]:
         "cp": ["bash", "-c", copy],
         "original": [*ours, "--merge_into", "original", "--output_dir"],
         "dequantized": [*ours, "--merge_into", "dequantized", "--output_dir"],
+        "chat": [*ours, "--merge_into", "original", "--chat_model", str(chat), "--output_dir"],
         "PEFT": [sys.executable, "-c", PEFT + SYNC, str(base), str(adapter)]}
 
 
@@ -184,18 +186,20 @@ def aside(function: Callable, *args: object) -> object:
 
 def measure(size: str, ways: list[str], rounds: int) -> dict:
     """All ways on one model, in turns; one round of cp first, to warm the file cache."""
-    base, adapter = WORK / "base", WORK / "adapter"
+    base, adapter, chat = WORK / "base", WORK / "adapter", WORK / "chat"
     for folder in (base, adapter):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     aside(make_adapter, adapter, base, size)
-    command = commands(base, adapter)
+    command = commands(base, adapter, chat)
     run(command["cp"], WORK / "cp")
+    if "chat" in ways:
+        (WORK / "cp").rename(chat)
     runs: dict[str, list[dict]] = {way: [] for way in ways}
     for turn in range(rounds):
         for way in ways:
-            if way in ("PEFT", "dequantized") and turn:
-                continue  # minutes long: once is enough
+            if way == "PEFT" and turn:
+                continue  # half a minute or more: once is enough
             runs[way].append(run(command[way], WORK / way))
             print(size, way, {k: round(v, 1) for k, v in runs[way][-1].items()}, flush=True)
             if way not in ("original", "PEFT"):
@@ -224,11 +228,12 @@ def measure(size: str, ways: list[str], rounds: int) -> dict:
 
 
 def draw(row: dict) -> None:
-    """Seconds and peak memory of the four ways, side by side."""
+    """Seconds and peak memory of each way, side by side."""
     from matplotlib.figure import Figure
 
     labels = {"cp": "cp -r", "PEFT": "PEFT, merge_and_unload"}
     labels |= {w: f"merge_lora.py\n--merge_into {w}" for w in ("original", "dequantized")}
+    labels |= {"chat": "merge_lora.py\n--chat_model"} if "chat" in row["ways"] else {}
     ways = sorted(labels, key=lambda way: -row["ways"][way]["seconds"])  # the quickest on top
     panels = {"seconds, until it is safely on the disk": ("seconds", 1, "%.1f s"),
               "peak memory, GB": ("peak_mb", 1000, "%.2f GB")}

@@ -221,14 +221,15 @@ DEQUANTISE, OPTIMIZER = "dequantisation", "clipping and optimizer"
 ELEMENTWISE, COPIES, REDUCTIONS = "element-wise", "copies", "reductions"
 OVERHEAD = (ELEMENTWISE, COPIES, REDUCTIONS)
 KINDS = (PRODUCTS, UNALIGNED, ATTENTION, DEQUANTISE, ELEMENTWISE, COPIES, REDUCTIONS, OPTIMIZER)
-# PFLOP/s of products in bfloat16, TB/s, and SMs x GHz. H200 as measured in long runs of one kernel,
-# A10 and 4090 as commonly measured; H100 and A100 are public figures times the H200's share of its
-# own (0.81 and 0.875). SMs x GHz are public figures.
+# PFLOP/s of products in bfloat16, TB/s, and SMs x GHz. Assumed, not measured: the H200's are 0.81
+# and 0.875 of its public figures, and so are the H100's and A100's of theirs; an A10's products
+# reach little more than half of its figure, a 4090's nearly all. SMs x GHz are public figures.
 CARDS = {
     "a10": (0.07, 0.6, 72 * 1.695), "4090": (0.16, 1.0, 128 * 2.52),
     "a100": (0.25, 1.78, 108 * 1.41), "h100": (0.8, 2.93, 132 * 1.98),
     "h200": (0.8, 4.2, 132 * 1.98)}
-# The share of a card's rate that a training step reaches, from gpu.json's kernels on the H200.
+# The share of a card's rate that a training step reaches: fitted to gpu.json's kernels on the H200.
+# Its variants there (full attention, one-kernel norm, Liger) were not fitted, and are the check.
 # Products whose rows are no multiple of 16 bytes run as kernels of an older kind.
 SHARES = {PRODUCTS: 0.86, UNALIGNED: 0.28, ATTENTION: 0.25, DEQUANTISE: 0.45}
 STREAMED = 0.88  # of the bandwidth, where a kernel's operands all lie alike

@@ -479,7 +479,7 @@ def test_distilled_rows_learn_and_nothing_else_changes(corpus, tmp_path, monkeyp
         table = [[number] for number in range(BASE_SIZE)]
         table += script.spellings(proto(base), pieces[BASE_SIZE:])
         texts = list(script.documents(corpus, "--corpus"))
-        args = script.Arguments(distill_tokens=900, seed=1)
+        args = script.Arguments(init="distilled", distill_tokens=900, seed=1)
         windows = script.distill_windows(proto(result), [(1, text) for text in texts], args)
         rows = new[script.EMBEDDING][BASE_SIZE:]
         distances = [script.student_distance(llama, rows, w, table).item() for w in windows]
@@ -513,17 +513,41 @@ def test_distilling_that_is_stopped_goes_on_to_the_same_bytes(base, corpus, tmp_
         assert torch.equal(tensor, expected[name])
 
 
-def test_a_large_base_without_a_gpu_is_not_distilled(base, corpus, monkeypatch, capsys):
-    monkeypatch.setattr(script, "CPU_LOSS_BYTES", 1000)
+def test_shared_rows_are_what_the_run_writes(base, corpus, tmp_path, monkeypatch):
+    """Input rows: the last old row. Output rows: along the corpus, a piece has the logit of its
+    first old token and, roughly, the logarithm of its share."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = refusal(capsys, *options(base, corpus, "--init", "distilled"))
-    assert "GB of weights and no GPU; expected a GPU" in said
+    script.main(options(base, corpus, "--init", "shared"))
+    result = tmp_path / "outputs" / "extended"
+    old, new, model = weights(base), weights(result), proto(result)
+    pieces = [piece.piece for piece in model.pieces][BASE_SIZE:]
+    spelling = script.spellings(proto(base), pieces)
+    last = old[script.EMBEDDING][[ids[-1] for ids in spelling]]
+    assert torch.equal(new[script.EMBEDDING][BASE_SIZE:], last)
+    llama = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    text, encode = corpus.read_text(encoding="utf-8").splitlines(), script.processor(model).encode
+    table = [[number] for number in range(BASE_SIZE)] + spelling
+    states = torch.cat([script.teacher_states(llama, [1, *encode(line)], table) for line in text])
+    logits = states.mean(0) @ new[script.HEAD].float().T
+    uses = Counter(i for line in text for i in encode(line) if i >= BASE_SIZE)
+    errors, shares = [], []
+    for number in (number for number, count in uses.items() if count > 50):
+        first = spelling[number - BASE_SIZE][0]
+        siblings = [BASE_SIZE + n for n, ids in enumerate(spelling) if ids[0] == first]
+        shares.append(torch.tensor(uses[number] / sum(uses[n] for n in siblings)).log())
+        errors.append(logits[number] - logits[first] - shares[-1])
+    error, size = (torch.stack(found).abs().mean().item() for found in (errors, shares))
+    assert error < 0.5 * size, "a random base has no direction on which every state is 1"
 
 
-def test_a_tied_base_is_not_distilled(corpus, tmp_path, capsys):
+def test_bases_that_no_rows_can_be_learnt_from(base, corpus, tmp_path, monkeypatch, capsys):
     tied = write_base(tmp_path / "tied", tied=True)
     said = refusal(capsys, *options(tied, corpus, "--init", "distilled"))
     assert "its embedding; expected two matrices" in said
+    monkeypatch.setattr(script, "CPU_LOSS_BYTES", 1000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = refusal(capsys, *options(base, corpus, "--init", "shared"))
+    assert "GB of weights and no GPU; expected a GPU" in said
 
 
 @pytest.mark.parametrize(
@@ -728,7 +752,7 @@ def spoil(folder: Path, how: str) -> None:
         ("quantised", "is quantised"),
         ("doubled piece", "2 times; expected every piece once"),
         ("bin only", "its weights are in pytorch_model.bin; expected *.safetensors"),
-        ("bin only", "convert .bin files: python -c"),
+        ("bin only", "convert them: python -c"),
         ("cut short", "is cut short"),
         ("not safetensors", "is not a safetensors file"),
         ("no head", "expected the same number everywhere"),

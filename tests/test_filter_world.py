@@ -310,6 +310,56 @@ def test_code_that_br_divides_stays():
     assert all(f"value_{at} = load({at})" in article for at in range(6))
 
 
+PARTS = {  # what stands in an article: its HTML, and what must be read
+    "one character": (
+        "<p><strong>不</strong>可以和牛奶一起吃，會拉肚子。</p>",
+        ["不可以和牛奶一起吃"]),
+    "links": (
+        "<p><a href=x>山</a>、<a href=y>海</a>和<a href=z>河</a>都去過了。</p>",
+        ["山、海和河都去過了"]),
+    "wbr": ("<p>隔壁的阿<wbr>伯請我們進去坐。</p>", ["隔壁的阿伯請我們進去坐"]),
+    "ruby": (
+        "<p>這條<ruby>圳<rt>ㄗㄨㄣˋ</rt></ruby>溝很老，"
+        "<ruby><rb>水</rb><rb>門</rb><rt>a</rt></ruby>還在。</p>",
+        ["這條圳溝很老，水門還在。"]),
+    "table": (
+        "<table><tr><th>材料</th><th>份量</th></tr>"
+        "<tr><td>南瓜</td><td>半顆</td></tr></table>", ["材料 份量", "南瓜 半顆"]),
+    "labels": (
+        "<label><input type=checkbox><b>洋薏仁</b>半杯</label><br><label>二砂</label>",
+        ["洋薏仁半杯", "二砂"]),
+    "short list": (
+        "<ul class=menu><li>埋到真葉的下面。</li></ul>", ["埋到真葉的下面。"]),
+    "caption": (
+        "<figure><img src=x><figcaption>民國六十年的渡船頭。</figcaption></figure>",
+        ["民國六十年的渡船頭。"]),
+    "code": (
+        "<pre><code>def f(x):\n    if x &lt; 3:\n        return g(x)\n</code></pre>",
+        ["    if x < 3:\n        return g(x)"]),
+    "source breaks": (
+        "<p>他把門輕輕地\n   打開，外面沒有人。</p>", ["他把門輕輕地打開，外面沒有人。"]),
+}
+AROUND = """<nav><a href=a>首頁</a> <a href=b>站內搜尋</a> <a href=c>加入會員</a></nav>"""
+BELOW = """<aside class="sidebar"><h3>熱門文章</h3>
+<ul><li><a href=d>十個你不知道的景點</a></li></ul></aside>
+<div class="share-buttons"><a href=e>分享到臉書</a></div>
+<div id="comments"><p>路人：<a href=f>我也去過這裡，真的很好玩。</a></p></div>
+<footer>版權所有 某某網站</footer>"""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_nothing_of_an_article_is_lost_and_its_furniture_goes(judge, name):
+    part, wanted = PARTS[name]
+    text = RECIPE.replace("\n", "")
+    first, last = (f"<p>{text[at : at + 300]}。</p>" for at in (0, 300))
+    page = f"<body>{AROUND}<main><article>{first}{part}{last}</article></main>{BELOW}</body>"
+    article, _, _ = judge.verdict(filter_cc.extract(f"<html>{page}</html>"), article=True)
+    for words in wanted:
+        assert words in article
+    for words in ("站內搜尋", "熱門文章", "不知道的景點", "分享到", "我也去過", "版權所有"):
+        assert words not in article
+
+
 # --- Quality and provenance ----------------------------------------------------------------------
 
 

@@ -831,6 +831,18 @@ def test_the_fingerprint_sees_both_ends_of_every_tensor(pair):
     assert len(prints | {merge_lora.fingerprint(base)}) == 6
 
 
+def test_what_macos_leaves_beside_a_file_is_not_counted(pair):
+    base, adapter = pair
+    print_of_base = merge_lora.fingerprint(base)
+    for folder in pair:
+        for path in [*folder.iterdir()]:
+            path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7 of another program")
+    (adapter / "checkpoint-old").mkdir()
+    shutil.copy(adapter / "adapter_config.json", adapter / "checkpoint-old")
+    assert merge_lora.fingerprint(base) == print_of_base
+    assert merge(adapter)
+
+
 def test_new_rows_beyond_the_base(tmp_path, capsys):
     grown, base = make_base(tmp_path / "grown"), make_base(tmp_path / "base", vocab_size=900)
     adapter = make_adapter(grown, tmp_path / "adapter", trainable_token_indices=[950])
@@ -1122,7 +1134,7 @@ def test_pickled_weights_and_how_to_convert_them(pair, capsys):
     (base / "pytorch_model.bin").touch()
     line = refusal(capsys, adapter)
     assert f"--base_model {base}: its weights are in pytorch_model.bin" in line
-    assert "save_pretrained" in line
+    assert "convert them: python -c" in line and f"save_pretrained('{base}')" in line
 
 
 def test_a_base_that_has_moved_is_named_by_the_adapter(pair, capsys):

@@ -135,6 +135,16 @@ def test_each_source_is_measured_apart(mixed):
     assert f"{row['eval_bits_per_character_english']:.4f} |" in card
 
 
+def test_more_text_is_evaluated_and_not_trained_on(command, text, english):
+    train_pt.main(command("--max_steps", "4", name="alone"))
+    train_pt.main(command("--max_steps", "4", "--eval_dataset", f"wiki={english}"))
+    assert same(weights("pt"), weights("alone"))
+    row = next(row for row in metrics("pt") if "eval_loss" in row)
+    assert row["eval_bits_per_character_wiki"] > 0
+    assert row["eval_loss"] == next(r["eval_loss"] for r in metrics("alone") if "eval_loss" in r)
+    assert "bits per character wiki |" in Path("pt/README.md").read_text()
+
+
 def test_the_plan_says_tokens_share_and_epochs_of_each(mixed, capsys):
     train_pt.main(mixed("--plan", "--max_steps", "-1", "--num_train_epochs", "2"))
     said = capsys.readouterr().out
@@ -157,6 +167,10 @@ def test_the_plan_says_tokens_share_and_epochs_of_each(mixed, capsys):
         (["--dataset", "{text}", "{english}", "--dataset_weight", "1", "inf"], "1 inf: expected"),
         (["--dataset", "{text}", "empty.jsonl"], "--dataset empty.jsonl: holds no text"),
         (["--dataset", "{text}", "gone"], "--dataset gone: there is no such file"),
+        (["--eval_dataset", "{text}"], "text.jsonl: expected name=path"),
+        (["--eval_dataset", "text={text}"], "expected name=path, each name once and none of text"),
+        (["--eval_dataset", "wiki=gone"], "--eval_dataset gone: there is no such file"),
+        (["--eval_dataset", "wiki=empty.jsonl"], "empty.jsonl: holds no text"),
     ],
 )
 def test_wrong_sources_and_weights_are_a_line_each(
