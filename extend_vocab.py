@@ -11,7 +11,7 @@ outputs/extended: tokenizer.model, tokenizer.json and the model with a row for e
 3. Proof, every run, before anything is written: no dead piece, SentencePiece and AutoTokenizer give
    the same ids, decoding gives the text back.
 4. Only embedding, head and config change. They are streamed: 13.5 GB pass in under 2 GB of memory.
-   New rows are the mean of the rows that spell the piece, unless the base is to read text (--init).
+   New rows come from the rows that spell the piece (--init).
 
 A run of a minute on any CPU (this command was run):
     python extend_vocab.py --base_model data/sample/tiny-llama --corpus data/cc_filtered \\
@@ -139,12 +139,12 @@ class Arguments:
     vocab_size: int = option(61388, "Pieces of the new tokenizer, the base's included.")
     output_dir: str = option("outputs/extended", "Folder for tokenizer, model and report.")
     picture: str = option("pictures/vocab.png", "Where to draw the report.")
-    init: Literal["mean_subtoken", "mean", "random", "shared", "distilled"] = option(
-        "mean_subtoken", "New rows: the mean of the base's rows that spell the piece, the mean of "
-        "all rows, or normal noise of the config's initializer_range. For two the base reads some "
-        "text (a GPU, or a small base): shared: the last of those rows, and in the head the first "
-        "one's probability, shared out as the corpus uses the pieces; distilled: input rows also "
-        "fitted to the base's hidden states.")
+    init: Literal["subtoken", "mean_subtoken", "mean", "random", "shared", "distilled"] = option(
+        "subtoken", "New rows, from the base's rows that spell the piece: the last (in the head "
+        "above all the first), or their mean; or the mean of all rows, or normal noise of the "
+        "config's initializer_range. For two the base reads some text (a GPU, or a small base): "
+        "shared: the last row, and in the head the first one's probability, shared out as the "
+        "corpus uses the pieces; distilled: input rows also fitted to the base's hidden states.")
     distill_tokens: int = option(1_000_000, "Tokens of the corpus that --init distilled reads.")
     eval_text: str | None = option(
         None, "Text to report on (file or folder); None: 2%% held out of the corpus.")
@@ -299,6 +299,8 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     dtypes = {dtype for _, dtype in matrices.values()}
     if "quantization_config" in config or not dtypes <= {"BF16", "F16", "F32"}:
         raise UserError(f"{given}: is quantised; expected weights in bf16, fp16 or fp32")
+    if args.init == "subtoken" and HEAD not in matrices:
+        args.init = "mean_subtoken"  # one matrix has to serve both ends
     if args.init in TAUGHT:
         import torch
         if HEAD not in matrices:
@@ -680,19 +682,32 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, i
 
 
 def new_rows(name: str, matrix, spelling: list, init: str, std: float, seed: int) -> Any:
-    """Rows (N, H) for the N new pieces of the matrix (V, H), computed in fp32. mean: no new piece
-    outweighs the old ones (Hewitt, 2021)."""
+    """Rows (N, H) for the N new pieces of the matrix (V, H), computed in fp32.
+
+    subtoken: a piece's input row stands where the base would read its last spelling row; its output
+    row where the base would predict the first, so there the weights halve from row to row, and the
+    sum gets the old rows' mean norm, which a mean falls short of. mean: no new piece outweighs the
+    old ones (Hewitt, 2021).
+    """
     import torch
-    rows = matrix.new_empty(len(spelling), matrix.shape[1])
-    mean = (sum(part.double().sum(0) for part in matrix.split(1024)) / len(matrix)).float()  # (H,)
+    rows, parts = matrix.new_empty(len(spelling), matrix.shape[1]), matrix.split(1024)
+    mean = (sum(part.double().sum(0) for part in parts) / len(matrix)).float()  # (H,)
+    norm = sum(part.float().norm(dim=1).sum() for part in parts) / len(matrix)
     generator = torch.Generator().manual_seed(2 * seed + (name == HEAD))  # not twice the same
     for first in range(0, len(rows), 1024):  # little at a time
-        block = mean.repeat(len(rows[first : first + 1024]), 1)  # (B, H)
+        some = spelling[first : first + 1024]
         if init == "mean_subtoken":
-            for row, ids in zip(block, spelling[first:], strict=False):
-                row[:] = matrix[ids].float().mean(0)
+            block = torch.stack([matrix[ids].float().mean(0) for ids in some])  # (B, H)
+        elif init == "subtoken" and name == HEAD:
+            weighted = [0.5 ** torch.arange(len(ids)) @ matrix[ids].float() for ids in some]
+            block = torch.stack(weighted)
+            block *= norm / block.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        elif init == "subtoken":
+            block = matrix[[ids[-1] for ids in some]]
         elif init == "random":
-            block = std * torch.randn(block.shape, generator=generator)
+            block = std * torch.randn(len(some), len(mean), generator=generator)
+        else:
+            block = mean
         rows[first : first + 1024] = block
     return rows
 
@@ -810,12 +825,11 @@ def taught_rows(
     output_rows = shared_rows(head, spelling, uses, states).cpu()
     input_rows = embedding[[ids[-1] for ids in spelling]].float()
     if args.init == "distilled":
-        tokens, old = (sum(len(table[i]) if spelt else 1 for w in windows for i in w)
-                       for spelt in (False, True))
+        spelled = sum(len(table[number]) for window in windows for number in window)
         found = set(chain.from_iterable(windows)).difference(range(len(base.pieces)))
-        print(f"distilling: {tokens:,} tokens, {old:,} in the base's pieces, pass the base; they "
-              f"hold {len(found):,} of {len(spelling):,} new pieces; rows and Adam's state take "
-              f"{16 * input_rows.numel() / 1e9:.2f} GB", flush=True)
+        print(f"distilling: {args.distill_tokens:,} tokens, forward and backward, {spelled:,} "
+              f"in old pieces, forward; in them {len(found):,} of {len(spelling):,} new pieces; "
+              f"{16 * input_rows.numel() / 1e9:.2f} GB for rows and Adam's state", flush=True)
         distill(llama, input_rows, windows, table, state)
     return {EMBEDDING: input_rows.detach().cpu(), HEAD: output_rows}
 

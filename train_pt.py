@@ -778,7 +778,7 @@ class PackedBlocks:
         ids, position = np.full(size, self.padding), np.arange(size) - filled  # as of padding
         ids[:filled] = self.tokens[stream - self.begins[document] + self.starts[document]]
         position[:filled] = stream - np.maximum(self.begins[document], at)
-        labels = np.where(position > 0, ids, IGNORED)  # nothing foretells a document's first token
+        labels = np.where(position > 0, ids, IGNORED)  # nothing predicts a document's first token
         labels[filled:] = IGNORED
         return {"input_ids": ids, "position_ids": position, "labels": labels}
 

@@ -28,6 +28,7 @@ import sys
 import time
 from datetime import date
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -72,9 +73,9 @@ ZH_ASKS = ["{}在哪裡？", "{}是什麼顏色？", "{}是什麼時候出現的
 
 def english_pages() -> list[str]:
     records = gzip.decompress((DATA / "labelled.wet.gz").read_bytes()).split(b"WARC/1.0\r\n")
-    pages = [r.partition(b"\r\n\r\n")[2].decode(errors="replace") for r in records
-             if re.search(rb"WARC-Target-URI: \S+?//[^/]+/en", r)][:400]
-    return ["".join(c for c in page if c.isascii()) for page in pages]
+    english = (r for r in records if re.search(rb"WARC-Target-URI: \S+?//[^/\s]+/en", r[:1000]))
+    bodies = (r.partition(b"\r\n\r\n")[2].decode(errors="replace") for r in english)
+    return ["".join(c for c in body if c.isascii()) for body in islice(bodies, 400)]
 
 
 def turns(dice: random.Random, count: int) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ speed      train_pt.py beside its code of before (BEFORE; --dry_run writes it to
 training   batch 8 x {1024, 2048, 4096, 8192} tokens of packed documents: S² and full attention,
            chunked and plain loss, checkpoints on the GPU and offloaded, against the usual recipe
            (SDPA, prepare_model_for_kbit_training, modules_to_save for embedding and head, plain
-           loss): peak memory, tokens per second, and the peak that --plan foretells.
+           loss): peak memory, tokens per second, and the peak that --plan predicts.
 attention  forward and backward of S² at the same lengths: torch.nn.attention.varlen, FlexAttention
            and SDPA over segments of one length.
 

@@ -15,7 +15,7 @@ differentiates no others; what would then go another way than on a GPU is set ri
 
 memory   Storages are followed from birth to death, rounded up to 512 bytes as PyTorch's allocator
          does. What kernels take besides their outputs is added from their sources (WORKSPACE).
-         The peak stands beside what --plan foretells.
+         The peak stands beside what --plan predicts.
 traffic  Every kernel of a step: its flops and its bytes (inputs read, outputs written; views are
          free), by kind. Seconds on a card: for each kernel the larger of flops by its rate and
          bytes by its bandwidth (CARDS, SHARES). Liger's kernels count as one read of each input
@@ -652,7 +652,7 @@ def moved(variant: str, options: dict) -> dict:
 
 
 def beside_h200(rows: list[dict]) -> None:
-    """Print what was foretold for the code that an H200 ran, beside what it took (gpu.json)."""
+    """Print what was predicted for the code that an H200 ran, beside what it took (gpu.json)."""
     gpu = json.loads(RESULTS.with_name("gpu.json").read_text())["results"]
     pairs = [
         (f"{took['operator']}, ms", took["milliseconds"], rows[0]["operators"][took["operator"]])
@@ -663,8 +663,8 @@ def beside_h200(rows: list[dict]) -> None:
             speeds = took["tokens_per_second"], card["batch_tokens_per_second"]
             pairs.append((f"{took['variant']}, tokens/s", *speeds))
     print(f"\n{'the code before, on an H200':>44} measured predicted")
-    for name, took, foretold in pairs:
-        print(f"{name:>44} {took:8,.0f} {foretold:9,.0f} {foretold / took - 1:+7.0%}")
+    for name, took, predicted in pairs:
+        print(f"{name:>44} {took:8,.0f} {predicted:9,.0f} {predicted / took - 1:+7.0%}")
 
 
 def show(row: dict, before: dict | None) -> None:

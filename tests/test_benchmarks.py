@@ -45,7 +45,7 @@ def test_every_table_carries_its_own_stamp(path):
 
 
 def test_the_plan_agrees_with_the_account_of_every_tensor():
-    """What bench_plan.py traced, beside what --plan foretells now; a GPU may differ by a tenth."""
+    """What bench_plan.py traced, beside what --plan predicts now; a GPU may differ by a tenth."""
     import train_pt
 
     table = json.loads((ROOT / "benchmarks" / "results" / "plan.json").read_text())["results"]
@@ -59,8 +59,8 @@ def test_the_plan_agrees_with_the_account_of_every_tensor():
         args = train_pt.Arguments(
             optim="adamw_8bit", activation_checkpointing=True,
             activation_checkpointing_kwargs=options)
-        foretold = sum(train_pt.memory_items(llama, args, 32_000, batch, block).values()) / 1e9
-        assert foretold == pytest.approx(row["traced_gb"], rel=0.01), row
+        predicted = sum(train_pt.memory_items(llama, args, 32_000, batch, block).values()) / 1e9
+        assert predicted == pytest.approx(row["traced_gb"], rel=0.01), row
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_the_account_reproduces_what_an_h200_took():
         assert told == pytest.approx(row["milliseconds"], rel=near), row["operator"]
 
 
-def test_the_plan_foretells_the_seconds_of_the_account():
+def test_the_plan_predicts_the_seconds_of_the_account():
     """--plan_gpu's formula beside the count of every kernel, on every card."""
     import train_pt
 
@@ -268,3 +268,33 @@ def test_a_part_of_the_gpu_table_ends_at_its_limit_and_the_next_one_runs(tmp_pat
     assert killed["exit_code"] == -9 and 3 <= killed["took_s"] < 30
     assert done["exit_code"] == 0
     assert without["skipped"] == "unsloth is not installed"
+
+
+def test_the_picture_of_the_starts_is_drawn_from_the_results_alone(monkeypatch):
+    bench_quality = benchmark("bench_quality")
+    tables = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["results"]
+    monkeypatch.setattr(bench_quality, "PICTURE", ROOT / "pictures" / "readme_test.png")
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: drawn.append(
+        [len(axis.lines) for axis in self.axes]))
+    bench_quality.draw(tables["training"])
+    starts = {row["start"] for row in tables["training"]["results"]}
+    assert drawn == [[len(starts)] * 2]
+
+
+def test_windows_of_english_have_the_asked_share(monkeypatch):
+    """English tokens are odd here, Chinese ones even; every window is of one kind."""
+    bench_quality = benchmark("bench_quality")
+    texts = {"english": ["e" * 3000] * 3, "modern": ["m" * 2000], "novel": ["n" * 4000]}
+    monkeypatch.setattr(bench_quality, "texts_by_use", lambda: {"training": texts})
+
+    def encode(found: list[str]) -> list[list[int]]:
+        return [[{"e": 5, "m": 4, "n": 6}[sign] for sign in text] for text in found]
+
+    windows = bench_quality.stream_of(encode, 0.25, 0)
+    assert len(windows) == bench_quality.TRAIN_STEPS * bench_quality.TRAIN_ROWS
+    english = (windows == 5).any(1)
+    assert english.sum() == len(windows) // 4
+    assert not (windows[english] == 4).any() and not (windows[~english] == 5).any()
+    first = english[: len(english) // 2].float().mean().item()
+    assert first == pytest.approx(0.25, abs=0.06), "evenly along the run"

@@ -408,6 +408,31 @@ def smallest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
 
 
+def test_subtoken_by_plain_formulas():
+    """The last row; in the head 1, 1/2, 1/4, ... from the first row, at the old rows' mean norm."""
+    torch.manual_seed(3)
+    matrix, chance = torch.randn(1051, 13), random.Random(3)
+    spelling = [chance.choices(range(1051), k=count) for count in (*range(1, 49), *[3] * 1000)]
+    rows = {name: script.new_rows(name, matrix, spelling, "subtoken", 0.02, 0)
+            for name in (script.EMBEDDING, script.HEAD)}
+    norm = sum(row.double().norm() for row in matrix) / 1051
+    for number, ids in enumerate(spelling):
+        assert torch.equal(rows[script.EMBEDDING][number], matrix[ids[-1]])
+        leaning = sum(matrix[i].double() / 2**place for place, i in enumerate(ids))
+        expected = leaning * norm / leaning.norm()
+        torch.testing.assert_close(
+            rows[script.HEAD][number].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_tied_matrix_gets_the_mean(corpus, tmp_path):
+    base = write_base(tmp_path / "base", tied=True, dtype=torch.float32)
+    found = []
+    for init in ("subtoken", "mean_subtoken"):
+        script.main(options(base, corpus, "--init", init, "--overwrite"))
+        found.append(weights(tmp_path / "outputs" / "extended")[script.EMBEDDING])
+    assert torch.equal(*found)
+
+
 def test_mean_is_the_mean_of_all_rows_and_random_has_the_configs_width():
     torch.manual_seed(2)
     matrix = torch.randn(1501, 7)
@@ -555,7 +580,7 @@ def test_bases_that_no_rows_can_be_learnt_from(base, corpus, tmp_path, monkeypat
     [(False, torch.bfloat16, "1GB"), (False, torch.float16, "40KB"), (True, torch.float32, "40KB")])
 def test_only_embedding_and_head_change(tied, dtype, shard, corpus, tmp_path):
     base = write_base(tmp_path / "base", tied, dtype, shard)
-    script.main(options(base, corpus))
+    script.main(options(base, corpus, "--init", "mean_subtoken"))
     result = tmp_path / "outputs" / "extended"
     old, new = weights(base), weights(result)
     size = len(proto(base).pieces)
@@ -603,7 +628,7 @@ def test_the_model_loads_and_scores_old_tokens_as_before(base, extended):
 
 def test_the_report_says_what_was_done(extended):
     run = json.loads((extended / "run.json").read_text())
-    assert run["script"] == "extend_vocab.py" and run["arguments"]["init"] == "mean_subtoken"
+    assert run["script"] == "extend_vocab.py" and run["arguments"]["init"] == "subtoken"
     results = run["results"]
     assert (results["base_vocab_size"], results["vocab_size"]) == (BASE_SIZE, NEW_SIZE)
     assert results["extended"]["characters_per_token"] > results["base"]["characters_per_token"]

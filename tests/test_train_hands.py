@@ -364,7 +364,7 @@ def test_a_plan_needs_a_configuration_alone_and_is_of_a_gpu(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["base"], "it leaves nothing"
 
 
-def test_a_plan_for_a_gpu_foretells_its_seconds(tmp_path, monkeypatch, capsys):
+def test_a_plan_for_a_gpu_predicts_its_seconds(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     copy_of_tiny(tmp_path / "base", **SHAPES_7B)
     train_pt.main([
