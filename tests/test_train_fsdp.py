@@ -18,7 +18,7 @@ import train_pt
 pytest_plugins = ["train_support"]
 torch.set_num_threads(1)
 
-# The file that README.md gives.
+# The file that docs/clusters.md gives.
 CONFIG = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP
@@ -97,9 +97,9 @@ def parts(text, tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_configuration_is_that_of_the_readme():
-    given = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert set(given) <= {CONFIG}
+def test_the_configuration_is_that_of_the_docs():
+    page = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)) == {CONFIG}
 
 
 def losses(name: str, key: str) -> list[float]:
