@@ -13,6 +13,7 @@ import json
 import re
 import runpy
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -96,6 +97,58 @@ LONG = {"tokens": 16_384, "documents": "packed"}
 STEP = [training("speed", f"{what}_ratio", variant=OURS, block=block)
         for block in (2048, 8192) for what in ("time", "memory")]
 DEDUP = "filter > dedup > cost"
+
+
+def trained(start: str, kind: str, step: int) -> list[float]:
+    """Bits per character of every seed of a start, from bench_quality.py's training table."""
+    rows = results()["quality"]["training"]["results"]
+    points = [point for row in rows if row["start"] == start for point in row["points"]]
+    return [point[kind] for point in points if point["step"] == step]
+
+
+def mean_of(start: str, kind: str, step: int) -> Callable[[dict], float]:
+    return lambda _: statistics.mean(trained(start, kind, step))
+
+
+def start_row(name: str) -> tuple:
+    """A row of the README's table of starts, the same in both languages."""
+    row = f"| `{name}` | " + " | ".join(["{:.2f}"] * 6)
+    return row, row, *(mean_of(name, kind, step)
+                       for kind in ("modern", "novel") for step in (0, 60, 240))
+
+
+def spread(_: dict) -> float:
+    """The largest distance of two seeds of one start after the training."""
+    found = [trained(name, kind, 240) for name in ("subtoken", "mean_subtoken", "shared")
+             for kind in ("modern", "novel")]
+    return max(max(bits) - min(bits) for bits in found)
+
+
+def less(kind: str) -> Callable[[dict], float]:
+    """By how many percent `shared` starts below `mean_subtoken`."""
+    return lambda found: 100 * (
+        1 - mean_of("shared", kind, 0)(found) / mean_of("mean_subtoken", kind, 0)(found))
+
+
+def before(given: str, head: str) -> Callable[[dict], float]:
+    """Bits per character on modern text before training, from the table of starts."""
+    def found(results: dict) -> float:
+        rows = results["quality"]["starts"]["results"]["starts"]
+        key = {"input": given, "output": head, "seed": 0}
+        (only,) = (row for row in rows if row.items() >= key.items())
+        return only["modern"]
+    return found
+
+
+TRIED_RULES = [
+    (rule, rule) for rule in (
+        "mean", "first", "last", "weighted", "multivariate", "mean_subtoken, scaled", "aligned")]
+TRIED = (
+    "`mean` {:.2f}、拼出它的第一列 {:.2f}、最後一列 {:.2f}、兩倍兩倍加權 {:.2f}、多元常態 {:.2f}、"
+    "把 `mean_subtoken` 縮放到舊列的長度 {:.2f}、依上下文對齊（TokAlign）{:.2f}",
+    "`mean` {:.2f}, the first spelling row {:.2f}, the last {:.2f}, weights that double {:.2f}, a "
+    "multivariate normal {:.2f}, `mean_subtoken` scaled to the old rows' norm {:.2f}, alignment by "
+    "context (TokAlign) {:.2f}")
 
 
 def on_gpu(length: int, measure: str, variant: str = "train_pt.py") -> Callable[[dict], float]:
@@ -288,6 +341,12 @@ FIGURES: list[tuple] = [
      "13.5 GB of weights: {:.0f} s, in two rounds {:.1f} and {:.1f} times `cp -r`, at most {:.1f} "
      "GB", f"{RESIZE} > rounds > 0 > extend_seconds", f"{RESIZE} > rounds > 0 > ratio",
      f"{RESIZE} > rounds > 1 > ratio", f"{RESIZE} > rounds > 1 > peak_gb"),
+    # where new rows start
+    *map(start_row, ("subtoken", "mean_subtoken", "random", "shared", "distilled")),
+    ("240 步時相差至多 {:.2f}", "differ by {:.2f} at most after 240 steps", spread),
+    ("訓練前就低 {:.0f}% 到 {:.0f}%", "starts {:.0f} to {:.0f}% below `mean_subtoken`",
+     less("modern"), less("novel")),
+    (TRIED[0], TRIED[1], *(before(*rules) for rules in TRIED_RULES)),
     # the H200
     *(gpu_row(length) for length in (1024, 2048, 4096, 8192)),
     ("offload（2,048 個 token）：{:.2f} GB，{:,.0f} tokens/s",
@@ -368,6 +427,7 @@ NOT_MEASURED = [
     "8 × 累積 4 = 32", "8 × accumulation 4 = 32",  # the card's batch
     "0.9、0.999", "0.9, 0.999",  # the card's Adam
     "3.2 節", "section 3.2",  # of LongLoRA's paper
+    "0.4 GB",  # extend_vocab.py's bound
     "Apache-2.0", "CC BY-SA 3.0", "CC BY-SA 4.0",
     "1% 是好頁", "1% good pages",  # the share of good pages in bench_filter.py's WET
     "Jaccard 0.8",  # from which on a pair is a near duplicate
