@@ -346,6 +346,10 @@ FIGURES: list[tuple] = [
     ("240 步時相差至多 {:.2f}", "differ by {:.2f} at most after 240 steps", spread),
     ("訓練前就低 {:.0f}% 到 {:.0f}%", "starts {:.0f} to {:.0f}% below `mean_subtoken`",
      less("modern"), less("novel")),
+    ("英文網頁從每字 {:.2f} 位元升到 {:.2f}（`subtoken` 是 {:.2f}）",
+     "English pages go from {:.2f} bits per character to {:.2f} (`subtoken`: {:.2f})",
+     mean_of("random", "english", 0), mean_of("random", "english", 240),
+     mean_of("subtoken", "english", 240)),
     (TRIED[0], TRIED[1], *(before(*rules) for rules in TRIED_RULES)),
     # the H200
     *(gpu_row(length) for length in (1024, 2048, 4096, 8192)),
