@@ -35,7 +35,7 @@ fsdp_config:
 
 # Accelerate knows FSDP on accelerators alone: here two CPUs say that they are such.
 ON_CPUS = f"""\
-import json, os, sys
+import json, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 import train_pt
@@ -55,6 +55,14 @@ def show(self, *args, **kwargs):
     os.write(1, f"parameters of {{self.args.output_dir}}: {{parts}}\\n".encode())  # in one piece
     log(self, *args, **kwargs)
 
+def signalled(self, *args, **kwargs):  # between the batches of the fourth step
+    loss = step(self, *args, **kwargs)
+    if self.state.global_step == 3 and self.args.process_index == 0 and not self.signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss
+
+if "STOP" in os.environ:
+    step, train_pt.PackedTraining.training_step = train_pt.PackedTraining.training_step, signalled
 log, train_pt.PackedTraining.log = train_pt.PackedTraining.log, show
 AcceleratorState.__init__ = sharded
 for words in json.loads(sys.argv[1]):
@@ -63,7 +71,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def train_sharded(folder: Path, *runs: list[str]) -> None:
+def train_sharded(folder: Path, *runs: list[str], stop: bool = False) -> None:
     """One launch on two processes for all runs: it takes longer than they do."""
     (folder / "fsdp.yaml").write_text(CONFIG)
     (folder / "on_cpus.py").write_text(ON_CPUS)
@@ -72,8 +80,9 @@ def train_sharded(folder: Path, *runs: list[str]) -> None:
     launcher += ["--main_process_port", "0", "on_cpus.py"]
     done = subprocess.run(
         [*launcher, json.dumps([words + batch for words in runs])], cwd=folder,
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+        capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | ({"STOP": "1"} if stop else {}))
+    assert bool(done.returncode) == stop, done.stdout + done.stderr
     for words in runs:
         name = words[words.index("--output_dir") + 1]
         assert f"parameters of {name}: DTensor\n" in done.stdout, "not everything is sharded"
@@ -143,6 +152,13 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(parts, command):
     assert same(weights("pt"), weights(whole))
     assert losses("pt", "loss") == losses(whole, "loss")
     assert losses("pt", "eval_loss") == losses(whole, "eval_loss")
+
+
+def test_a_signal_between_the_batches_of_a_step_saves_the_step_before(parts, command):
+    train_sharded(Path(), command(*RUNS["whole"]), stop=True)
+    assert [p.name for p in train_pt.checkpoints(Path("pt"))] == ["checkpoint-3"]
+    train_sharded(Path(), command(*RUNS["whole"]))
+    assert same(weights("pt"), weights(str(parts / "whole")))
 
 
 @pytest.mark.parametrize(
