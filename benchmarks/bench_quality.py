@@ -77,7 +77,7 @@ def read(name: str) -> list[str]:
 def english_pages() -> list[str]:
     """The pages of the labelled WET file whose label, the first path segment, is `en`."""
     pages = []
-    records = gzip.open(DATA / "labelled.wet.gz").read().split(b"WARC/1.0")
+    records = gzip.decompress((DATA / "labelled.wet.gz").read_bytes()).split(b"WARC/1.0")
     for record in records:
         head, _, body = record.replace(b"\r\n", b"\n").partition(b"\n\n")
         if re.search(rb"WARC-Target-URI: https://[^/]+/en/", head):
