@@ -187,8 +187,8 @@ def check(args: Arguments) -> None:
         raise UserError(f"--corpus_weight {args.corpus_weight}: {wanted}")
     if args.max_chars < 1000:
         raise UserError(f"--max_chars {args.max_chars}: expected 1000 or more")
-    if args.distill_tokens < 1:
-        raise UserError(f"--distill_tokens {args.distill_tokens}: expected 1 or more")
+    if not 0 < args.distill_tokens <= 10**8:
+        raise UserError(f"--distill_tokens {args.distill_tokens}: expected 1 to 100 million")
     if not 0 <= args.seed < 2**32:
         raise UserError(f"--seed {args.seed}: expected 0 to {2**32 - 1}")
 

@@ -684,7 +684,7 @@ def test_bits_per_character_equal_a_plain_loop(base):
         ("--vocab_size", "359", "expected more than the base's 359"),
         ("--vocab_size", "900", "or more, for the base's 359 pieces"),
         ("--vocab_size", "99999999999", "less than 10 million"),
-        ("--distill_tokens", "0", "--distill_tokens 0: expected 1 or more"),
+        ("--distill_tokens", "0", "--distill_tokens 0: expected 1 to 100 million"),
         ("--seed", "-1", "expected 0 to 4294967295"),
         ("--max_chars", "3", "expected 1000 or more"),
         ("--output_dir", "ascii.txt", "extend_vocab.py did not make it"),
