@@ -22,7 +22,7 @@ The real run, and first what it will take (config.json is enough for that):
 With a tenth of English mixed in; and a run that goes on from a trained adapter:
     python train_pt.py --dataset data/cc_filtered english.parquet --dataset_weight 9 1
     python train_pt.py --adapter outputs/pt --output_dir longer
-Several GPUs, a copy of the model on each (DDP), or a part of it on each (FSDP; README.md):
+Several GPUs, a copy of the model on each (DDP), or a part of it on each (FSDP; docs/clusters.md):
     torchrun --shutdown_timeout 600 --nproc_per_node 4 train_pt.py --lora_rank 32
     accelerate launch --config_file fsdp.yaml train_pt.py --lora_rank 32
 Cost: not measured on a GPU yet; from the shapes, --plan says 14.8 GB for 8 x 2,048 tokens.
@@ -136,7 +136,8 @@ class Settings:
         "new", "Rows of embedding and head to train: the added pieces, all, or none.")
     base_vocab_size: int | None = option(
         None, "First new row; None: as extend_vocab.py wrote it, else 32000.")
-    train_norms: bool = option(True, "Train the norms too (LongLoRA found it decisive).")
+    train_norms: bool = option(
+        True, "Train the norms too, which LongLoRA found decisive; --no_train_norms freezes them.")
     learning_rate: float = option(5e-5, "Peak learning rate.")
     embedding_learning_rate: float | None = option(
         None, "Peak rate of the rows of embedding and head; None: learning_rate.")
@@ -149,7 +150,7 @@ class Settings:
     per_device_train_batch_size: int = option(8, "Sequences per device and forward pass.")
     gradient_accumulation_steps: int = option(4, "Forward passes per optimizer step.")
     optim: str | None = option(None, "Optimizer; None: adamw_8bit on a GPU, else adamw_torch.")
-    bf16: bool = option(True, "Compute in bfloat16.")
+    bf16: bool = option(True, "Compute in bfloat16; --no_bf16: in float32.")
     dataset_weight: list[float] | None = field(default=None, metadata={
         "help": "The sources' shares of the tokens trained on, as in 9 1; None: by their sizes."})
     seed: int = option(42, "Seed of order, initial weights and dropout.")
