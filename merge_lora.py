@@ -1118,7 +1118,9 @@ def model_card(folder: Path, args: Arguments, adapter: Adapter, base: Model, fac
     results, settings = run.get("results") or {}, dict(run.get("settings") or {})
     title = (args.push_to_hub or args.output_dir).rpartition("/")[2]
     size = {key: results[key] for key in ("documents", "tokens") if key in results}
-    dataset = Path((run.get("arguments") or {}).get("dataset") or "unknown").name
+    texts = (run.get("arguments") or {}).get("dataset") or ["unknown"]
+    texts = [texts] if isinstance(texts, str) else texts  # one text, from runs of older versions
+    dataset = ", ".join(Path(text).name for text in texts)
     kinds = ("loss", "train loss", "loss_last"), ("loss", "loss held out", "eval_loss"), (
         "bits_per_character", "bits per character held out", "eval_bits_per_character")
     losses = [

@@ -31,8 +31,8 @@ HIDDEN = {"cellView": "form", "jupyter": {"source_hidden": True}}  # on Colab, i
 INTRO = """\
 # 落九 Luojiu：從網頁到會寫繁體中文的模型
 
-四支腳本，一個流程：把網頁篩成乾淨的臺灣繁體中文、擴充 Llama 的詞彙表、繼續預訓練、合併成可以直接用的權\
-重。這本筆記用專案自己寫的兩百多頁範例和一個迷你 Llama，從頭走一遍。
+四支腳本，一個流程：把網頁篩成乾淨的臺灣繁體中文、擴充 Llama 的詞彙表、繼續預訓練、合併成可以直接用\
+的權重。這本筆記用專案自己寫的兩百多頁範例和一個迷你 Llama，從頭走一遍。
 
 - **要多久**：兩個 CPU 核心大約三分鐘；在 Colab 上另外要幾分鐘安裝套件。
 - **不需要顯示卡，也不需要 Llama 2 的授權。** 除了套件，什麼都不下載：腳本和範例都在這個檔案裡。
@@ -183,8 +183,8 @@ The result is in `data/cc_filtered`; the chart shows what each rule left.""",
         """\
 ## 2. 擴充詞彙表 · Extend the vocabulary
 
-`extend_vocab.py` 從剛才的語料學中文的 piece，接在基礎模型的詞彙表後面，逐一證明每一個都用得到，再替它們\
-在模型裡加上新的列。同樣一句話，token 變少，模型就讀得多、寫得快。
+`extend_vocab.py` 從剛才的語料學中文的 piece，接在基礎模型的詞彙表後面，逐一證明每一個都用得到，再\
+替它們在模型裡加上新的列。同樣一句話，token 變少，模型就讀得多、寫得快。
 
 It learns Chinese pieces from that corpus, appends them to the base's, proves that each of them can
 be produced, and gives each a row in the model. The same sentence in fewer tokens: the model reads
@@ -221,8 +221,8 @@ held-out pages falls little, and rises in the end.""",
         """\
 ## 4. 合併 · Merge
 
-`merge_lora.py` 把 adapter 併進基礎模型，一塊一塊讀寫，記憶體不隨模型變大。`--verify` 再讓合併前後的模\
-型讀同一段文字，比較兩者的預測。
+`merge_lora.py` 把 adapter 併進基礎模型，一塊一塊讀寫，記憶體不隨模型變大。`--verify` 再讓合併前後\
+的模型讀同一段文字，比較兩者的預測。
 
 It merges the adapter into its base, block by block, in memory that does not grow with the model.
 `--verify` has the model read a text before and after merging, and compares what they predict.""",
@@ -281,14 +281,14 @@ main([])                        # merge_lora.py
 第二行（`extend_vocab.py`）下載紅樓夢與 Llama 2：先在\
 [Llama 2 的頁面](https://huggingface.co/meta-llama/Llama-2-7b-hf)接受授權，再執行 \
 `from huggingface_hub import login; login()`。Llama 2 7B 占 13.5 GB 磁碟，擴大後與合併後各約 14 GB\
-，超過免費 Drive 的 15 GB；訓練是為一張 24 GB 的顯示卡設計的，我們沒有在 Colab 上跑過。`main(["--help"])` 列出每支腳本的所有\
-選項。
+，超過免費 Drive 的 15 GB；訓練是為一張 24 GB 的顯示卡設計的，我們沒有在 Colab 上跑過。\
+`main(["--help"])` 列出每支腳本的所有選項。
 
 The second line (`extend_vocab.py`) fetches 紅樓夢 and Llama 2: accept the licence on
 [Llama 2's page](https://huggingface.co/meta-llama/Llama-2-7b-hf), then run
 `from huggingface_hub import login; login()`. Llama 2 7B takes 13.5 GB of disk, the extended and the
-merged model about 14 GB each, more than a free Drive's 15 GB; training is made for one GPU of 24 GB, and we have not run it on
-Colab. `main(["--help"])` lists all options of a script."""
+merged model about 14 GB each, more than a free Drive's 15 GB; training is made for one GPU of
+24 GB, and we have not run it on Colab. `main(["--help"])` lists all options of a script."""
 
 # --- Building ------------------------------------------------------------------------------------
 
