@@ -864,6 +864,18 @@ def quantize(rows: "Tensor", nf4: dict, packed: "Tensor", scales: "Tensor") -> N
     packed[:] = ((pairs << 4) | (pairs >> 8)).view(packed.shape)
 
 
+def mean_by_threads(values: "Tensor", threads: int) -> "Tensor":
+    """A vector's mean as PyTorch computes it on a CPU with that many threads: each sums a part of
+    at least 32,768 values, which decides the last bit. To wake threads for it takes far longer."""
+    parts = min(threads, -(-len(values) // 32_768))
+    if parts < 2:
+        return values.mean()
+    sums = values.new_zeros(threads)
+    for i, part in enumerate(values.split(-(-len(values) // parts))):
+        sums[i] = part.sum()
+    return sums.sum() / len(values)
+
+
 def dequantized(tensor: Stored, nf4: dict) -> Iterator["Tensor"]:
     """A tensor as its 4-bit copy holds it, block by block, equal to bitsandbytes' quantize_4bit and
     dequantize_4bit of the whole: each 64 values are quantised alone, and only the quantising of
@@ -878,11 +890,7 @@ def dequantized(tensor: Stored, nf4: dict) -> Iterator["Tensor"]:
         rows = tensor.block(begin, end).to(device, loaded_as)
         quantize(rows, nf4, packed[begin:end], scales[begin:end])
     if nf4["double_quant"]:
-        # PyTorch's mean of a large tensor on a CPU depends on the number of threads in its last
-        # bit, so take as many as whoever quantises the whole.
-        torch.set_num_threads(nf4["threads"])
-        mean = scales.mean()
-        torch.set_num_threads(1)
+        mean = mean_by_threads(scales.view(-1), nf4["threads"] if device == "cpu" else 1)
         scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256))
         scales += mean
     for begin, end in tensor.blocks():

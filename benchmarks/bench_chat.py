@@ -41,7 +41,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "chat.json"
 WORK = ROOT / "outputs" / "bench_chat"
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
          "num_attention_heads": 4, "tie_word_embeddings": False}
-PIECES, EXTENDED, LENGTH, BATCH, TURNS, ASKED = 2000, 4500, 128, 16, 400, 100
+PIECES, EXTENDED, LENGTH, BATCH, TURNS, ASKED = 2000, 8000, 128, 16, 400, 100
 STEPS = {"base": 400, "chat": 120, "continued": 200}
 RATES = {"base": 3e-3, "chat": 1e-3, "continued": 3e-3}
 # Each way's options of merge_lora.py, beside those of the plain merge.

@@ -186,7 +186,7 @@ def aside(function: Callable, *args: object) -> object:
 
 def measure(size: str, ways: list[str], rounds: int) -> dict:
     """All ways on one model, in turns; one round of cp first, to warm the file cache."""
-    base, adapter, chat = WORK / "base", WORK / "adapter", WORK / "chat"
+    base, adapter, chat = WORK / "base", WORK / "adapter", WORK / "chat_model"
     for folder in (base, adapter):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -280,13 +280,13 @@ def test_dequantized_is_nearer_to_what_was_trained(qlora, capsys):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_4bit_copy_is_that_of_bitsandbytes(tmp_path, dtype, threads, kind):
     """Also where a mean depends on the number of threads, at ties and in blocks of zeros."""
     import bitsandbytes.functional as bnb
 
-    tensor = 0.02 * torch.randn((1100, 2048), generator=torch.Generator().manual_seed(0))
+    tensor = 0.02 * torch.randn((2200, 2048), generator=torch.Generator().manual_seed(0))
     tensor[3], tensor[5, 7], tensor[5, 9] = 0, 1.0, -1.0
     tensor[6] = torch.arange(2048) / 128 - 8
     save_file({"it": tensor.to(torch.bfloat16)}, tmp_path / "it.safetensors")
@@ -302,6 +302,19 @@ def test_the_4bit_copy_is_that_of_bitsandbytes(tmp_path, dtype, threads, kind):
     finally:
         torch.set_num_threads(before)
     assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 7, 16])
+@pytest.mark.parametrize("count", [999, 32_768, 32_769, 176_128, 327_697])
+def test_a_mean_as_so_many_threads_compute_it(count, threads):
+    before, dice = torch.get_num_threads(), torch.Generator().manual_seed(count)
+    values = torch.rand((9, count), generator=dice) + 0.05
+    torch.set_num_threads(threads)
+    theirs = [row.mean() for row in values]
+    torch.set_num_threads(1)
+    ours = [merge_lora.mean_by_threads(row, threads) for row in values]
+    torch.set_num_threads(before)
+    assert ours == theirs
 
 
 def test_widths_that_bitsandbytes_misreads_are_refused(tmp_path, capsys):
