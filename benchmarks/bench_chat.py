@@ -15,20 +15,13 @@ Results: benchmarks/results/chat.json.
 """
 
 import argparse
-import gzip
 import json
-import os
-import platform
 import random
 import re
 import shutil
 import statistics
 import subprocess
 import sys
-import time
-from datetime import date
-from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -51,6 +44,10 @@ WAYS = {
     "scale 2": ["--chat_scale", "2.0"],
     "scale 1, embeddings": ["--chat_scale", "1.0", "--chat_embeddings", "true"]}
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import common  # noqa: E402
+
 # --- Material ------------------------------------------------------------------------------------
 
 THINGS = ["dog", "cat", "bird", "fish", "horse", "book", "chair", "table", "lamp", "door", "car",
@@ -71,11 +68,9 @@ ZH_THINGS = [
 ZH_ASKS = ["{}在哪裡？", "{}是什麼顏色？", "{}是什麼時候出現的？", "請介紹{}。"]
 
 
-def english_pages() -> list[str]:
-    records = gzip.decompress((DATA / "labelled.wet.gz").read_bytes()).split(b"WARC/1.0\r\n")
-    english = (r for r in records if re.search(rb"WARC-Target-URI: \S+?//[^/\s]+/en", r[:1000]))
-    bodies = (r.partition(b"\r\n\r\n")[2].decode(errors="replace") for r in english)
-    return ["".join(c for c in body if c.isascii()) for body in islice(bodies, 400)]
+def english_letters() -> list[str]:
+    """Web pages in English, ASCII alone."""
+    return ["".join(c for c in page if c.isascii()) for page in common.english_pages()[:400]]
 
 
 def turns(dice: random.Random, count: int) -> list[tuple[str, str]]:
@@ -231,26 +226,19 @@ def main() -> None:
     args = parser.parse_args()
     if not DATA.is_dir():
         sys.exit(f"skipped: {DATA} is missing")
-    began, pages = time.monotonic(), english_pages()
-    done = json.loads(RESULTS.read_text())["results"]["seeds"] if RESULTS.is_file() else []
-    rows = [row for row in done if row["seed"] not in args.seeds]
-    rows += [measure(seed, pages) for seed in args.seeds]
-    rows.sort(key=lambda row: row["seed"])
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    shares = {way: [row[way]["well formed"] for row in rows] for way in WAYS}
-    RESULTS.write_text(json.dumps({
-        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
-        "command": " ".join(["python", "benchmarks/bench_chat.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "peft")},
-        "hardware": f"{os.cpu_count()} cores, no GPU used",
-        "measured_in_seconds": round(time.monotonic() - began),
+    pages = english_letters()
+    stamp = common.stamp("bench_chat", ("torch", "transformers", "peft"), args.seeds) | {
         "model": SIZES | {"pieces": PIECES, "extended": EXTENDED},
         "training": {"steps": STEPS, "learning_rates": RATES, "batch": [BATCH, LENGTH],
                      "turns": TURNS, "english_pages": len(pages)},
-        "results": {"questions": ASKED, "share well formed": shares, "seeds": rows},
-    }, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        "questions": ASKED}
+    done = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
+    rows = [row for row in done if row["seed"] not in args.seeds]
+    rows += [stamp | measure(seed, pages) for seed in args.seeds]
+    rows.sort(key=lambda row: row["seed"])
+    text = json.dumps({"results": rows}, ensure_ascii=False, indent=2) + "\n"
+    RESULTS.write_text(text, encoding="utf-8")
+    shares = {way: [row[way]["well formed"] for row in rows] for way in WAYS}
     for way, values in shares.items():
         print(f"{way}: {', '.join(f'{value:.2f}' for value in values)}")
 

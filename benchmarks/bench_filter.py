@@ -21,7 +21,6 @@ pictures/readme_filter.png.
 import argparse
 import json
 import os
-import platform
 import random
 import re
 import resource
@@ -30,8 +29,6 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import date
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,7 +40,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "filter.json"
 PICTURE = ROOT / "pictures" / "readme_filter.png"
 WORK = ROOT / "outputs" / "bench_filter"
 SEED = 0
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import common  # noqa: E402
 
 import filter_cc as script  # noqa: E402
 
@@ -400,22 +399,6 @@ TABLES = {
     "disk": disk}
 
 
-def stamp() -> dict:
-    """Where, when and how a table was measured."""
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    packages = ("datatrove", "fastwarc", "isal", "numpy", "pyarrow")
-    return {
-        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
-        "command": " ".join(["python", "benchmarks/bench_filter.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
-        "hardware": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
-        f"{memory:.0f} GB, no GPU used",
-        "seed": SEED}
-
-
 def main() -> None:
     """Measure the chosen tables; each keeps its own stamp when another is measured again."""
     parser = argparse.ArgumentParser(
@@ -432,7 +415,8 @@ def main() -> None:
     for name in [] if args.draw else args.only or TABLES:
         print(f"--- {name}", flush=True)
         start = time.monotonic()
-        table = stamp() | TABLES[name](args.rounds)
+        packages = ("datatrove", "fastwarc", "isal", "numpy", "pyarrow")
+        table = common.stamp("bench_filter", packages, SEED) | TABLES[name](args.rounds)
         table["measured_in_seconds"] = round(time.monotonic() - start)
         print(json.dumps(table, indent=2, ensure_ascii=False), flush=True)
         done = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}

@@ -18,8 +18,6 @@ Results: benchmarks/results/merge.json, model by model, and pictures/readme_merg
 import argparse
 import json
 import os
-import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -27,8 +25,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -42,7 +38,9 @@ NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 SIZES = {"1.9B": (32, 2048, 5504), "7B": (32, 4096, 11008)}  # layers, hidden, intermediate
 WAYS = {"1.9B": ["cp", "original", "dequantized", "chat", "PEFT"], "7B": ["cp", "original"]}
 DISK = {"1.9B": 25, "7B": 32}  # GB
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import common  # noqa: E402
 
 import merge_lora as script  # noqa: E402
 
@@ -257,22 +255,6 @@ def draw(row: dict) -> None:
 # --- Main ----------------------------------------------------------------------------------------
 
 
-def stamp() -> dict:
-    """Where, when and how a model was measured."""
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
-    return {
-        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
-        "command": " ".join(["python", "benchmarks/bench_merge.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
-        "hardware": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
-        f"{memory:.0f} GB, no GPU used",
-        "seed": SEED}
-
-
 def main() -> None:
     """Measure the chosen models; each keeps its own stamp when another is measured again."""
     parser = argparse.ArgumentParser(
@@ -287,7 +269,9 @@ def main() -> None:
             print(f"{size} skipped: {DISK[size]} GB of disk needed, {free:.0f} GB free")
             continue
         start = time.monotonic()
-        row = stamp() | measure(size, WAYS[size], args.rounds if size == "1.9B" else 1)
+        packages = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
+        stamp = common.stamp("bench_merge", packages, SEED)
+        row = stamp | measure(size, WAYS[size], args.rounds if size == "1.9B" else 1)
         row["measured_in_seconds"] = round(time.monotonic() - start)
         done = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else []
         rows = sorted([r for r in done if r["model"] != size] + [row], key=lambda r: r["gigabytes"])

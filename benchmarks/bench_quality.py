@@ -21,18 +21,12 @@ every finished run stay in outputs/bench_quality, so a benchmark that was stoppe
 
 import argparse
 import functools
-import gzip
 import json
 import math
 import os
-import platform
-import re
 import shutil
-import subprocess
 import sys
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +57,9 @@ STARTS = {
     "distilled": ("distilled", "distilled")}
 REPEATED = ("subtoken", "mean_subtoken", "shared")  # with every seed
 REPLAY_START, SHARES, FACTORS = "shared", (0, 0.05, 0.1, 0.25), (0.1, 1, 10)
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import common  # noqa: E402
 
 import extend_vocab as script  # noqa: E402
 
@@ -74,23 +70,13 @@ def read(name: str) -> list[str]:
     return list(script.documents(DATA / name, "--corpus"))
 
 
-def english_pages() -> list[str]:
-    """The pages of the labelled WET file whose label, the first path segment, is `en`."""
-    pages = []
-    records = gzip.decompress((DATA / "labelled.wet.gz").read_bytes()).split(b"WARC/1.0")
-    for record in records:
-        head, _, body = record.replace(b"\r\n", b"\n").partition(b"\n\n")
-        if re.search(rb"WARC-Target-URI: https://[^/]+/en/", head):
-            pages.append(body.decode("utf-8", "replace").strip())
-    return pages
-
-
 @functools.cache
 def texts_by_use() -> dict[str, dict[str, list[str]]]:
     """Disjoint texts: what the base is trained on, what the extended model is, and held out."""
     from opencc import OpenCC
 
-    english, drcd, lines = english_pages(), read("drcd_dev.jsonl"), read("hongloumeng.txt")
+    english = [page.strip() for page in common.english_pages()]
+    drcd, lines = read("drcd_dev.jsonl"), read("hongloumeng.txt")
     novel = ["\n".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]
     half, end = len(novel) // 2, len(novel) * 19 // 20
     simplified = read("cmrc_trial.jsonl")
@@ -577,22 +563,6 @@ def draw(table: dict) -> None:
     print(f"drew {PICTURE.relative_to(ROOT)}")
 
 
-def stamp() -> dict:
-    """Where, when and how a table was measured."""
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    packages = ("torch", "transformers", "peft", "tokenizers", "sentencepiece", "opencc")
-    return {
-        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
-        "command": " ".join(["python", "benchmarks/bench_quality.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
-        "hardware": f"{cpu[1] if cpu else platform.machine()}, one of {os.cpu_count()} cores, "
-        f"{memory:.0f} GB, no GPU",
-        "seed": list(SEEDS), "base": json.loads((WORK / "base" / "training.json").read_text())}
-
-
 def main() -> None:
     """Measure the chosen tables; each keeps its own stamp when another is measured again."""
     import torch
@@ -612,12 +582,11 @@ def main() -> None:
     if not args.draw and not (WORK / "base").is_dir():
         train_base(WORK / "base")
     for name in [] if args.draw else args.only or tables:
-        print(f"--- {name}", flush=True)
-        start = time.monotonic()
-        table = stamp() | {"results": tables[name](), "seconds": time.monotonic() - start}
-        done = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"results": {}}
-        done["results"][name] = table
-        script.save_json(RESULTS, done)
+        packages = ("torch", "transformers", "peft", "tokenizers", "sentencepiece", "opencc")
+        stamp = common.stamp(
+            "bench_quality", packages, list(SEEDS), "one of {} cores", "no GPU")
+        stamp["base"] = json.loads((WORK / "base" / "training.json").read_text())
+        common.measure_table(RESULTS, name, tables[name], stamp)
     measured = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else {}
     if "training" in measured:
         draw(measured["training"])

@@ -30,18 +30,14 @@ Results: benchmarks/results/train.json, pictures/readme_s2.png, readme_memory.pn
 """
 
 import argparse
-import gzip
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +48,9 @@ PICTURES = ROOT / "pictures"
 WORK = ROOT / "outputs" / "bench_train"
 SEED, PIECES, LLAMA_2_PIECES = 0, 61_388, 32_000
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # times compare better on one thread
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import common  # noqa: E402
 
 import train_pt as script  # noqa: E402
 
@@ -276,20 +274,6 @@ def memory() -> list[dict]:
 # --- quality -------------------------------------------------------------------------------------
 
 
-def english() -> list[str]:
-    """The English pages of the labelled sample."""
-    texts, label = [], ""
-    records = gzip.decompress((DATA / "labelled.wet.gz").read_bytes()).split(b"WARC/1.0\r\n")
-    for record in records[1:]:
-        head, _, body = record.partition(b"\r\n\r\n")
-        for line in head.split(b"\r\n"):
-            if line.startswith(b"WARC-Target-URI:"):
-                label = line.split(b"/")[3].decode()
-        if label == "en":
-            texts.append(body.decode("utf-8", "replace").strip())
-    return texts
-
-
 def first_training(folder: Path, steps: int) -> float:
     """Train every weight of a small Llama with Llama 2's tokenizer on English; its last loss."""
     import numpy as np
@@ -302,7 +286,7 @@ def first_training(folder: Path, steps: int) -> float:
     llama(folder, LLAMA_2_PIECES, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
           num_attention_heads=8)
     tokenizer, stream = AutoTokenizer.from_pretrained(folder), []
-    for text in english():
+    for text in map(str.strip, common.english_pages()):
         stream += [1, *tokenizer(text, add_special_tokens=False)["input_ids"], 2]
     rows = torch.tensor(np.array(stream[: len(stream) // 256 * 256]).reshape(-1, 256))
     print(f"first training: {len(stream):,} English tokens, {steps} steps of 4 x 256", flush=True)
@@ -437,24 +421,6 @@ def draw_quality(table: dict) -> None:
 # --- Main ----------------------------------------------------------------------------------------
 
 
-def stamp() -> dict:
-    """Where, when and how a table was measured."""
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    command = ["python", "benchmarks/bench_train.py", *sys.argv[1:]]
-    return {
-        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
-        "command": " ".join(command),
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version()}
-        | {n: version(n) for n in ("torch", "transformers", "peft", "bitsandbytes")},
-        "hardware": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
-        f"{os.environ['OMP_NUM_THREADS']} used, {memory:.0f} GB, no GPU",
-        "seed": SEED,
-    }
-
-
 def main() -> None:
     """Measure the chosen tables; each keeps its own stamp when another is measured again."""
     parser = argparse.ArgumentParser(
@@ -479,7 +445,10 @@ def main() -> None:
         if not args.draw:
             print(f"--- {name}", flush=True)
             WORK.mkdir(parents=True, exist_ok=True)
-            record["results"][name] = stamp() | {"results": measure[name]()}
+            stamp = common.stamp(
+                "bench_train", ("torch", "transformers", "peft", "bitsandbytes"), SEED,
+                f"{{}} cores, {os.environ['OMP_NUM_THREADS']} used", "no GPU")
+            record["results"][name] = stamp | {"results": measure[name]()}
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         if name in pictures and name in record["results"]:

@@ -16,15 +16,11 @@ Results: benchmarks/results/vocab.json, table by table, and pictures/readme_voca
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import patch
 
@@ -35,7 +31,9 @@ PICTURE = ROOT / "pictures" / "readme_vocab.png"
 WORK = ROOT / "outputs" / "bench_vocab"
 DRCD = "drcd_dev.jsonl"
 NEW_PIECES, TRAINED_ARTICLES, SEED = 29_388, 300, 0
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import common  # noqa: E402
 
 import extend_vocab as script  # noqa: E402
 
@@ -220,22 +218,6 @@ def resize(rounds: int = 2) -> dict:
 # --- Main ----------------------------------------------------------------------------------------
 
 
-def stamp() -> dict:
-    """Where, when and how a table was measured."""
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    packages = ("torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "opencc")
-    return {
-        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
-        "command": " ".join(["python", "benchmarks/bench_vocab.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in packages},
-        "hardware": f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, "
-        f"{memory:.0f} GB, no GPU",
-        "seed": SEED}
-
-
 def lacking(table: str) -> str | None:
     """What a table needs and this machine has not."""
     if not DATA.is_dir():
@@ -256,12 +238,10 @@ def main() -> None:
         if reason := lacking(name):
             print(f"{name} skipped: {reason}")
             continue
-        print(f"--- {name}", flush=True)
-        start = time.monotonic()
-        table = stamp() | {"results": tables[name](), "seconds": time.monotonic() - start}
-        done = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"results": {}}
-        done["results"][name] = table
-        script.save_json(RESULTS, done)
+        packages = (
+            "torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "opencc")
+        stamp = common.stamp("bench_vocab", packages, SEED, gpu="no GPU")
+        common.measure_table(RESULTS, name, tables[name], stamp)
     shutil.rmtree(WORK, ignore_errors=True)
     measured = json.loads(RESULTS.read_text())["results"] if RESULTS.is_file() else {}
     if "tokenizers" in measured:
