@@ -29,6 +29,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,15 +51,19 @@ import filter_cc as script  # noqa: E402
 # --- Material ------------------------------------------------------------------------------------
 
 
+def members(path: Path) -> list[bytes]:
+    """The gzip members of a file."""
+    data = path.read_bytes()
+    cuts = [0, *script.member_starts(data), len(data)]
+    return [data[start:end] for start, end in pairwise(cuts)]
+
+
 def mixed_wet(path: Path, records: int) -> dict:
     """Write a WET whose pages are good in about 1 of 100 cases; return what is in it."""
     from isal import igzip
 
-    data = DATA.read_bytes()
-    cuts = [0, *script.member_starts(data), len(data)]
-    members = [data[start:end] for start, end in pairwise(cuts)][1:]
     good, rest = [], []
-    for member in members:
+    for member in members(DATA)[1:]:
         header = igzip.decompress(member)[:400]
         (good if b"/tc/" in header or b"/tc_page/" in header else rest).append(member)
     draw = random.Random(SEED)
@@ -74,6 +80,15 @@ def first_pass(name: str, files: list[Path], workers: int = 1, **settings):
     work = Path(args.output_dir) / ".work"
     stage, steps, tasks = script.judging(args, work, 0, [str(file) for file in files])
     return script.make_executor(args, steps, tasks, work / "logs" / stage, None)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Let this process and its children run on one core."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 def cpu_seconds() -> float:
@@ -105,14 +120,13 @@ def in_a_process(statement: str) -> dict:
 # --- Tables --------------------------------------------------------------------------------------
 
 
+@one_core()
 def speed(rounds: int) -> dict:
     """One core: gunzip, our first pass, and the same verdicts behind datatrove's WarcReader."""
     from datatrove.pipeline.readers import WarcReader
 
     wet, part = WORK / "mixed.wet.gz", WORK / "part.wet.gz"
     whole, slice_ = mixed_wet(wet, 100_000), mixed_wet(part, 1_000)
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
     times, cpu = {"igzip -dc": [], "filter_cc": []}, {"igzip -dc": [], "filter_cc": []}
     for _ in range(rounds):  # side by side, so that other work on the machine meets both
         runs = {
@@ -136,7 +150,6 @@ def speed(rounds: int) -> dict:
     executor.pipeline = [reader, with_tally, verdicts, writer]
     rate = {name: whole["unpacked"] / 1e6 / min(taken) for name, taken in times.items()}
     rate["WarcReader"] = slice_["unpacked"] / 1e6 / seconds(executor.run)
-    os.sched_setaffinity(0, cores)
     return {
         "wet": whole,
         "MB/s": {name: round(value, 1) for name, value in rate.items()},
@@ -152,11 +165,11 @@ def as_warc(wet: Path, warc: Path) -> int:
 
     from isal import igzip
 
-    data, size = wet.read_bytes(), 0
+    size = 0
     menu = "<nav><ul>" + '<li><a href="/">Home</a></li>' * 12 + "</ul></nav>"
     with open(warc, "wb") as out:
-        for start, end in pairwise([0, *script.member_starts(data), len(data)]):
-            header, _, text = igzip.decompress(data[start:end]).partition(b"\r\n\r\n")
+        for number, member in enumerate(members(wet)):
+            header, _, text = igzip.decompress(member).partition(b"\r\n\r\n")
             lines = text.decode("utf-8", "replace").splitlines()
             body = "".join(f"<p>{escape(line)}</p>\n" for line in lines if line.strip())
             title = escape(lines[0] if lines else "")
@@ -169,12 +182,13 @@ def as_warc(wet: Path, warc: Path) -> int:
                 b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:%d>\r\n"
                 b"WARC-Target-URI: %s\r\nContent-Type: application/http; msgtype=response\r\n"
                 b"WARC-Date: 2026-01-01T00:00:00Z\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n"
-            ) % (start, address, len(page), page)
+            ) % (number, address, len(page), page)
             out.write(igzip.compress(record))
             size += len(record)
     return size
 
 
+@one_core()
 def warc(rounds: int) -> dict:
     """One core: our first pass over HTML, and datatrove's WarcReader with its Trafilatura block,
     which extracts every page."""
@@ -186,8 +200,6 @@ def warc(rounds: int) -> dict:
         mixed_wet(WORK / f"{name}.wet.gz", records)
         files[name] = WORK / f"{name}.warc.gz"
         sizes[name] = as_warc(WORK / f"{name}.wet.gz", files[name])
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
     taken = {"filter_cc": [], "Trafilatura": []}
     for _ in range(rounds):
         taken["filter_cc"].append(seconds(first_pass("warc", [files["filter_cc"]]).run))
@@ -195,7 +207,6 @@ def warc(rounds: int) -> dict:
         reader = WarcReader(str(WORK), glob_pattern="Trafilatura.warc.gz")
         theirs.pipeline = [reader, Trafilatura(timeout=60)]
         taken["Trafilatura"].append(seconds(theirs.run))
-    os.sched_setaffinity(0, cores)
     rate = {name: sizes[name] / 1e6 / min(times) for name, times in taken.items()}
     return {
         "records": 10_000, "unpacked": sizes["filter_cc"],
