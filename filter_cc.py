@@ -89,8 +89,7 @@ HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition"
 RANGES = {  # of the numbers that are neither a share nor a count without a limit
     "max_mainland": (-1000, math.inf), "max_hongkong": (-1000, math.inf),
     "max_converted": (0, math.inf), "max_spam": (0, math.inf), "max_spun": (0, math.inf),
-    "max_terms": (0, math.inf), "keep_best": (0.001, 1),
-    "workers": (1, 4096),
+    "max_terms": (0, math.inf), "keep_best": (0.001, 1), "workers": (1, 4096),
     "minhash_buckets": (1, 1000), "minhash_rows": (1, 1000)}
 
 # Rules in the order in which they are applied; stats.json and the picture follow it.
@@ -826,8 +825,9 @@ def page_lines(body) -> list[tuple]:
         elif blocks[-1] is element:
             end_line()
             blocks.pop()
-        preformatted += (tag == "pre") * (1 if event == "start" else -1)
-        link += (tag == "a") * (1 if event == "start" else -1)
+        opened = 1 if event == "start" else -1
+        preformatted += opened * (tag == "pre")
+        link += opened * (tag == "a")
         words.append(text or "")
         linked += link and len((text or "").strip())
     end_line()
@@ -909,6 +909,21 @@ def parquet_rows(file, column: str | None, damage: Callable) -> Iterator[tuple[i
             if getattr(error, "errno", None) is not None:
                 raise
             damage(f"row group that does not read ({type(error).__name__})", number)
+
+
+def text_rows(path: str, column: str | None, damage: Callable) -> Iterator[tuple[int, dict, Any]]:
+    """Yield the rows of a JSONL or Parquet file, each with its number and what stands in its column
+    of text: the one asked for, else the first of TEXT_COLUMNS that it has."""
+    names = (column,) if column else TEXT_COLUMNS
+    with fsspec.open(path, "rb") as stream:
+        if path.endswith(".parquet"):
+            rows = parquet_rows(stream, column, damage)
+        else:
+            rows = jsonl_rows(stream, damage)
+        for number, row in rows:
+            if isinstance(nested := row.get("metadata"), dict):
+                row = nested | row
+            yield number, row, next((row[n] for n in names if row.get(n) is not None), None)
 
 
 def plain_values(column) -> list:
@@ -1070,13 +1085,13 @@ class Words:
                     break
         return found
 
-
     def is_joint(self, text: str, at: int, word: str) -> bool:
         """Whether a wrong conversion is none, since its wrong character belongs to the word beside:
         要瞭 in 要瞭解, 併時 in 合併時."""
-        wrong = at + self.wrong.get(word, 0)
-        beside = text[at - 1 : at + 1] if wrong == at else text[wrong : wrong + 2]
-        return self.kinds[word] == "converted" and beside in self.right
+        if self.kinds[word] != "converted":
+            return False
+        wrong = at + self.wrong[word]
+        return (text[at - 1 : at + 1] if wrong == at else text[wrong : wrong + 2]) in self.right
 
 
 class Judge:
@@ -1217,8 +1232,9 @@ def clean_lines(text: str, article: bool = False) -> str:
     for at, kind in enumerate([*kinds, "end"]):
         if kind in ("prose", "end"):
             if start < at:
-                prose = (kind == "prose", start > 0)
-                kept += block_lines(lines[start:at], kinds[start:at], *prose, article)
+                kept += block_lines(
+                    lines[start:at], kinds[start:at], before_prose=kind == "prose",
+                    after_prose=start > 0, article=article)
             kept += lines[at : at + 1]
             start = at + 1
     return "\n".join(kept)
@@ -1322,20 +1338,22 @@ def block_lines(
     if not short:
         return []
     verse = []
-    for soft, run in groupby(zip(lines, kinds, strict=True), lambda pair: pair[1] != "furniture"):
+    for furniture, run in groupby(
+            zip(lines, kinds, strict=True), lambda pair: pair[1] == "furniture"):
+        if furniture:
+            continue
         run = list(run)
         while run and run[-1][1] == "table":
             run.pop()
         run = [line for line, kind in run if kind == "short" or not (
             DATA.search(line) or LATIN.search(line.lower()) or ABOUT.match(line))]
-        if soft and is_verse(run):
+        if is_verse(run):
             verse += run
     if verse:
         return verse
-    kinds = ["furniture" if kind == "table" else kind for kind in kinds]
     if not before_prose:
         return []
-    if "furniture" in kinds or len(short) > 3:
+    if len(short) < len(lines) or len(short) > 3:
         last = short[-1] if kinds[-1] == "short" and len(short[-1]) > 5 else None
         return [line for line in short if NUMBERED.match(line) or line is last]
     return short
@@ -1462,16 +1480,13 @@ def like_table(trusted: np.ndarray, crawl: np.ndarray) -> np.ndarray:
 
 
 def trusted_texts(path: str) -> Iterator[str]:
-    """Yield the text of --like: the rows of JSON lines or Parquet, or a plain text's lines."""
-    with fsspec.open(path, "rb") as stream:
-        if path.endswith(ENDINGS):
-            read = parquet_rows if path.endswith(".parquet") else jsonl_rows
-            arguments = (stream, None) if path.endswith(".parquet") else (stream,)
-            rows = (row for _, row in read(*arguments, lambda *what: None))
-            found = (as_text(row.get(name)) for row in rows for name in TEXT_COLUMNS)
-        else:
-            found = iter(lambda: stream.read(1 << 20).decode("utf-8", "replace"), "")
-        yield from filter(None, found)
+    """Yield the text of --like: the rows of JSON lines or Parquet, or a plain text in parts."""
+    if path.endswith(ENDINGS):
+        texts = (as_text(given) for _, _, given in text_rows(path, None, lambda *what: None))
+        yield from filter(None, texts)
+        return
+    with open(path, encoding="utf-8", errors="replace") as text:
+        yield from iter(lambda: text.read(1 << 20), "")
 
 
 def keep_most_like(args: Arguments, pages: Path, best: Path) -> tuple[int, int]:
@@ -1567,35 +1582,26 @@ def blocks() -> SimpleNamespace:
 
         def read_rows(self, path: str, damage: Callable) -> Iterator[dict]:
             limits = self.judge.limits
-            columns = (limits.text_column,) if limits.text_column else TEXT_COLUMNS
-            with fsspec.open(path, "rb") as stream:
-                lost = lost_unread(self.tally, damage)
-                if path.endswith(".parquet"):
-                    rows = parquet_rows(stream, limits.text_column, lost)
-                else:
-                    rows = jsonl_rows(stream, lost)
-                for number, row in rows:
-                    self.tally.read += 1
-                    if isinstance(nested := row.get("metadata"), dict):
-                        row = nested | row
-                    given = next((row[name] for name in columns if row.get(name) is not None), None)
-                    text = as_text(given)
-                    if text is None:
-                        what = "without a text" if given is None else "whose text is no string"
-                        damage(f"row {what}", number)
-                        continue
-                    page = text.encode("utf-8", "replace")
-                    refused = self.judge.refuse_bytes(page)
-                    if refused and not limits.save_rejected:
-                        self.tally.count(refused, len(page))
-                        continue
-                    name = row.get("id")
-                    name = as_text(name) if isinstance(name, str | bytes) else None
-                    if name and "\ufffd" in name:  # others may look the same
-                        name = None
-                    yield {
-                        "text": text, "id": name or f"{path}:{number}", "refused": refused,
-                        "url": as_label(row.get("url")), "date": as_label(row.get("date"))}
+            lost = lost_unread(self.tally, damage)
+            for number, row, given in text_rows(path, limits.text_column, lost):
+                self.tally.read += 1
+                text = as_text(given)
+                if text is None:
+                    what = "without a text" if given is None else "whose text is no string"
+                    damage(f"row {what}", number)
+                    continue
+                page = text.encode("utf-8", "replace")
+                refused = self.judge.refuse_bytes(page)
+                if refused and not limits.save_rejected:
+                    self.tally.count(refused, len(page))
+                    continue
+                name = row.get("id")
+                name = as_text(name) if isinstance(name, str | bytes) else None
+                if name and "\ufffd" in name:  # others may look the same
+                    name = None
+                yield {
+                    "text": text, "id": name or f"{path}:{number}", "refused": refused,
+                    "url": as_label(row.get("url")), "date": as_label(row.get("date"))}
 
     class Verdicts(BaseFilter):
         """Cleans a page, scores it and refuses it by the first rule that it breaks."""
@@ -1648,13 +1654,16 @@ def blocks() -> SimpleNamespace:
             self.clusters, self.tallies = clusters, tallies
 
         def run(self, data, rank: int = 0, world_size: int = 1):
-            removed, sizes = (
-                np.fromfile(path, "<u4") if (path := Path(name)).exists() else np.empty(0, "<u4")
-                for name in (f"{self.clusters}/{rank:06d}.{kind}" for kind in ("remove", "sizes")))
-            self.removed, self.copies = set(removed.tolist()), dict(sizes.reshape(-1, 2).tolist())
+            self.removed = set(self.numbers(rank, "remove").tolist())
+            self.copies = dict(self.numbers(rank, "sizes").reshape(-1, 2).tolist())
             self.tally, self.at = Tally(self.tallies.format(rank)), -1
             yield from super().run(data, rank, world_size)
             self.tally.save()
+
+        def numbers(self, rank: int, kind: str) -> np.ndarray:
+            """Return what the clustering wrote of this task's pages; no file if that is nothing."""
+            path = Path(f"{self.clusters}/{rank:06d}.{kind}")
+            return np.fromfile(path, "<u4") if path.exists() else np.empty(0, "<u4")
 
         def filter(self, doc):
             self.at += 1
