@@ -657,25 +657,51 @@ class Corpus:
     characters: np.ndarray  # (documents,)
 
 
-def dataset_key(files: list[Path], base: Path) -> str:
+def dataset_key(files: list[Path], base: Path, sums: dict[str, str]) -> str:
     """Changes when the text or the tokenizer does, and with nothing else: a copy has the same."""
     digest = hashlib.sha256(b"2")  # counts the ways in which we have cut text into tokens
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         if (base / name).is_file():
             digest.update(name.encode() + (base / name).read_bytes())
-    for path in files:
-        digest.update(f"{path.suffix} {file_sum(path)}\n".encode())
+    for path, content in zip(files, sums.values(), strict=True):
+        digest.update(f"{path.suffix} {content}\n".encode())
     return digest.hexdigest()
 
 
-def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
+def known_sums(cache: Path) -> dict[str, str]:
+    """The sums of texts that are kept with the tokens."""
+    try:
+        known = json.loads((cache / "sums.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def text_sums(files: list[Path], known: dict[str, str]) -> dict[str, str]:
+    """The sha256 of each file, by its path, size and times: while these stay the same, a file whose
+    sum is known is not read again."""
+    sums = {}
+    for path in files:
+        stat = path.stat()
+        seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+        sums[seen] = known.get(seen) or file_sum(path)
+    return sums
+
+
+def tokenize(
+    files: list[Path], tokenizer: Any, cached: Path, sums: dict[str, str] | None = None
+) -> Corpus:
     """Tokenise every document, once: the next run finds the result in the cache, and one that
-    starts meanwhile waits for it. The tokenizer works on all cores."""
+    starts meanwhile waits for it. The tokenizer works on all cores. `sums` of the files are kept
+    with the tokens."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     if not cached.exists():
         with lock_cache(cached.parent):
             if not cached.exists():  # another run has not made it meanwhile
                 write_tokens(files, tokenizer, cached, dtype)
+    known = known_sums(cached.parent)
+    if sums and sums.keys() - known.keys():
+        write_json(cached.with_name("sums.json"), known | sums)
     sizes = np.load(cached / "documents.npy")
     return Corpus(np.memmap(cached / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
 
@@ -2348,15 +2374,17 @@ def main(argv: list[str] | None = None) -> None:
         return print_plan(args, training, config, first_new, {})
     files = [text_files(path) for path in args.dataset]
     files += [text_files(path, "--eval_dataset") for path in eval_texts(args).values()]
-    keys = [dataset_key(found, folder) for found in files]
+    known = known_sums(Path(args.cache_dir))
+    sums = [text_sums(found, known) for found in files]
+    keys = [dataset_key(found, folder, of) for found, of in zip(files, sums, strict=True)]
     record = describe_run(args, training, folder, first_new, keys[: len(args.dataset)])
     check_adapter(args, record)
     with training.main_process_first():  # of several processes one moves and tokenises
         checkpoint = None if args.plan else open_run(args, record)
         if checkpoint == "done":
             return print(f"already done: {args.output_dir} holds this very run, finished")
-        corpora = [tokenize(found, tokenizer, Path(args.cache_dir) / key[:16])
-                   for found, key in zip(files, keys, strict=True)]
+        corpora = [tokenize(found, tokenizer, Path(args.cache_dir) / key[:16], of)
+                   for found, key, of in zip(files, keys, sums, strict=True)]
     blocks, held_out = pack_sources(corpora, args, training, tokenizer.eos_token_id or 0)
     facts = count(corpora, blocks, held_out, training)
     lines = first_lines(args, training, folder, blocks, held_out, files)

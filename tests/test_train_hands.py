@@ -84,6 +84,33 @@ def test_touched_and_copied_text_goes_on_and_is_done(command, text, tmp_path, mo
     assert "already done" in capsys.readouterr().out
 
 
+def test_a_text_is_read_again_only_when_its_size_or_times_change(
+    tokenizer, tmp_path, monkeypatch
+):
+    page, reads = tmp_path / "a.txt", []
+    whole = train_pt.file_sum
+    monkeypatch.setattr(train_pt, "file_sum", lambda path: reads.append(path) or whole(path))
+
+    def key() -> str:
+        sums = train_pt.text_sums([page], train_pt.known_sums(tmp_path / "cache"))
+        found = train_pt.dataset_key([page], TINY, sums)
+        train_pt.tokenize([page], tokenizer, tmp_path / "cache" / found, sums)
+        return found
+
+    page.write_text("one")
+    keys = [key(), key()]
+    assert len(reads) == 1
+    page.touch()
+    keys.append(key())
+    assert len(reads) == 2
+    assert len(set(keys)) == 1
+    page.write_text("two")
+    assert key() != keys[0]
+    for content in ("[]", "{"):  # a record that is no record
+        (tmp_path / "cache/sums.json").write_text(content)
+        key()
+
+
 def test_foreign_files_of_a_text_folder_are_not_read(tmp_path):
     for name in (".DS_Store", "._a.txt", "a.txt"):
         (tmp_path / name).write_text("x")
