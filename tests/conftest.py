@@ -1,10 +1,14 @@
 """What every test file may ask for: the scripts as programs, real material, the demo's outputs."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -51,3 +55,32 @@ def demo(tmp_path_factory: pytest.TempPathFactory, run_script: Callable) -> Path
         options += ["--max_steps", "20"] if script == "train_pt.py" else []
         run_script(script, *options, cwd=folder)
     return folder
+
+
+class HubAnswers(BaseHTTPRequestHandler):
+    """What stand-ins for the hub's HTTP API have in common."""
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, body: object = None, status: int = 200, headers: dict | None = None) -> None:
+        """Send bytes as they are, anything else as JSON; nothing: an empty object."""
+        body = {} if body is None else body
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+@contextmanager
+def serving(answers: type[HubAnswers]) -> Iterator[ThreadingHTTPServer]:
+    """A server on a free port of this machine, while the test runs."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()

@@ -10,25 +10,26 @@ import lzma
 import math
 import os
 import random
-import subprocess
-import sys
 from collections import Counter
+from pathlib import Path
+from urllib.parse import parse_qs
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from conftest import HubAnswers, serving
 from test_filter_cc import (
     ENGLISH,
     LETTER,
     RECIPE,
-    ROOT,
     different,
     judge,
     members,
     read,
     record,
     rows,
+    run,
     run_here,
 )
 
@@ -424,91 +425,62 @@ def test_copies_counts_equal_and_nearly_equal_pages(tmp_path):
     assert account_of(tmp_path)["refused"]["duplicate"] == 4
 
 
-HUB = """
-import http.server, json, pathlib, sys
+@pytest.fixture
+def hub(tmp_path):
+    """A stand-in for the hub's HTTP API: the folder `hub` as the dataset me/web."""
+    root = tmp_path / "hub"
 
-root = pathlib.Path(sys.argv[1])
+    class Dataset(HubAnswers):
+        protocol_version = "HTTP/1.1"
 
+        def entry(self, path: Path) -> dict:
+            kind = "directory" if path.is_dir() else "file"
+            place, size = str(path.relative_to(root)), path.stat().st_size
+            return {"type": kind, "oid": "0" * 40, "size": size, "path": place}
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def answer(self, content, status=200, **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def entry(self, path):
-        kind = "directory" if path.is_dir() else "file"
-        size = path.stat().st_size
-        return {"type": kind, "oid": "0" * 40, "size": size, "path": str(path.relative_to(root))}
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        if path.startswith("/api/datasets/me/web/tree/"):
-            folder = root / path.partition("/tree/")[2].partition("/")[2]
-            if not folder.is_dir():
-                return self.answer(b"{}", 404, X_Error_Code="EntryNotFound")
-            self.answer(json.dumps([self.entry(path) for path in folder.iterdir()]).encode())
-        elif path.startswith("/api/datasets/me/web"):
-            self.answer(json.dumps({"id": "me/web", "sha": "1" * 40, "siblings": []}).encode())
-        elif "/resolve/" in path:
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            if path.startswith("/api/datasets/me/web/tree/"):
+                folder = root / path.partition("/tree/")[2].partition("/")[2]
+                if not folder.is_dir():
+                    return self.answer({}, 404, {"X-Error-Code": "EntryNotFound"})
+                return self.answer([self.entry(path) for path in folder.iterdir()])
+            if path.startswith("/api/datasets/me/web"):
+                return self.answer({"id": "me/web", "sha": "1" * 40, "siblings": []})
+            if "/resolve/" not in path:
+                return self.answer({}, 404, {"X-Error-Code": "RepoNotFound"})
             content = (root / path.partition("/resolve/")[2].partition("/")[2]).read_bytes()
             asked = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
             start, end = int(asked[0] or 0), int(asked[2] or len(content) - 1)
+            place = f"bytes {start}-{end}/{len(content)}"
             self.answer(
-                content[start : end + 1], 206 if asked[0] else 200, ETag='"1"',
-                X_Repo_Commit="1" * 40,
-                Content_Range=f"bytes {start}-{end}/{len(content)}")
-        else:
-            self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
+                content[start : end + 1], 206 if asked[0] else 200,
+                {"ETag": '"1"', "X-Repo-Commit": "1" * 40, "Content-Range": place})
 
-    do_HEAD = do_GET
+        do_HEAD = do_GET
 
-    def do_POST(self):
-        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        import urllib.parse
-        try:
-            paths = json.loads(asked)["paths"]
-        except ValueError:
-            paths = urllib.parse.parse_qs(asked)["paths"]
-        paths = [paths] if isinstance(paths, str) else paths
-        found = [self.entry(root / path) for path in paths if (root / path).exists()]
-        self.answer(json.dumps(found).encode())
+        def do_POST(self):
+            asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            try:
+                paths = json.loads(asked)["paths"]
+            except ValueError:
+                paths = parse_qs(asked)["paths"]
+            paths = [paths] if isinstance(paths, str) else paths
+            self.answer([self.entry(root / path) for path in paths if (root / path).exists()])
 
-    def log_message(self, *args):
-        pass
+    with serving(Dataset) as server:
+        yield server
 
 
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-print(server.server_port, flush=True)
-server.serve_forever()
-"""
-
-
-def test_a_dataset_of_the_hub_is_read_where_it_lies(tmp_path):
+def test_a_dataset_of_the_hub_is_read_where_it_lies(hub, run_script, tmp_path):
     """A stand-in of the hub's API serves two Parquet files; hf:// with a glob reads both."""
     texts = different(6, seed=41)
     (tmp_path / "hub" / "data").mkdir(parents=True)
     for number in (0, 1):
         table = pa.table({"text": texts[number::2], "id": ["a", "b", "c"]})
         pq.write_table(table, tmp_path / "hub" / "data" / f"part-{number}.parquet")
-    command = [sys.executable, "-c", HUB, str(tmp_path / "hub")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as hub:
-        try:
-            env = os.environ | {
-                "HF_ENDPOINT": f"http://127.0.0.1:{int(hub.stdout.readline())}",
-                "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-            command = [
-                sys.executable, ROOT / "filter_cc.py", "--input",
-                "hf://datasets/me/web/data/*.parquet", "--output_dir", tmp_path / "out",
-                "--picture", tmp_path / "filter.png", "--minhash_buckets", "2"]
-            done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-        finally:
-            hub.kill()
-    assert done.returncode == 0, done.stderr
+    env = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    run(run_script, tmp_path, "--input", "hf://datasets/me/web/data/*.parquet", env=env)
     assert {row["text"] for row in rows(tmp_path)} == set(texts)

@@ -8,14 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import warnings
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, HubAnswers, serving
 from safetensors.torch import load_file, save_file
 
 import merge_lora
@@ -593,18 +591,7 @@ def hub():
     """A stand-in for the hub's HTTP API, which remembers what it was asked: .commits has the files
     of each commit, .batches what went to large file storage, .created the repositories."""
 
-    class Answer(BaseHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-        def answer(self, body: dict | None = None, status: int = 200) -> None:
-            data = json.dumps(body or {}).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(data)
-
+    class Answer(HubAnswers):
         def do_GET(self):
             self.answer({"id": "me/luojiu", "sha": "0" * 40, "siblings": []})
 
@@ -642,11 +629,9 @@ def hub():
                 return self.answer({"commitUrl": url, "commitOid": "1" * 40})
             return self.answer({}, 404)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    server.created, server.commits, server.stored = [], [], {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with serving(Answer) as server:
+        server.created, server.commits, server.stored = [], [], {}
+        yield server
 
 
 def push(hub, adapter: Path, *options: str, token: str = "hf_right"):
