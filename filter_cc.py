@@ -98,6 +98,7 @@ RULES = {
     "han": "too few of its words are Chinese",
     "japanese_korean": "kana or hangul",
     "simplified": "Simplified characters",
+    "index": "first lines of other pages below links to them",
     "mojibake": "broken bytes, or characters that nobody uses",
     "lines": "menus, footers, share buttons and cookie notices (lines; pages stay)",
     "length": "too little prose is left",
@@ -690,7 +691,8 @@ def html_page(block: bytes, judge: "Judge") -> tuple[bytes | None, str | None]:
     seen = html.unescape(page) if references else page
     if refused := judge.refuse_certain(judge.count(code_points(seen))):
         return body, refused
-    return extract(page).encode("utf-8", "replace"), None
+    text, index = extract(page)
+    return text.encode("utf-8", "replace"), "index" if index else None
 
 
 def decode_html(body: bytes, content_type: str) -> str:
@@ -750,15 +752,18 @@ BESIDE = re.compile(  # names of elements, classes and ids beside an article
     r"(?i)(?:^|[\s_-])(?:nav|aside|footer|header|menu|side(?:bar)?|comments?|respond|shar(?:e|ing)|"
     r"social|related|recommend\w*|breadcrumbs?|tags?|pag(?:ination|er)|ads?|advert\w*|banner|"
     r"popular|widgets?|login|cookies?)(?:$|[\s_-])")
+TITLE = re.compile(r"(?i)h[1-6]\b|.* \S*(?:title|headline|subject)\b")
+ELSEWHERE = re.compile(r"(?!javascript:)[^#]+")  # a link that leaves the page
 WIDE = "[\u3000-\u9fff\uff00-\uffef]"
 SOURCE_BREAK = re.compile(rf"(?<={WIDE})[ \t]*[\r\n]\s*(?={WIDE})")
 
 
-def extract(page: str) -> str:
-    """Return the article of an HTML page, whole. trafilatura (Barbaresi, ACL 2021) finds it, but
-    loses what it does not know: text behind <wbr> and <rb>, tables, captions, short items, lines
-    between <br>. So its text only says where the article is; all lines there are the article, but
-    for menus and the like in which it found nothing."""
+def extract(page: str) -> tuple[str, bool]:
+    """Return the article of an HTML page, whole, and whether it is an index of other pages.
+    trafilatura (Barbaresi, ACL 2021) finds it, but loses what it does not know: text behind <wbr>
+    and <rb>, tables, captions, short items, lines between <br>. So its text only says where the
+    article is; all lines there are the article, but for menus and the like in which it found
+    nothing."""
     import trafilatura
     from lxml import html
     from resiliparse.parse.html import HTMLTree
@@ -778,7 +783,7 @@ def extract(page: str) -> str:
             links[element] += linked
             hits[element] += len(words) * hit[-1]
     if not hits[body]:
-        return "\n".join(line for line, _, _ in lines)
+        return "\n".join(line for line, _, _ in lines), is_index(lines)
     place = body
     for element in body.iterdescendants(*BLOCKS):  # the innermost box that holds nearly all
         if hits[element] >= 0.9 * hits[body] and any(part.tag in BLOCKS for part in element):
@@ -788,8 +793,23 @@ def extract(page: str) -> str:
         name = f"{element.tag} {element.get('class', '')} {element.get('id', '')}"
         menu = links[element] and (BESIDE.search(name) or 2 * links[element] > size[element])
         inside[element] = inside[element.getparent()] and not (menu and not hits[element])
-    return "\n".join(
+    text = "\n".join(
         line for at, (line, owner, _) in enumerate(lines) if hit[at] or inside.get(owner))
+    return text, is_index([line for line in lines if line[1] in inside])
+
+
+def is_index(lines: list[tuple]) -> bool:
+    """Whether most of the text stands in a few lines each below headings that link elsewhere."""
+    headings = below = under = 0
+    for line, owner, linked in lines:
+        if TITLE.match(f"{owner.tag} {owner.get('class', '')}"):
+            inner = [*owner.iter("a"), *owner.iterancestors("a")]
+            leads = any(ELSEWHERE.fullmatch(link.get("href", "")) for link in inner)
+            under = leads and linked > 0.8 * len(line)
+            headings += under
+        below += under * len(line)
+    total = sum(len(line) for line, _, _ in lines)
+    return headings > 2 and 2 * below > total and below < 300 * headings
 
 
 def page_lines(body) -> list[tuple]:

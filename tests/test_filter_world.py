@@ -289,7 +289,7 @@ def test_an_early_end_of_html_ends_nothing():
     """libxml2 stops there; browsers do not."""
     head = "<html><head><title>題</title></head></html>"
     body = "".join(f"<p>{text}</p>" for text in paragraphs(6))
-    article = filter_cc.extract(f"{head}<body><article>{body}</article></body></html>")
+    article, _ = filter_cc.extract(f"{head}<body><article>{body}</article></body></html>")
     assert all(text in article for text in paragraphs(6))
 
 
@@ -299,7 +299,7 @@ def test_lines_that_br_divides_are_there_once(tag):
     before, after = rows.get(tag, ("", ""))
     lines = "<br/>".join(paragraphs(8))
     page = f"<html><body><main>{before}<{tag}>{lines}</{tag}>{after}</main></body></html>"
-    article = filter_cc.extract(page)
+    article, _ = filter_cc.extract(page)
     assert [article.count(text) for text in paragraphs(8)] == [1] * 8
 
 
@@ -307,7 +307,7 @@ def test_code_that_br_divides_stays():
     code = "<br>".join(f"value_{at} = load({at})" for at in range(6))
     body = "".join(f"<p>{text}</p>" for text in paragraphs(5))
     page = f"<article>{body}<pre><code>{code}</code></pre>{body}</article>"
-    article = filter_cc.extract(f"<html><body>{page}</body></html>")
+    article, _ = filter_cc.extract(f"<html><body>{page}</body></html>")
     assert all(f"value_{at} = load({at})" in article for at in range(6))
 
 
@@ -354,11 +354,36 @@ def test_nothing_of_an_article_is_lost_and_its_furniture_goes(judge, name):
     text = RECIPE.replace("\n", "")
     first, last = (f"<p>{text[at : at + 300]}。</p>" for at in (0, 300))
     page = f"<body>{AROUND}<main><article>{first}{part}{last}</article></main>{BELOW}</body>"
-    article, _, _ = judge.verdict(filter_cc.extract(f"<html>{page}</html>"), article=True)
+    article, _, _ = judge.verdict(filter_cc.extract(f"<html>{page}</html>")[0], article=True)
     for words in wanted:
         assert words in article
     for words in ("站內搜尋", "熱門文章", "不知道的景點", "分享到", "我也去過", "版權所有"):
         assert words not in article
+
+
+@pytest.mark.parametrize(("item", "refused"), [
+    ("<h2><a href='/{0}'>第{0}篇</a></h2><p>{1}</p>", True),
+    ("<a href='/{0}'><h5>第{0}篇</h5><p>{1}</p></a>", True),
+    ("<div class='post-title'><a href='https://a.tw/{0}'>第{0}篇</a></div><div>{1}</div>", True),
+    ("<h2><a href='#part-{0}'>第{0}節</a></h2><p>{1}</p>", False),
+    ("<h3><a href='javascript:void(0)'>問題{0}</a></h3><p>{1}</p>", False),
+    ("<h2>第{0}節</h2><p>{1}</p><p><a href='/{0}'>延伸閱讀：第{0}篇</a></p>", False),
+    ("<h2><a href='/{0}'>第{0}日</a></h2>" + 5 * "<p>{1}</p>", False),
+])
+def test_first_lines_below_links_to_other_pages_are_an_index(judge, item, refused):
+    items = "".join(item.format(at, text) for at, text in enumerate(paragraphs(9)))
+    page = f"<html><body>{AROUND}<main>{items}</main>{BELOW}</body></html>"
+    _, tally = read(judge, answer(page.encode()))
+    assert tally.pages["index"] == refused
+
+
+def test_an_article_whose_title_is_a_link_is_none(judge):
+    text = "".join(f"<p>{line}</p>" for line in paragraphs(9))
+    more = "".join(f"<h3><a href='/{at}'>別篇</a></h3><p>它的第一句。</p>" for at in range(4))
+    page = f"<article><h1><a href='/me'>一篇</a></h1>{text}</article>{more}"
+    page = f"<html><body>{page}</body></html>"
+    pages, _ = read(judge, answer(page.encode()))
+    assert all(line in pages[0]["text"] for line in paragraphs(9))
 
 
 # --- Quality and provenance ----------------------------------------------------------------------
