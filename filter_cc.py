@@ -748,6 +748,7 @@ BLOCKS = frozenset([  # elements that begin a line
     "dialog", "div", "dl", "dt", "fieldset", "figcaption", "figure", "footer", "form", "h1",
     "h2", "h3", "h4", "h5", "h6", "header", "hr", "legend", "li", "main", "menu", "nav", "ol",
     "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul"])
+GUTTER = re.compile(r"(?i)\b(?:gutter|line-?num(?:ber)?s?|linenos?)\b")  # numbers of lines of code
 BESIDE = re.compile(  # names of elements, classes and ids beside an article
     r"(?i)(?:^|[\s_-])(?:nav|aside|footer|header|menu|side(?:bar)?|comments?|respond|shar(?:e|ing)|"
     r"social|related|recommend\w*|breadcrumbs?|tags?|pag(?:ination|er)|ads?|advert\w*|banner|"
@@ -770,17 +771,23 @@ def extract(page: str) -> tuple[str, bool]:
 
     # libxml2 stops at an early </html>, so an HTML5 parser reads the page first.
     tree = str(HTMLTree.parse(READINGS.sub("", page.replace("\x00", ""))))
-    found = "".join((trafilatura.extract(tree, include_comments=False) or "").split())
+    found = (trafilatura.extract(tree, include_comments=False) or "").split("\n")
+    found = "".join("".join(line.removeprefix("- ").split()) for line in found)
     body = html.fromstring(tree, parser=html.HTMLParser(remove_comments=True)).find("body")
     lines = [] if body is None else page_lines(body)
-    size, links, hits = Counter(), Counter(), Counter()  # characters in an element
-    hit = []
+    size, links, rows, hits = Counter(), Counter(), Counter(), Counter()  # of an element
+    hit, end = [], 0
     for line, owner, linked in lines:
         words = "".join(line.removeprefix("- ").split())
-        hit.append(len(words) > 7 and words in found)
+        at = found.find(words, end, end + len(words) + 16)  # a short line only right behind
+        if at < 0 and len(words) > 7:
+            at = found.find(words)
+        hit.append(at >= 0)
+        end = at + len(words) if hit[-1] else end
         for element in (owner, *owner.iterancestors()):
             size[element] += len(line)
             links[element] += linked
+            rows[element] += 1
             hits[element] += len(words) * hit[-1]
     if not hits[body]:
         return "\n".join(line for line, _, _ in lines), is_index(lines)
@@ -791,7 +798,8 @@ def extract(page: str) -> tuple[str, bool]:
     inside = {place: True}  # is it a part of the article?
     for element in place.iterdescendants():
         name = f"{element.tag} {element.get('class', '')} {element.get('id', '')}"
-        menu = links[element] and (BESIDE.search(name) or 2 * links[element] > size[element])
+        listed = rows[element] > 1 and 2 * links[element] > size[element]
+        menu = links[element] and (listed or BESIDE.search(name))
         inside[element] = inside[element.getparent()] and not (menu and not hits[element])
     text = "\n".join(
         line for at, (line, owner, _) in enumerate(lines) if hit[at] or inside.get(owner))
@@ -832,7 +840,7 @@ def page_lines(body) -> list[tuple]:
     walk = etree.iterwalk(body, events=("start", "end"))
     for event, element in walk:
         tag, text = element.tag, element.text if event == "start" else element.tail
-        if event == "start" and tag in SILENT:
+        if event == "start" and (tag in SILENT or GUTTER.search(element.get("class", ""))):
             walk.skip_subtree()
             continue
         if event == "start":

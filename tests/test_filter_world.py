@@ -337,6 +337,13 @@ PARTS = {  # what stands in an article: its HTML, and what must be read
     "code": (
         "<pre><code>def f(x):\n    if x &lt; 3:\n        return g(x)\n</code></pre>",
         ["    if x < 3:\n        return g(x)"]),
+    "numbered code": (
+        "<table><tr><td class=gutter><pre><span class=line>1</span><br>2<br>3</pre></td>"
+        "<td class=code><pre>$ npm init<br>$ npm test</pre></td></tr></table>",
+        ["。\n$ npm init\n$ npm test\n"]),
+    "a link and its text": (
+        "<div><a href=/law/7>第 7 條</a></div><div>前項申請，應於三十日內補正。</div>",
+        ["第 7 條\n前項申請"]),
     "source breaks": (
         "<p>他把門輕輕地\n   打開，外面沒有人。</p>", ["他把門輕輕地打開，外面沒有人。"]),
 }
