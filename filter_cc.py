@@ -1129,6 +1129,10 @@ class Judge:
         self.limits, self.scripts, self.words = limits, script_table(), Words(word_kinds())
         self.cantonese = listed_words("cantonese")
 
+    def __deepcopy__(self, memo: dict) -> "Judge":
+        """datatrove copies a pipeline for every task; nothing changes the tables."""
+        return self
+
     def count(self, codes: np.ndarray) -> Scripts:
         """Count characters by script."""
         scripts = self.scripts.take(codes, mode="clip")
