@@ -73,7 +73,7 @@ KINDS = (".wet", ".warc", ".jsonl", ".ndjson", ".json")
 COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
 ENDINGS = (".parquet", *(
     kind + packed for kind in KINDS for packed in COMPRESSIONS
-    if kind + packed != ".json"))  # settings, not rows
+    if kind + packed != ".json"))  # in a folder these are settings, not rows
 TEXT_COLUMNS = ("text", "content", "raw_content")  # the first of these that a row has
 MAX_TASKS = 256  # deduplication opens one file of every task at once
 FIRST_TURN = 32  # files read before the yield of a crawl is known (--target_size)
@@ -161,6 +161,7 @@ ABOUT = re.compile(
 NUMBERED = re.compile(
     "[壹貳參肆伍陸柒捌玖拾一二三四五六七八九十]+、|"
     "第 ?[一二三四五六七八九十百0-9-]+ ?[章節條步編款]")
+ITEM = re.compile(r"- |[(（][A-Za-z甲乙丙丁一二三四五六七八九十][)）]|[A-E][.、．] ?")
 TIMING = re.compile(r"\d+|(?:\d\d:)+\d\d[,.]\d{3} --> .*")  # of a subtitle
 FORMULA = re.compile(r"\S [=≈≤≥] \S")
 DATA = re.compile(r"[\d=(){};]")
@@ -172,14 +173,18 @@ CONTACT, CONTACT_LINE = re.compile(rf"(?:{LABELS})\s*[:：]"), re.compile(
 HAN, LATIN = re.compile("[\u3400-\u9fff]"), re.compile("[a-z]")
 SENTENCE = re.compile(  # Chinese punctuation, or ASCII's behind Han
     "[。！？；，,.!?;](?:(?<=[。！？；，])|(?<=[\u3400-\u9fff」）].)(?=\\s|$|[\u3400-\u9fff「]))")
-ENDED = re.compile("[。？！．｡﹒﹖﹗]")
-CLOSING = tuple("。！？…」』）；：.!?\"')~～．｡﹒﹖﹗︰，,、﹐﹔;")
+STOPS = re.compile("[。？！?!]")
+ENDED = re.compile("[。？！．｡﹒﹖﹗︒︕︖]")
+CLOSING = tuple("。！？…」』）；：.!?\"')~～．｡﹒﹖﹗︒︕︖︰，,、﹐︐﹔;")
+COLONS = (":", "：")
 EXCERPT = re.compile(
     r"(?i)(?:\.\.\.|…)$|read more|continue reading|繼續閱讀|閱讀(?:全文|更多)|(?:詳|看)全文")
+FENCES = ("```", "~~~")  # around code in Markdown
 CODE = re.compile(r"[{}<>=;$\\|`#]|\w[(\[.:_/]\w|^\s*[\w.-]+$")
 WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+(?:['’-][A-Za-z]+)*|[\u0370-\u1fff]+")
-INVISIBLE = re.compile(  # no line break
-    "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u180e\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+INVISIBLE = re.compile(  # no line break; colours of a terminal go whole
+    "\x1b\\[[\\d;]*m|[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u180e\u200b\u200c\u200e\u200f"
+    "\u202a-\u202e\u2060-\u2064\ufeff]")
 PARAGRAPH = tuple("。；：，」』）.\"')~～")  # the ends of these; a title may end in ？ or ！
 SEPARATORS = re.compile(r"[\s|｜│>»›＞/／·•．‧★◆■]+")
 FUNCTION_WORDS = frozenset(
@@ -638,10 +643,15 @@ def http_payload(block: bytes) -> tuple[dict[str, str], bytes]:
     if re.match(rb"HTTP/\d", block):
         end = re.search(rb"\r?\n\r?\n", block) or re.search(rb"\Z", block)
         fields, body = header_fields(block[: end.start()]), block[end.end() :]
-    if "chunked" in fields.get("transfer-encoding", "").lower():
+    chunked = "chunked" in fields.get("transfer-encoding", "").lower()
+    if chunked or (CHUNK.match(body) and body.endswith(b"\r\n0\r\n\r\n")):
         body = join_chunks(body)
     while body.startswith(b"\x1f\x8b"):  # some servers compress twice
-        body = zlib.decompressobj(31).decompress(body, MAX_RECORD)
+        rest, body = body, b""
+        while rest.startswith(b"\x1f\x8b"):
+            member = zlib.decompressobj(31)
+            body += member.decompress(rest, MAX_RECORD)
+            rest = member.unused_data
     if body.startswith(b"\x28\xb5\x2f\xfd"):
         body = zstandard.ZstdDecompressor().decompressobj().decompress(body)
     elif fields.get("content-encoding", "").lower() in ("br", "deflate"):
@@ -658,7 +668,7 @@ def inflate_brotli(data: bytes) -> bytes:
     return brotli.decompress(data)
 
 
-CHUNK = re.compile(rb"[ \t]*([0-9a-fA-F]{1,7})[^\r\n]{0,64}\r?\n")
+CHUNK = re.compile(rb"[ \t]*([0-9a-fA-F]{1,16})[^\r\n]{0,64}\r?\n")
 
 
 def join_chunks(body: bytes) -> bytes:
@@ -683,11 +693,13 @@ def html_page(block: bytes, judge: "Judge") -> tuple[bytes | None, str | None]:
         markup = re.search(rb"(?i)<(?:!doctype\s+html|html|head|body)\b", body[:4096])
         if not markup or not re.match(r"$|text/plain|application/octet-stream|unknown", kind):
             return None, None
+    if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        body = body.decode("utf-16", "replace").encode("utf-8", "replace")
     high = np.count_nonzero(np.frombuffer(body, np.uint8) & 0x80)
     references = body.count(b"&#")
     if max(high, references) < judge.limits.min_length:
         return body, "han"
-    page = decode_html(body, kind)
+    page = decode_html(body, kind, judge)
     seen = html.unescape(page) if references else page
     if refused := judge.refuse_certain(judge.count(code_points(seen))):
         return body, refused
@@ -695,16 +707,17 @@ def html_page(block: bytes, judge: "Judge") -> tuple[bytes | None, str | None]:
     return text.encode("utf-8", "replace"), "index" if index else None
 
 
-def decode_html(body: bytes, content_type: str) -> str:
-    """Return a page as browsers read it (WHATWG Encoding, 4.2): mark, header, meta, detection.
-    Valid UTF-8 is UTF-8 whatever a label says; what no encoding explains becomes U+FFFD."""
+def decode_html(body: bytes, content_type: str, judge: "Judge") -> str:
+    """Return a page as browsers read it (WHATWG Encoding, 4.2): header, meta, detection. Valid
+    UTF-8 is UTF-8 whatever a label says; what no encoding explains becomes U+FFFD. A label is
+    believed unless bytes do not fit it, or fit only as Han that nobody uses (Big5 read as GBK)."""
     from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 
-    if body.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return body.decode("utf-16", "replace")
     with contextlib.suppress(UnicodeDecodeError):
         return body.decode("utf-8-sig")
-    meta = re.search(rb"(?i)<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", body[:4096])
+    meta = re.search(
+        rb"(?i)<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)",
+        re.sub(rb"(?s)<!--.*?-->", b"", body[:4096]))
     header = re.search(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", content_type)
     told = [header[1] if header else "", meta[1].decode("ascii", "replace") if meta else ""]
     detected = map(detect_encoding, [body])  # only where no label explains the bytes
@@ -721,10 +734,11 @@ def decode_html(body: bytes, content_type: str) -> str:
             page = body.decode("big5hkscs", "luojiu_big5")
         else:
             page = body.decode("gb18030" if name.startswith("gb") else name, "replace")
-        lost = page.count("\ufffd")
+        counts = judge.count(code_points(page))
+        lost = counts.broken + counts.rare
         if best is None or 4 * lost < best[0]:  # a later guess must be far better
             best = lost, page
-        if 200 * lost < len(page) and label in told:
+        if lost < 0.005 * len(page) + 0.05 * sum(counts[1:5]) and label in told:
             break
     return best[1]
 
@@ -750,7 +764,7 @@ BLOCKS = frozenset([  # elements that begin a line
     "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul"])
 GUTTER = re.compile(r"(?i)\b(?:gutter|line-?num(?:ber)?s?|linenos?)\b")  # numbers of lines of code
 BESIDE = re.compile(  # names of elements, classes and ids beside an article
-    r"(?i)(?:^|[\s_-])(?:nav|aside|footer|header|menu|side(?:bar)?|comments?|respond|shar(?:e|ing)|"
+    r"(?i)(?:^|\s)(?:site-|page-)?header\b|(?:^|[\s_-])(?:nav|aside|footer|menu|side(?:bar)?|comments?|respond|shar(?:e|ing)|"
     r"social|related|recommend\w*|breadcrumbs?|tags?|pag(?:ination|er)|ads?|advert\w*|banner|"
     r"popular|widgets?|login|cookies?)(?:$|[\s_-])")
 TITLE = re.compile(r"(?i)h[1-6]\b|.* \S*(?:title|headline|subject)\b")
@@ -773,7 +787,8 @@ def extract(page: str) -> tuple[str, bool]:
     tree = str(HTMLTree.parse(READINGS.sub("", page.replace("\x00", ""))))
     found = (trafilatura.extract(tree, include_comments=False) or "").split("\n")
     found = "".join("".join(line.removeprefix("- ").split()) for line in found)
-    body = html.fromstring(tree, parser=html.HTMLParser(remove_comments=True)).find("body")
+    parser = html.HTMLParser(remove_comments=True, huge_tree=True)  # deeper than 255 elements
+    body = html.fromstring(tree, parser=parser).find("body")
     lines = [] if body is None else page_lines(body)
     size, links, rows, hits = Counter(), Counter(), Counter(), Counter()  # of an element
     hit, end = [], 0
@@ -840,7 +855,8 @@ def page_lines(body) -> list[tuple]:
     walk = etree.iterwalk(body, events=("start", "end"))
     for event, element in walk:
         tag, text = element.tag, element.text if event == "start" else element.tail
-        if event == "start" and (tag in SILENT or GUTTER.search(element.get("class", ""))):
+        silent = tag in SILENT and not (tag == "button" and TITLE.match(blocks[-1].tag))
+        if event == "start" and (silent or GUTTER.search(element.get("class", ""))):
             walk.skip_subtree()
             continue
         if event == "start":
@@ -1253,10 +1269,18 @@ def lead_bytes(text: bytes) -> int:
 def clean_lines(text: str, article: bool = False) -> str:
     """Return the lines that are prose, headings or verse; menus, footers and notices go. Of a text
     that is known to be an article, lines between paragraphs stay unless they are a menu's."""
-    lines = list(filter(None, map(single_spaced, text.splitlines())))
+    lines, fenced = [], False
+    for line in text.splitlines():
+        fence = line.lstrip().startswith(FENCES)
+        lines.append(line.rstrip() if fenced and not fence else single_spaced(line))
+        fenced ^= fence
+    lines = list(filter(None, lines))
     if sum(" --> " in line for line in lines) > 3:
         lines = [line for line in lines if not TIMING.fullmatch(line)]
     kinds = [line_kind(line) for line in lines]
+    fences = [at for at, line in enumerate(lines) if line.startswith(FENCES)]
+    for first, last in zip(fences[::2], fences[1::2], strict=False):
+        kinds[first : last + 1] = ["prose"] * (last + 1 - first)
     if {"furniture", "table", "short"}.intersection(kinds):
         drop_links(lines, kinds)
         drop_islands(lines, kinds)
@@ -1265,8 +1289,8 @@ def clean_lines(text: str, article: bool = False) -> str:
         if kind in ("prose", "end"):
             if start < at:
                 kept += block_lines(
-                    lines[start:at], kinds[start:at], before_prose=kind == "prose",
-                    after_prose=start > 0, article=article)
+                    lines[start:at], kinds[start:at], lead=lines[start - 1] if start else "",
+                    before_prose=kind == "prose", article=article)
             kept += lines[at : at + 1]
             start = at + 1
     return "\n".join(kept)
@@ -1275,6 +1299,8 @@ def clean_lines(text: str, article: bool = False) -> str:
 def single_spaced(line: str) -> str:
     """Return a line with single spaces; indented code stays as it is."""
     words = " ".join(line.split())
+    if "\u3000" in line.strip():  # Chinese sets words apart with it
+        words = re.sub(r"[^\S\u3000]+", " ", line).strip()
     code = line[:1] in (" ", "\t") and CODE.search(words) and not HAN.search(words)
     return line.rstrip() if code else words
 
@@ -1335,7 +1361,7 @@ def line_kind(line: str) -> str:
     if (
         (menu and menu >= 0.4 * letters)
         or contacts > 1 or (contacts and len(line) < 60)
-        or (len(line) < 160 and NOTICE.search(low))
+        or (len(line) < 160 and NOTICE.search(low) and is_notice(low))
         or (len(line) < 45 and not line.endswith("。") and PROMPT.search(low))
         or (len(line) < 11 and line[-1] == "*") or line.startswith("^ ")):
         return "furniture"
@@ -1346,8 +1372,8 @@ def line_kind(line: str) -> str:
     if sentence and not foreign:
         card = len(line) < 120 and "。" not in line and len(PLACEHOLDER.findall(hide_private(line)))
         return "furniture" if card > 1 else "prose"
-    if line.startswith("- ") and not menu and HAN.search(line):
-        return "prose"  # an item of a list in an article, as trafilatura and Markdown mark it
+    if ITEM.match(line) and not menu and HAN.search(line):
+        return "prose"  # of a list in an article, as trafilatura and Markdown mark it, or of a test
     items = SEPARATORS.split(line)
     if hide_private(line) != line or (menu and len(items) > 1):
         return "furniture"
@@ -1357,12 +1383,23 @@ def line_kind(line: str) -> str:
     return "table" if table or foreign else "short"
 
 
+def is_notice(line: str) -> bool:
+    """Whether the sentences of a notice are half of a line; one in a paragraph leaves it prose."""
+    return 2 * sum(len(part) for part in STOPS.split(line) if NOTICE.search(part)) >= len(line)
+
+
 def block_lines(
-    lines: list[str], kinds: list[str], before_prose: bool, after_prose: bool, article: bool
+    lines: list[str], kinds: list[str], lead: str, before_prose: bool, article: bool
 ) -> list[str]:
-    """Return what to keep of lines between prose: a heading and a byline, verse, or data and code
-    that stand within the article without any word of menus."""
-    if before_prose and after_prose and "furniture" not in kinds:
+    """Return what to keep of lines between prose: a heading and a byline, verse, what a line of
+    prose (`lead`) leads to, or data and code that stand within the article without any word of
+    menus."""
+    plain = "furniture" not in kinds
+    if plain and len(lines) < 30 and (lead.endswith(COLONS) or lines[0].endswith(COLONS)):
+        return lines
+    if plain and before_prose and not lead and len(lines) < 3:  # a title, however it looks
+        return [line for line in lines if not ABOUT.match(line)]
+    if plain and lead and (before_prose or article):
         data = [line for line in lines if DATA.search(line) and not ABOUT.match(line)]
         if article or 2 * len(data) >= len(lines):
             return lines
@@ -1456,7 +1493,8 @@ def is_verse(lines: list[str]) -> bool:
     come again."""
     letters = "".join(lines)
     different = len(lines) > 3 and len(set(lines)) >= 0.7 * len(lines)
-    return different and len(letters) >= 5 * len(lines) and has_grammar(letters)
+    contents = 2 * sum(NUMBERED.match(line) is not None for line in lines) > len(lines)
+    return different and not contents and len(letters) >= 5 * len(lines) and has_grammar(letters)
 
 
 def has_grammar(text: str) -> bool:
@@ -2029,12 +2067,12 @@ def expand_input(given: str) -> list[str]:
     """Return the files that one --input names: a file, a folder, a glob, or a URL."""
     expected = (
         "expected .wet, .warc, .jsonl or .ndjson, plain or compressed (.wet.gz, .json.zst,"
-        " .jsonl.xz, .bz2), or .parquet")
+        " .jsonl.xz, .bz2), .json with an object a line, or .parquet")
     remote = "://" in given
     try:
         system, path = fsspec.core.url_to_fs(given)
         if system.isdir(path):
-            names = read_folder(given, system.ls(path, detail=True))
+            names = read_folder(given, system, path)
         elif system.exists(path):  # a name with [1] in it is a name first
             names = [path]
         else:
@@ -2050,7 +2088,7 @@ def expand_input(given: str) -> list[str]:
         what, remedy = ("no answer", "address and the network") if remote else (what, "path")
         raise UserError(f"--input {given}: {what}; {expected}; check the {remedy}")
     for name in names:
-        if not name.endswith(ENDINGS):
+        if not name.endswith((*ENDINGS, ".json")):  # a folder's .json are settings
             remedy = 'write other text as JSON lines, {"text": "..."} for each document'
             raise UserError(f"--input {given}: {name} is of another kind; {expected}; {remedy}")
     if names == [path] and remote:
@@ -2058,13 +2096,15 @@ def expand_input(given: str) -> list[str]:
     return [system.unstrip_protocol(name) if remote else name for name in names]
 
 
-def read_folder(given: str, entries: list[dict]) -> list[str]:
-    """Return the files of a folder that can be read; say what it holds besides."""
-    names = sorted(entry["name"] for entry in entries if entry["type"] == "file")
-    chosen = [name for name in names if name.endswith(ENDINGS)]
-    others = [name.rpartition("/")[2] for name in names if not name.endswith(ENDINGS)]
-    folders = [entry["name"] for entry in entries if entry["type"] != "file"]
-    others += [name.rpartition("/")[2] + "/" for name in folders]
+def read_folder(given: str, system: Any, path: str) -> list[str]:
+    """Return the files of a folder that can be read, links to files too; say what it holds besides.
+    """
+    entries = system.ls(path, detail=True)
+    folders = {e["name"] for e in entries if e["type"] != "file" and system.isdir(e["name"])}
+    names = sorted(entry["name"] for entry in entries)
+    chosen = [name for name in names if name.endswith(ENDINGS) and name not in folders]
+    others = [
+        name.rpartition("/")[2] + "/" * (name in folders) for name in names if name not in chosen]
     others = [name for name in others if not name.startswith(".")]
     if others:
         first = [name.rpartition("/")[2] for name in chosen[:5]]
@@ -2103,19 +2143,45 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
         if not take_lock(lock, where[:-1], kind="lockf"):
             what = "another run is writing here; expected none; wait for it or choose another"
             raise UserError(f"{where} {what}")
-        names = [name if "://" in name else os.path.relpath(name, output) for name in files]
+        names = [
+            name if "://" in name else [os.path.relpath(name, output), os.path.getsize(name)]
+            for name in files if "://" in name or os.path.exists(name)]
         settings = {k: v for k, v in asdict(args).items() if k not in HERE_ONLY} | {"files": names}
         if not known.exists():
             write_whole(known, json.dumps(settings, ensure_ascii=False))
-        before = json.loads(known.read_text())
+        before = read_record(known, args)
         for name, value in settings.items():
             if value != before.get(name):
                 shown = f"{name} ({before.get(name)} before, {value} now)"
-                shown = "input" if name == "files" else shown
+                shown = "input, or its files have changed" if name == "files" else shown
                 raise UserError(
                     f"{where} begun with another --{shown}; expected the same settings;"
                     " choose another folder or delete this one")
         yield work
+
+
+def read_record(path: Path, args: Arguments) -> dict:
+    """Return a record of an earlier run."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"--output_dir {args.output_dir}: {path.name} is damaged ({error}); expected the record"
+            " of an earlier run; delete the folder or choose another") from error
+
+
+def is_done(args: Arguments) -> bool:
+    """Whether an earlier run has finished; its corpus must be there as it was written."""
+    record = Path(args.output_dir, "run.json")
+    if not record.exists():
+        return False
+    for name, size in read_record(record, args)["corpus"].items():
+        path = Path(args.output_dir, name)
+        if not path.is_file() or path.stat().st_size != size:
+            raise UserError(
+                f"--output_dir {args.output_dir}: {name} is gone or was changed after the run;"
+                f" expected the corpus of run.json; delete the folder and run again")
+    return True
 
 
 def publish(args: Arguments, work: Path, turn: int) -> dict:
@@ -2131,9 +2197,13 @@ def publish(args: Arguments, work: Path, turn: int) -> dict:
         (work / "settings.json").unlink()
         for completions in work.glob("logs/*/completions"):  # the next run begins anew
             shutil.rmtree(completions)
+        damage = ", ".join(judged.damage) or "none there"
+        remedy = f"see {work}/logs"
+        if judged.damage["row without a text"]:
+            remedy = "name that column with --text_column"
         raise UserError(
-            f"{given}: no page could be read ({', '.join(judged.damage) or 'none there'});"
-            f" expected WET, WARC, JSONL or Parquet; see {work}/logs and give other files")
+            f"{given}: no page could be read ({damage}); expected WET, WARC, or rows with a column"
+            f" of text; {remedy}")
     output, place = Path(args.output_dir), work / f"dedup_{turn:02d}"
     pages_left, bytes_left = judged.pages.total(), judged.bytes.total()
     left_after = {"read": (pages_left, bytes_left)}
@@ -2177,15 +2247,17 @@ def publish(args: Arguments, work: Path, turn: int) -> dict:
 
 def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
     """Write stats.json, the card, the picture and, last, run.json; tidy up and print the counts."""
-    write_whole(Path(args.output_dir, "stats.json"), json.dumps(results, indent=2))
-    write_whole(Path(args.output_dir, "README.md"), card(args, results))
+    output = Path(args.output_dir)
+    write_whole(output / "stats.json", json.dumps(results, indent=2))
+    write_whole(output / "README.md", card(args, results))
     draw_funnel(results["left_after"], Path(args.picture))
     packages = ("datatrove", "isal", "numpy", "opencc", "pyarrow", "resiliparse", "trafilatura")
     run = {
         "script": "filter_cc.py", "arguments": asdict(args),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
-        "results": results | {"seconds": round(seconds, 1)}}
-    write_whole(Path(args.output_dir, "run.json"), json.dumps(run, indent=2, ensure_ascii=False))
+        "results": results | {"seconds": round(seconds, 1)},
+        "corpus": {path.name: path.stat().st_size for path in sorted(output.glob("*.parquet"))}}
+    write_whole(output / "run.json", json.dumps(run, indent=2, ensure_ascii=False))
     tidy(work)
     for rule, left in results["left_after"].items():
         print(f"{rule:16} {left['pages']:>12,} pages {left['bytes']:>16,} bytes left")
@@ -2269,7 +2341,7 @@ def main(argv: list[str] | None = None) -> None:
     check(args)
     files = list_inputs(args)
     with claimed(args, files) as work:
-        if Path(args.output_dir, "run.json").exists():
+        if is_done(args):
             tidy(work)
             print(f"already done: {args.output_dir} (run.json has the settings)")
             return

@@ -98,6 +98,18 @@ def test_rows_in_every_compression_are_read(tmp_path, ending):
     assert account_of(tmp_path)["kept"] == 3
 
 
+def test_links_are_what_they_lead_to_and_json_is_read_by_name(tmp_path):
+    texts = different(2, seed=3)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "1f").write_bytes(lines_of({"text": texts[0]}))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "train.jsonl").symlink_to(tmp_path / "blobs" / "1f")
+    (tmp_path / "in" / "dataset_infos.json").write_text("{\n}")
+    (tmp_path / "rows.json").write_bytes(lines_of({"text": texts[1]}))
+    run_here(tmp_path, "--input", tmp_path / "in", tmp_path / "rows.json")
+    assert {row["text"] for row in rows(tmp_path)} == set(texts)
+
+
 def test_a_folder_says_what_it_holds_besides(tmp_path, capsys):
     folder = tmp_path / "in"
     (folder / "deeper").mkdir(parents=True)
@@ -110,6 +122,26 @@ def test_a_folder_says_what_it_holds_besides(tmp_path, capsys):
     (tmp_path / "again").mkdir()
     run_here(tmp_path / "again", "--input", folder / "新聞[1].jsonl")  # a name before a glob
     assert account_of(tmp_path / "again")["kept"] == 1
+
+
+def test_a_finished_run_is_believed_only_as_it_was_written(tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+
+    def again() -> str:
+        with pytest.raises(SystemExit):
+            run_here(tmp_path, "--input", source)
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    source.write_bytes(lines_of(*({"text": text} for text in different(3, seed=5))))
+    run_here(tmp_path, "--input", source)
+    whole, corpus = source.read_bytes(), next((tmp_path / "out").glob("*.parquet"))
+    source.write_bytes(whole + b"\n")
+    assert "its files have changed" in again()
+    source.write_bytes(whole)
+    corpus.write_bytes(corpus.read_bytes()[:-1])
+    assert f"{corpus.name} is gone or was changed" in again()
+    (tmp_path / "out" / ".work" / "settings.json").write_text("")
+    assert "settings.json is damaged" in again()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -219,11 +251,49 @@ def test_encodings_are_read_as_browsers_do(judge, label, codec):
     assert "恒春的碁盤和堃哥、喆弟" in kept and LETTER[:60] in kept
 
 
+@pytest.mark.parametrize(("label", "codec"), [
+    ("gbk", "big5"), ("gb2312", "cp950"), ("", "utf-16"), ("utf-16", "utf-16")])
+def test_bytes_overrule_a_wrong_label(judge, label, codec):
+    head = f"{HTML}; charset={label}" if label else HTML
+    assert LETTER in page_of(judge, article().encode(codec, "replace"), head=head)
+
+
+def test_a_meta_element_in_a_comment_names_no_encoding(judge):
+    page = article().replace("<head>", "<head><!--<meta charset=gbk>--><meta charset=big5>")
+    assert LETTER in page_of(judge, page.encode("big5"))
+
+
 def test_a_stray_byte_costs_one_character(judge):
     body = article(LETTER[:100] + "＠" + LETTER[100:]).encode("big5hkscs")
     body = body.replace("＠".encode("big5hkscs"), b"\xa9")
     kept = page_of(judge, body, head=f"{HTML}; charset=big5")
     assert LETTER[:100] in kept and LETTER[101:200] in kept
+
+
+def test_odd_but_valid_transfers_are_undone(judge):
+    body = article().encode()
+    parts = [body[at : at + 300] for at in range(0, len(body), 300)]
+    chunks = b"".join(b"%08x\r\n%s\r\n" % (len(part), part) for part in parts)
+    two = gzip.compress(body[:900]) + gzip.compress(body[900:])
+    for sent, more in (
+        (chunks + b"0\r\n\r\n", "\r\nTransfer-Encoding: chunked"),
+        (chunks + b"0\r\n\r\n", ""),
+        (two, "\r\nContent-Encoding: gzip")):
+        assert LETTER in page_of(judge, sent, head=HTML + more)
+
+
+@pytest.mark.parametrize("around", [
+    "<h2><button>{}</button></h2>", "<div class=card-header><a href='#a'>{}</a></div>"])
+def test_the_questions_of_an_accordion_stay(judge, around):
+    text = "".join(
+        f"{around.format(f'第{at}個問題？')}<div class=card-body><p>{line}</p></div>"
+        for at, line in enumerate(paragraphs(9)))
+    kept = page_of(judge, f"<html><body><main>{text}</main></body></html>".encode())
+    assert all(f"第{at}個問題？\n" in kept for at in range(9))
+
+
+def test_elements_that_are_never_closed_end_nothing(judge):
+    assert LETTER in page_of(judge, article().replace("<article>", "<div>" * 400).encode())
 
 
 @pytest.mark.parametrize(("markup", "expected"), [
@@ -249,6 +319,39 @@ def test_a_page_in_numeric_references_is_read(judge):
 def test_full_width_personal_data_become_placeholders():
     text = "電話０９１２－３４５－６７８，信箱ａｂ＠ｃ．ｔｗ，身分證Ａ１２３４５６７８９。"
     assert hide_private(text) == "電話[PHONE]，信箱[EMAIL]，身分證[ID]。"
+
+
+INSIDE = {  # lines of an article that look like furniture, and stand in a text without HTML
+    "verse behind a colon": "她只寫了四行：\n紙泡過水\n字就游走\n留下一張\n乾淨的夜晚",
+    "a list behind a colon": "要準備的材料如下：\n全麥麵粉　50 公克\n冷開水　50 公克\n玻璃罐　一個",
+    "code in a fence": "查詢寫成這樣。\n```sql\nSELECT name\n  FROM letters\n```",
+    "a notice in a paragraph": (
+        "外資今天又賣超，指數守在月線。量縮代表大家都在等。本文不構成任何投資建議。"
+        "下週要看的是出口數字，還有那幾家代工廠怎麼說。"),
+    "options of a question": "下列哪一項是原因？\n(A) 位於迎風面\n(B) 海拔比較高\n(C) 受洋流影響",
+    "words apart": "第二幕　第一場，燈亮的時候她坐在窗邊。"}
+
+
+@pytest.mark.parametrize("before", ["", RECIPE])
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_stands_within_an_article_stays(judge, name, before):
+    text = f"{before}\n{INSIDE[name]}\n{LETTER}"
+    assert INSIDE[name] in judge.verdict(text)[0]
+
+
+@pytest.mark.parametrize("title", ["球評／老將不死　三局四分", "雙語讀報：The Last Salt Farmer"])
+def test_a_title_stays_however_it_looks(judge, title):
+    assert judge.verdict(f"{title}\n{LETTER}")[0].startswith(title)
+
+
+def test_a_list_of_chapters_is_no_verse(judge):
+    names = "\n".join(f"第{at}章　他在那裡的{word}" for at, word in enumerate(LETTER[:40]))
+    assert judge.verdict(names)[2]
+
+
+def test_vertical_punctuation_and_colours_of_a_terminal(judge):
+    text = LETTER.replace("，", "︐").replace("。", "︒")
+    assert judge.verdict(f"\x1b[1;31m{text}\x1b[m")[::2] == (text, None)
 
 
 def test_usage_is_judged_not_the_topic(judge):
