@@ -493,18 +493,18 @@ def read_adapters(args: Arguments) -> list[Adapter]:
     for name in args.adapter:
         folder, shown = find_adapter(name), f"--adapter {name}"
         lora, record = load_json(folder / "adapter_config.json", shown), run_record(folder, shown)
-        check_kind(lora, shown)
+        base = args.base_model or lora.get("base_model_name_or_path")
+        if not base:
+            raise UserError(f"{shown}: it names no base; pass --base_model")
         tensors = {}
         for key, tensor in read_tensors(folder, shown, "adapter_model.safetensors").items():
             match = ADAPTER_NAME.fullmatch(key)
             refuse((not match, f"{shown}: {key} {NOT_HERE}"))
             tensors[f"{match[1]}.{KINDS[match[2]]}"] = tensor
-        base = args.base_model or lora.get("base_model_name_or_path")
         trained = read_quantization(folder, shown, record)
         adapters.append(Adapter(folder, shown, lora, tensors, record, base, trained))
         first = adapters[0]
         refuse(
-            (not base, f"{shown}: it names no base; pass --base_model"),
             (base != first.base,
              f"{shown}: its base is {base}, that of {first.shown} is {first.base}; expected one "
              "base; pass it with --base_model"),
@@ -849,6 +849,7 @@ def check_promises(adapter: Adapter, sources: dict[str, Stored]) -> None:
     """See that the adapter has every tensor that its config promises for this base, in its shape,
     and no other: PEFT would merge it in part, without a word."""
     tensors, shown = adapter.tensors, adapter.shown
+    check_kind(adapter.config, shown)
     if HEAD not in sources:  # tied
         if EMBEDDING in tensors:
             tensors.pop(HEAD, None)  # the embedding once more
@@ -868,7 +869,7 @@ def check_promises(adapter: Adapter, sources: dict[str, Stored]) -> None:
 def promised_tensors(adapter: Adapter, sources: dict[str, Stored]) -> dict[str, tuple[int, ...]]:
     """The tensors that an adapter has by its config, and their shapes."""
     lora, promised = adapter.config, {}
-    saved = tuple(lora.get("modules_to_save") or [])
+    saved, named = tuple(lora.get("modules_to_save") or []), lora.get("target_modules")
     for name, source in sources.items():
         module, _, leaf = name.rpartition(".")
         own, shape = adapter.tensors.get(name), source.shape
@@ -879,7 +880,8 @@ def promised_tensors(adapter: Adapter, sources: dict[str, Stored]) -> dict[str, 
             promised[name] = shape
         if leaf != "weight" or len(shape) != 2:
             continue
-        if is_target(module, lora):
+        target = is_target(module, lora) if named else f"{module}.lora_A" in adapter.tensors
+        if target:
             rank = setting(lora.get("rank_pattern"), module, lora["r"])
             promised |= {f"{module}.lora_A": (rank, shape[1]), f"{module}.lora_B": (shape[0], rank)}
             if lora.get("use_dora"):
@@ -887,7 +889,7 @@ def promised_tensors(adapter: Adapter, sources: dict[str, Stored]) -> dict[str, 
         if indices := token_indices(module, lora):
             promised[f"{module}.new_rows"] = (len({*indices}), shape[1])
             refuse(
-                (is_target(module, lora), f"{adapter.shown}: {module}: LoRA and "
+                (target, f"{adapter.shown}: {module}: LoRA and "
                  f"trainable_token_indices on one matrix, which {INEXACT}"),
                 (max(indices) >= shape[0],
                  f"{adapter.shown}: {module}: a new row {max(indices)}; the base has {shape[0]}; "
