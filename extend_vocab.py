@@ -177,20 +177,18 @@ def check(args: Arguments) -> None:
     for name in ("base_model", "output_dir", "picture", "eval_text"):
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
-    if Path(args.picture).suffix not in (".png", ".pdf", ".svg"):
-        expected = "expected a file that ends in .png, .pdf or .svg"
-        raise UserError(f"--picture {args.picture}: {expected}")
-    count = len(args.corpus)
-    args.corpus_weight = args.corpus_weight or [1.0] * count
-    if len(args.corpus_weight) != count or not all(0 < w <= 1e6 for w in args.corpus_weight):
-        wanted = "expected one number above 0, a million at most, for each --corpus"
-        raise UserError(f"--corpus_weight {args.corpus_weight}: {wanted}")
-    if args.max_chars < 1000:
-        raise UserError(f"--max_chars {args.max_chars}: expected 1000 or more")
-    if not 0 < args.distill_tokens <= 10**8:
-        raise UserError(f"--distill_tokens {args.distill_tokens}: expected 1 to 100 million")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed {args.seed}: expected 0 to {2**32 - 1}")
+    count, weights = len(args.corpus), args.corpus_weight or [1.0] * len(args.corpus)
+    args.corpus_weight = weights
+    refuse(
+        (Path(args.picture).suffix not in (".png", ".pdf", ".svg"),
+         f"--picture {args.picture}: expected a file that ends in .png, .pdf or .svg"),
+        (len(weights) != count or not all(0 < weight <= 1e6 for weight in weights),
+         f"--corpus_weight {weights}: expected one number above 0, a million at most, for each "
+         "--corpus"),
+        (args.max_chars < 1000, f"--max_chars {args.max_chars}: expected 1000 or more"),
+        (not 0 < args.distill_tokens <= 10**8,
+         f"--distill_tokens {args.distill_tokens}: expected 1 to 100 million"),
+        (not 0 <= args.seed < 2**32, f"--seed {args.seed}: expected 0 to {2**32 - 1}"))
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -221,6 +219,13 @@ def user_errors() -> Iterator[None]:
         message, code = f"error: {error}", 1
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+def refuse(*findings: tuple[Any, str]) -> None:
+    """Stop at the first finding that is true, with its message."""
+    for wrong, message in findings:
+        if wrong:
+            raise UserError(message)
 
 
 # --- The base ------------------------------------------------------------------------------------
@@ -277,39 +282,37 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     rules = [spec.model_type == spec.BPE, min(spec.unk_id, spec.bos_id, spec.eos_id) >= 0]
     rules += [not normal.precompiled_charsmap, not normal.remove_extra_whitespaces]
     rules += [normal.add_dummy_prefix, all(p.type != p.USER_DEFINED for p in base.pieces)]
-    if not all(rules):
-        rest = "no normalisation, a prefix space and no user-defined pieces"
-        raise UserError(f"{given}: its tokenizer.model is another kind; {expected}: {rest}")
     piece, times = Counter(piece.piece for piece in base.pieces).most_common(1)[0]
-    if times > 1:
-        wrong = f"its tokenizer.model holds the piece {piece!r} {times} times"
-        raise UserError(f"{given}: {wrong}; expected every piece once; {AGAIN}")
-    if not size < args.vocab_size < 10**7:
-        wanted = f"expected more than the base's {size} and less than 10 million"
-        raise UserError(f"--vocab_size {args.vocab_size}: {wanted}")
+    refuse(
+        (not all(rules), f"{given}: its tokenizer.model is another kind; {expected}: no "
+         "normalisation, a prefix space and no user-defined pieces"),
+        (times > 1, f"{given}: its tokenizer.model holds the piece {piece!r} {times} times; "
+         f"expected every piece once; {AGAIN}"),
+        (not size < args.vocab_size < 10**7, f"--vocab_size {args.vocab_size}: expected more than "
+         f"the base's {size} and less than 10 million"))
     config, shards = load_json(folder / "config.json", given), find_shards(folder, given)
     matrices = {name: found for inside in shards.values() for name, found in inside.items()}
     rows = {EMBEDDING: 0} if config.get("tie_word_embeddings") else {EMBEDDING: 0, HEAD: 0}
     rows |= {name: count for name, (count, _) in matrices.items()}
     rows["config.json"] = config.get("vocab_size")
-    if set(rows.values()) != {size}:
-        wrong = f"its tokenizer.model has {size} pieces, its rows are {rows}"
-        wanted = "the same number everywhere (no padding rows, no added tokens)"
-        raise UserError(f"{given}: {wrong}; expected {wanted}")
     dtypes = {dtype for _, dtype in matrices.values()}
-    if "quantization_config" in config or not dtypes <= {"BF16", "F16", "F32"}:
-        raise UserError(f"{given}: is quantised; expected weights in bf16, fp16 or fp32")
+    refuse(
+        (set(rows.values()) != {size},
+         f"{given}: its tokenizer.model has {size} pieces, its rows are {rows}; expected the same "
+         "number everywhere (no padding rows, no added tokens)"),
+        ("quantization_config" in config or not dtypes <= {"BF16", "F16", "F32"},
+         f"{given}: is quantised; expected weights in bf16, fp16 or fp32"))
     if args.init == "subtoken" and HEAD not in matrices:
         args.init = "mean_subtoken"  # one matrix has to serve both ends
     if args.init in TAUGHT:
         import torch
-        if HEAD not in matrices:
-            raise UserError(f"--init {args.init}: the base's head is its embedding; expected two "
-                            "matrices; choose another --init")
-        size = sum(path.stat().st_size for path in shards) / 1e9
-        if size > CPU_LOSS_BYTES / 1e9 and not torch.cuda.is_available():
-            wanted = f"expected a GPU, or a base of {CPU_LOSS_BYTES / 1e9} GB at most"
-            raise UserError(f"--init {args.init}: {size:.1f} GB of weights and no GPU; {wanted}")
+        nbytes = sum(path.stat().st_size for path in shards)
+        refuse(
+            (HEAD not in matrices, f"--init {args.init}: the base's head is its embedding; "
+             "expected two matrices; choose another --init"),
+            (nbytes > CPU_LOSS_BYTES and not torch.cuda.is_available(),
+             f"--init {args.init}: {nbytes / 1e9:.1f} GB of weights and no GPU; expected a GPU, or "
+             f"a base of {CPU_LOSS_BYTES / 1e9} GB at most"))
     return base, config, shards
 
 
@@ -364,17 +367,17 @@ def fetch_hongloumeng(path: Path) -> None:
 
 
 def find_texts(name: str, option: str) -> list[Path]:
-    """The text files that a --corpus or --eval_text names. What else a folder holds is named."""
-    path, files, others = Path(name), [], []
+    """The text files that a --corpus or --eval_text names. Files of a folder that are not read are
+    listed, each with the reason."""
+    path = Path(name)
     if name == HONGLOUMENG and not os.path.lexists(path):
         fetch_hongloumeng(path)
     refuse_dead_link(path, option)
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        reason = reason_not_to_read(file, inside=file != path)
-        if reason is None:
-            files.append(file)
-        elif file != path:
-            others.append(f"{file.name} ({reason})")
+    inside = path.is_dir()
+    found = {file: reason_not_to_read(file, inside)
+             for file in (sorted(path.iterdir()) if inside else [path])}
+    files = [file for file, reason in found.items() if not reason]
+    others = [f"{file.name} ({why})" for file, why in found.items() if why] if inside else []
     if not files:
         first = path.parts[:2] == ("data", "cc_filtered") and not path.exists()
         remedy = "run python filter_cc.py first" if first else "name such a file or folder"
@@ -1069,13 +1072,6 @@ def main(argv: list[str] | None = None) -> None:
     model, replaced = merge_pieces(base, candidates, args.vocab_size)
     spelling = spellings(base, [piece.piece for piece in model.pieces][len(base.pieces) :])
     std = config.get("initializer_range", 0.02)
-    taught: dict[str, Any] = {}
-
-    def rows_of(name: str, matrix) -> Any:
-        if name in taught:
-            return taught[name].to(matrix.dtype)
-        return new_rows(name, matrix, spelling, args.init, std, args.seed)
-
     report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
     report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
     report["replaced_pieces"] = len(replaced)
@@ -1084,7 +1080,13 @@ def main(argv: list[str] | None = None) -> None:
         write_tokenizer(folder, base_folder, model)
         texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, texts, args.seed)
-        taught |= taught_rows(base_folder, state, base, model, spelling, train, args)
+        taught = taught_rows(base_folder, state, base, model, spelling, train, args)
+
+        def rows_of(name: str, matrix) -> Any:
+            if name in taught:
+                return taught[name].to(matrix.dtype)
+            return new_rows(name, matrix, spelling, args.init, std, args.seed)
+
         resize_model(folder, base_folder, shards, rows_of, len(spelling))
         save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         texts = sample(report_texts, LOSS_CHARS, args.seed)
