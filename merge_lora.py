@@ -1,31 +1,32 @@
 """Merge a LoRA adapter into its base: one usable model, exactly what was trained, on a laptop.
 
-In: an adapter's folder (outputs/pt, a checkpoint in it, any PEFT LoRA adapter, or a hub id), which
-names its base. Out, in outputs/merged: safetensors, config, generation config, model card, run.json
-and the tokenizer, with tokenizer.model byte for byte (saved by Transformers 5 it is left out, and
-llama.cpp then mis-tokenises without a word). --push_to_hub uploads that folder.
+In: an adapter's folder (outputs/pt, a checkpoint in it, any PEFT LoRA adapter) or hub id. The
+adapter names its base. Out, in outputs/merged: safetensors, config, generation config, model card,
+run.json and the tokenizer. tokenizer.model is copied byte for byte: Transformers 5 does not save
+it, and without it llama.cpp tokenises wrongly and gives no warning. --push_to_hub uploads all this.
 
 Exact: equal to PEFT 0.21's merge_and_unload on CPU, bit for bit. Like PEFT we take A and B to fp32,
     delta = (B @ A) * scaling            # (out, r) @ (r, in)
     W     = round(W + delta)             # one rounding, at the sum
-block by block of rows, so memory stays at a few hundred MB for any size: no model is built, and the
-rows of a product do not depend on one another. DoRA (Liu et al. 2024, section 4) scales each row to
-its trained length. An adapter that lacks a part of what its config promises is refused.
+for one block of rows at a time. No model is built, so a few hundred MB of memory are enough for any
+size. DoRA (Liu et al. 2024, section 4) scales each row to its trained length. An adapter that lacks
+a tensor that its config promises is refused.
 
-An adapter trained on a 4-bit base (QLoRA, Dettmers et al. 2023) has learned to live with that
-base's rounding. It is merged into what it saw, the base quantised and dequantised: --merge_into.
+An adapter trained on a 4-bit base (QLoRA, Dettmers et al. 2023) fits that base's rounding errors.
+So it is merged into the same values: the base, quantised and dequantised (--merge_into).
 
-Several adapters of one base: the mean of their merged weights, in fp32. A chat model of the same
-base: merged + scale * (chat - base), in fp32, a chat vector (Huang et al. 2024). It brings
-instruction following without any instruction data; how well depends on the models.
+Several adapters of one base give the mean of their merged weights, in fp32. A chat model of the
+same base gives merged + scale * (chat - base), in fp32: a chat vector (Huang et al. 2024). The
+result follows instructions without any instruction data; how well depends on the models.
 
 A run of seconds on any CPU (this command was run, after the demo):
     python merge_lora.py --verify
 The real run:
     python merge_lora.py --dtype bf16
     python merge_lora.py --dtype bf16 --chat_model meta-llama/Llama-2-7b-chat-hf
-Cost, measured on 2 cores: 3.74 GB in 6.8 s (1.2 times as long as cp -r, 4.1 times faster than PEFT)
-and 0.31 GB of memory; dequantized 34 s and 0.57 GB.
+Cost, measured on 2 busy cores for a model of 3.74 GB (benchmarks/bench_merge.py): --merge_into
+original takes 11.7 s (2.4 times cp -r, a quarter of PEFT's time) and 0.30 GB of memory, dequantized
+17.4 s (3.6 times cp -r) and 0.41 GB.
 """
 
 import argparse
@@ -72,8 +73,8 @@ KINDS = {  # how the name of a tensor in an adapter's file ends, and how we call
     "token_adapter.trainable_tokens_delta": "new_rows",
     "base_layer.weight": "weight", "weight": "weight", "bias": "bias"}
 ADAPTER_NAME = re.compile(rf"base_model\.model\.(.+?)\.({'|'.join(map(re.escape, KINDS))})")
-# Fields of adapter_config.json that are read here or do not change the merged weights. Any other
-# that is set names a kind of LoRA that this script does not know.
+# Fields of adapter_config.json that this script reads or that do not change the merged weights. Any
+# other field that is set belongs to a kind of LoRA that this script does not know.
 KNOWN_FIELDS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
@@ -87,7 +88,7 @@ KNOWN_VALUES = {
 TERMS = ["LICENSE*", "NOTICE*", "USE_POLICY*"]  # Llama 2's licence travels with its weights
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
-NF4 = {  # QLoRA's settings, for --merge_into dequantized when the adapter does not tell its own
+NF4 = {  # QLoRA's settings, for --merge_into dequantized if the adapter does not record its own
     "quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": "bfloat16",
     "skip_modules": ["lm_head"]}
 # What --verify reads when no file is named.
@@ -96,10 +97,10 @@ PASSAGE = (
     "小時，隔壁的阿伯搬出收音機，小孩反而高興，說終於看得見星星。我端著熱豆漿站在騎樓下，看清潔隊把吹落"
     "的樹枝一截一截鋸開，搬上卡車。捷運已經恢復行駛，學校也公布下午照常上課，日子好像什麼都沒發生過；只"
     "有公園那棵倒下的老榕樹，提醒路過的人，夜裡的風有多大。")
-# The key under which train_pt.py writes into the metadata of adapter_model.safetensors how the base
-# was held: JSON, named as in BitsAndBytesConfig, and device (cuda or cpu round differently).
+# In the metadata of adapter_model.safetensors, train_pt.py records under this key how it held the
+# base: JSON with the names of BitsAndBytesConfig, and the device (cuda and cpu round differently).
 QUANTIZATION = "luojiu_quantization"
-# What a file system without locks answers.
+# Errors of a file system that has no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 AGAIN = "copy or download it again"
 INEXACT = "cannot be merged exactly"
@@ -128,33 +129,33 @@ class Arguments:
     """Every option of the command line; the help text is the documentation."""
 
     adapter: list[str] = field(default_factory=lambda: ["outputs/pt"], metadata={"help":
-        "The adapter: train_pt.py's output or a checkpoint in it, or a hub id; of several, the "
-        "merged weights are averaged (the mean of A and B would be another model)."})
+        "The adapter: train_pt.py's output, a checkpoint in it, or a hub id. With several, the "
+        "merged weights are averaged (averaging A and B would give another model)."})
     base_model: str | None = option(
         None, "Model to merge into, folder or hub id; None: the one the adapter names.")
     output_dir: str = option(
         "outputs/merged", "Folder for the merged model; replaces an earlier one once it is whole.")
     merge_into: Literal["dequantized", "original"] | None = option(
-        None, "The base as its 4-bit copy holds it, or as it is on disk; None: dequantized if the "
-        "adapter tells of a 4-bit base, else original.")
+        None, "Merge into the base's 4-bit values, or into the base as it is on disk; None: "
+        "dequantized if the adapter records a 4-bit base, else original.")
     device: Literal["cpu", "cuda"] | None = option(
-        None, "Where the base is quantised; CPU and GPU differ in a few values of 10,000; None: "
-        "where the adapter was trained, if this machine has that device and the adapter tells it, "
-        "else the GPU if there is one.")
+        None, "Where the base is quantised. CPU and GPU differ in a few values of 10,000. None: "
+        "the device of the training, if the adapter records it and this machine has it; else the "
+        "GPU, if there is one.")
     dtype: Literal["bf16", "fp16", "fp32"] | None = option(
         None, "Number format of all merged weights; None: the base's.")
     chat_model: str | None = option(
-        None, "A chat model that was trained from the same base, folder or hub id: merged + "
-        "chat_scale x (chat - base), a chat vector (Huang et al. 2024); None: none.")
+        None, "A chat model trained from the same base, folder or hub id. The result is merged + "
+        "chat_scale x (chat - base), a chat vector (Huang et al. 2024). None: no chat vector.")
     chat_scale: float = option(1.0, "How much of the chat vector is added.")
     chat_embeddings: bool = option(
         False, "Add it to embedding and head too, on the rows of the pieces that both models have.")
     max_shard_size: float = option(5.0, "Largest safetensors file in GB; more makes another file.")
     verify: str | None = field(default=None, metadata={"nargs": "?", "const": PASSAGE, "help":
-        "UTF-8 text on which to compare base + adapter with the merged model (mean KL, bits per "
-        "character), one whole model in memory at a time; the option without a value takes a "
-        "passage of its own; None: no comparison."})
-    verify_tokens: int = option(512, "How many tokens of that text are read at most.")
+        "UTF-8 text on which base + adapter and the merged model are compared (mean KL, bits per "
+        "character). One whole model is in memory at a time. Without a value: a built-in passage. "
+        "None: no comparison."})
+    verify_tokens: int = option(512, "Read at most this many tokens of that text.")
     push_to_hub: str | None = option(
         None, "Hub repository (user/name) to upload to, private if new; None: none.")
     push_dry_run: bool = option(
@@ -620,9 +621,9 @@ def read_chat(args: Arguments, base: Model) -> tuple[Model | None, list[int]]:
 
 
 # --- Readers: where the rows of a merged tensor come from ----------------------------------------
-# A tensor of the merged model is read through a chain of these: Stored.read or dequantized; then
-# adapted, one for each adapter, and their mean; then with_chat. Each takes the bounds of blocks of
-# rows and yields the rows block by block.
+# A tensor of the merged model is read through a chain of generators: Stored.read or dequantized;
+# then adapted, once for each adapter, and their mean; then with_chat. Each takes the bounds of the
+# blocks of rows and yields the rows, block by block.
 
 
 def dequantized(tensor: Stored, nf4: dict, bounds: Bounds) -> Iterator["Tensor"]:
@@ -658,9 +659,10 @@ def import_bitsandbytes() -> None:
 
 
 def quantize(rows: "Tensor", nf4: dict, packed: "Tensor", scales: "Tensor") -> None:
-    """bitsandbytes' quantize_4bit into two tensors: the packed values and the scale of each 64. On
-    a CPU its search for the nearest code would take most of a merge's time. Counting the midpoints
-    between codes that lie below a value takes a twentieth of that and gives the same."""
+    """bitsandbytes' quantize_4bit, written into two tensors: the packed values and the scale of
+    each 64. On a CPU, bitsandbytes finds the nearest code by a binary search per value, which would
+    take most of the merge. We count how many midpoints between codes lie below the value: the
+    result is the same, in a tenth of the time."""
     import bitsandbytes.functional as bnb
     import numpy as np
     import torch
@@ -789,15 +791,15 @@ def choose_base(args: Arguments, adapters: list[Adapter]) -> dict | None:
 def make_plan(
         args: Arguments, base: Model, adapters: list[Adapter], nf4: dict | None,
         chat: Model | None, shared: list[int]) -> dict[str, Part]:
-    """Say where each tensor of the merged model comes from. The base's config follows where the
-    adapters or --dtype change it. What cannot be merged exactly is refused by name."""
+    """Choose a reader for each tensor of the merged model, and refuse what cannot be merged
+    exactly. Where the adapters or --dtype change the base's config, it is updated in place."""
     config, sources, plan = base.config, dict(base.tensors), {}
     if config["tie_word_embeddings"]:
-        parting = {parts_tied(adapter.config) for adapter in adapters}
-        if len(parting) > 1:
+        untied = {unties(adapter.config) for adapter in adapters}
+        if len(untied) > 1:
             wrong = "they differ in modules_to_save on the tied embedding and head"
             raise UserError(f"--adapter {' '.join(args.adapter)}: {wrong}; merge them one by one")
-        if True in parting:
+        if True in untied:
             config["tie_word_embeddings"] = False
             sources[HEAD] = sources[EMBEDDING]
     for adapter in adapters:
@@ -827,8 +829,9 @@ def make_plan(
     return plan
 
 
-def parts_tied(lora: dict) -> bool:
-    """PEFT trains copies of tied embedding and head, which part, unless told to keep them tied."""
+def unties(lora: dict) -> bool:
+    """Whether the adapter unties embedding and head: with modules_to_save, PEFT trains a copy of
+    each, unless ensure_weight_tying is set."""
     saved = tuple(f".{module}.weight" for module in lora.get("modules_to_save") or [])
     named = any(f".{name}".endswith(saved) for name in (EMBEDDING, HEAD))
     return named and not lora.get("ensure_weight_tying")
@@ -846,8 +849,8 @@ def in_4_bits(tensor: Stored, nf4: dict | None) -> bool:
 
 
 def check_promises(adapter: Adapter, sources: dict[str, Stored]) -> None:
-    """See that the adapter has every tensor that its config promises for this base, in its shape,
-    and no other: PEFT would merge it in part, without a word."""
+    """Refuse an adapter that lacks a tensor that its config promises for this base, or has another
+    shape or another tensor. PEFT would merge a part of it and give no error."""
     tensors, shown = adapter.tensors, adapter.shown
     check_kind(adapter.config, shown)
     if HEAD not in sources:  # tied
@@ -898,7 +901,7 @@ def promised_tensors(adapter: Adapter, sources: dict[str, Stored]) -> dict[str, 
 
 
 def reader(name: str, read: Reader, adapter: Adapter) -> Reader:
-    """Of the rows that read yields, as the adapter changes them, if it does."""
+    """Add an adapter's change of a tensor, if it has one, to the tensor's reader."""
     module, lora = name.removesuffix(".weight"), adapter.config
     found = {kind: adapter.tensors.get(f"{module}.{kind}") for kind in KINDS.values()}
     if not any(found.values()):
@@ -992,15 +995,12 @@ def write_weights(folder: Path, plan: dict[str, Part], limit: float) -> None:
         with place.path.open("r+b") as file:
             file.seek(place.start)
             for rows in merged(part):
-                begin = file.tell()
                 file.write(rows.view(torch.uint8).numpy())
-                if hasattr(os, "posix_fadvise"):  # on Linux: begin to put it on the disk at once
-                    os.posix_fadvise(file.fileno(), begin, rows.nbytes, os.POSIX_FADV_DONTNEED)
             assert file.tell() == place.start + part.nbytes, name
         return part.nbytes
 
-    # A few tensors at a time, some computed while another is written, each by a thread of its own:
-    # blocks are too small to be shared out among PyTorch's.
+    # Three tensors at a time, each in its own thread: one is written while others are computed. The
+    # blocks are too small for PyTorch's own threads.
     pool = ThreadPoolExecutor(3, initializer=torch.set_num_threads, initargs=(1,))
     total = shards.metadata["total_size"]
     with pool, tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
@@ -1022,8 +1022,9 @@ def copy_files(source: Path, folder: Path, *names: str) -> None:
 
 
 def copy_rest(adapter: Adapter, base: Model, chat: Model | None, folder: Path) -> str:
-    """Tokenizer (the adapter's files over the base's), generation config, terms and the picture,
-    byte for byte; of a chat model what messages need. Return whose tokenizer it is."""
+    """Copy tokenizer (the adapter's files replace the base's), generation config, licence terms and
+    loss curve byte for byte, and a chat model's template. Return the option that named the
+    tokenizer's source."""
     copy_files(base.folder, folder, "generation_config.json", *TERMS, *TOKENIZER)
     copy_files(adapter.folder, folder, "trainloss.png", *TOKENIZER)
     if chat:
@@ -1052,7 +1053,7 @@ def copy_chat_template(chat: Model, target: Path) -> None:
 
 
 def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
-    """See that tokenizer.model, tokenizer.json and embedding agree; return the number of tokens."""
+    """Refuse a tokenizer whose files and the embedding disagree; return the number of tokens."""
     made, model = folder / "tokenizer.json", folder / "tokenizer.model"
     spelled = read_pieces(folder, shown, ["tokenizer.model"])[0] if model.is_file() else None
     if spelled and not made.is_file():
@@ -1076,8 +1077,8 @@ def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
 
 
 def base_vocab_size(base: Model, adapter: Adapter) -> int | None:
-    """How many pieces the vocabulary had before it was extended: train_pt.py trains the rows from
-    there on, also when the merged model becomes a base."""
+    """Size of the vocabulary before it was extended. train_pt.py trains the rows behind it, also
+    when the merged model becomes the next base."""
     return ((base.record.get("results") or {}).get("base_vocab_size")
             or (adapter.record.get("settings") or {}).get("first_new_row"))
 
@@ -1095,7 +1096,8 @@ def write_papers(
 
 
 def origin(adapter: Adapter, base: Model) -> str:
-    """The model that it all began with: our records name what each base was made from."""
+    """The published model at the start of the chain: each run.json names what its base was made
+    from."""
     name, record = adapter.base, base.record
     for _ in range(9):  # a record may name itself
         name = ((record.get("arguments") or {}).get("base_model")
@@ -1146,7 +1148,7 @@ def model_card(folder: Path, args: Arguments, adapter: Adapter, base: Model, fac
 
 
 def check_output(output: Path, inputs: list[Path], nbytes: int) -> None:
-    """Refuse to replace a folder that is not ours, and to begin what the disk cannot hold."""
+    """Refuse to replace a folder that this script did not make, or to start on too small a disk."""
     shown = f"--output_dir {output}"
     if output.is_symlink() and not output.exists():
         wrong = f"a link to {os.readlink(output)}, which is not there"
@@ -1227,7 +1229,7 @@ def build_aside(output: Path) -> Iterator[Path]:
 
 
 def read_passage(verify: str | None) -> str:
-    """The text of --verify, read before the merge so that a wrong name costs nothing."""
+    """The text of --verify, read before the merge, so that a wrong name is found at once."""
     if verify in (None, PASSAGE):
         return PASSAGE
     with suppress(OSError, ValueError):  # ValueError: not UTF-8
@@ -1272,7 +1274,7 @@ def compare(args: Arguments, base: Path, adapter: Adapter, nf4: dict | None, tex
 
 
 def push(folder: Path, repository: str, dry_run: bool) -> None:
-    """Upload the folder, or show what would go; whatever goes wrong, it stays whole here."""
+    """Upload the folder, or show what would be uploaded. If the upload fails, the folder stays."""
     from huggingface_hub import HfApi
     if dry_run:
         print(f"\nwould go to {repository}, private if new:")
