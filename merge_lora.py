@@ -865,12 +865,13 @@ def check_promises(adapter: Adapter, sources: dict[str, Stored]) -> None:
     except re.error as error:
         wrong = f"adapter_config.json: {error.pattern} is no pattern ({error})"
         raise UserError(f"{shown}: {wrong}; expected one as PEFT writes it") from error
+    refuse((not expected, f"{shown}: adapter_config.json promises no tensor; {OTHER_MODEL}"))
     found = {name: tensor.shape for name, tensor in tensors.items()}
     expect(found, expected, shown, "by adapter_config.json and the base", OTHER_MODEL)
 
 
 def promised_tensors(adapter: Adapter, sources: dict[str, Stored]) -> dict[str, tuple[int, ...]]:
-    """The tensors that an adapter has by its config, and their shapes."""
+    """The tensors that the adapter must have by its config, and their shapes."""
     lora, promised = adapter.config, {}
     saved, named = tuple(lora.get("modules_to_save") or []), lora.get("target_modules")
     for name, source in sources.items():
@@ -892,8 +893,8 @@ def promised_tensors(adapter: Adapter, sources: dict[str, Stored]) -> dict[str, 
         if indices := token_indices(module, lora):
             promised[f"{module}.new_rows"] = (len({*indices}), shape[1])
             refuse(
-                (target, f"{adapter.shown}: {module}: LoRA and "
-                 f"trainable_token_indices on one matrix, which {INEXACT}"),
+                (target, f"{adapter.shown}: {module}: LoRA and trainable_token_indices on one "
+                 f"matrix, which {INEXACT}"),
                 (max(indices) >= shape[0],
                  f"{adapter.shown}: {module}: a new row {max(indices)}; the base has {shape[0]}; "
                  "pass the extended model with --base_model, or run python extend_vocab.py first"))
@@ -903,7 +904,8 @@ def promised_tensors(adapter: Adapter, sources: dict[str, Stored]) -> dict[str, 
 def reader(name: str, read: Reader, adapter: Adapter) -> Reader:
     """Add an adapter's change of a tensor, if it has one, to the tensor's reader."""
     module, lora = name.removesuffix(".weight"), adapter.config
-    found = {kind: adapter.tensors.get(f"{module}.{kind}") for kind in KINDS.values()}
+    kinds = ("lora_A", "lora_B", "lora_magnitude_vector", "new_rows")
+    found = {kind: adapter.tensors.get(f"{module}.{kind}") for kind in kinds}
     if not any(found.values()):
         return read
     rank = setting(lora.get("rank_pattern"), module, lora["r"])

@@ -27,7 +27,7 @@ NEW_ROWS = list(range(977, 1000))
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch, tmp_path):
-    """Blocks so small that every matrix is split, at rows where nothing is even."""
+    """Make the blocks so small that every matrix is split, into blocks of unequal size."""
     monkeypatch.setattr(merge_lora, "BLOCK", 1777)
     monkeypatch.chdir(tmp_path)
 
@@ -101,7 +101,7 @@ def assert_same_bits(ours: dict[str, torch.Tensor], model) -> None:
 
 
 def refusal(capsys, adapter: Path | str, *options: object, code: int = 2) -> str:
-    """The one line with which the script gives up."""
+    """Run the script, which must refuse; return its error line."""
     with pytest.raises(SystemExit) as stop:
         merge_lora.main(["--adapter", str(adapter), "--output_dir", "merged", *map(str, options)])
     assert stop.value.code == code
@@ -306,8 +306,8 @@ def test_the_4bit_copy_is_that_of_bitsandbytes(tmp_path, dtype, threads, kind):
 @pytest.mark.parametrize("threads", [1, 2, 4, 7, 16])
 @pytest.mark.parametrize("count", [999, 32_768, 32_769, 176_128, 327_697])
 def test_a_mean_as_so_many_threads_compute_it(count, threads):
-    before, dice = torch.get_num_threads(), torch.Generator().manual_seed(count)
-    values = torch.rand((9, count), generator=dice) + 0.05
+    before, rng = torch.get_num_threads(), torch.Generator().manual_seed(count)
+    values = torch.rand((9, count), generator=rng) + 0.05
     torch.set_num_threads(threads)
     theirs = [row.mean() for row in values]
     torch.set_num_threads(1)
@@ -540,7 +540,7 @@ def test_tokenizer_travels_byte_for_byte_and_gains_a_json(tmp_path):
 
 
 def test_shards_index_and_buffers(tmp_path):
-    """A sharded base with old inv_freq buffers; a sharded result of the same tensors."""
+    """The base is one file with an old inv_freq buffer; the result is sharded and has none."""
     base = make_base(tmp_path / "base")
     assert len(list(base.glob("*.safetensors"))) > 2
     whole = read(base)
@@ -908,7 +908,7 @@ def test_a_record_without_a_base_is_no_obstacle(pair):
 
 
 def test_what_cannot_be_read_is_named(pair, capsys, monkeypatch):
-    """Root may read everything, so the refusal is made by hand."""
+    """Root may read any file, so the test raises the error itself."""
 
     def denied(source, target):
         raise PermissionError(errno.EACCES, "Permission denied", str(source))
@@ -1035,6 +1035,12 @@ def test_layers_that_are_not_promised_are_named(pair, capsys):
     line = refusal(capsys, pair[1])
     assert "model.layers.1.mlp.down_proj.lora_A is (5, 131); expected no such tensor" in line
     assert "(13 more differ)" in line
+
+
+def test_an_adapter_that_promises_nothing_is_refused(pair, capsys):
+    edit(pair[1] / "adapter_config.json", target_modules=None)
+    drop(pair[1], lambda name: True)
+    assert "adapter_config.json promises no tensor" in refusal(capsys, pair[1])
 
 
 @pytest.mark.parametrize("place", ["run.json", "metadata"])
