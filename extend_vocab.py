@@ -1,17 +1,18 @@
-"""Extend a Llama tokenizer and model with pieces for Traditional Chinese, every one of them alive.
+"""Extend a Llama tokenizer and model with pieces for Traditional Chinese, none of them dead.
 
-In goes a base (Llama 2, or any Llama whose tokenizer is SentencePiece BPE) and a corpus; out comes
+In: a base (Llama 2, or any Llama whose tokenizer is SentencePiece BPE) and a corpus. Out, in
 outputs/extended: tokenizer.model, tokenizer.json and the model with a row for every new piece.
 
 1. SentencePiece BPE learns pieces on the corpus, its variant glyphs turned into Taiwan's standard
    forms by OpenCC, all 5,401 characters of Big5 level 1 included. No new piece holds ASCII, so
    English, code and digits keep the base's ids.
-2. The pieces go behind the base's, in training order, their scores distinct and above the base's:
-   then each can be produced. One that cannot makes way for the next candidate.
-3. Proof, every run, before anything is written: no dead piece, SentencePiece and AutoTokenizer give
-   the same ids, decoding gives the text back.
-4. Only embedding, head and config change. They are streamed: 13.5 GB pass in under 2 GB of memory.
-   New rows come from the rows that spell the piece (--init).
+2. The pieces follow the base's, in training order. Their scores are distinct and above the base's,
+   so that the tokenizer can produce each of them. A dead candidate, which the tokenizer cannot
+   produce, is replaced by the next one.
+3. Every run proves, before anything is written: no piece is dead, SentencePiece and AutoTokenizer
+   give the same ids, and decoding gives the text back.
+4. Only embedding, head and config change. They are streamed: 13.5 GB need under 2 GB of memory. New
+   rows are made from the rows that spell the piece (--init).
 
 A run of a minute on any CPU (this command was run):
     python extend_vocab.py --base_model data/sample/tiny-llama --corpus data/cc_filtered \\
@@ -74,7 +75,7 @@ SIMPLIFIED_SHARE = 0.1  # above it, a corpus is said to be Simplified
 CPU_LOSS_BYTES = 400_000_000  # the largest model that --eval_loss auto runs on a CPU
 PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch", "opencc")
 AGAIN = "copy or download it again"
-# What a file system without locks answers.
+# Errors of a file system that has no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 FOREIGN = {".DS_Store", ".ipynb_checkpoints"}  # what a file manager or Jupyter leaves in a folder
 
@@ -100,7 +101,7 @@ TRAINER = {  # SentencePiece's own defaults elsewhere; the text arrives in segme
     "remove_extra_whitespaces": False, "max_sentence_length": 1 << 16,
     "shuffle_input_sentence": False, "num_threads": 1, "minloglevel": 2}
 
-# Texts on which tokenizers are known to part ways; every run proves itself on them.
+# Texts on which tokenizers are known to differ. Every run is tested on them.
 HARD_TEXTS = [
     *(" " * n for n in range(40)),
     *("\n" * n for n in range(1, 6)),
@@ -177,20 +178,18 @@ def check(args: Arguments) -> None:
     for name in ("base_model", "output_dir", "picture", "eval_text"):
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
-    if Path(args.picture).suffix not in (".png", ".pdf", ".svg"):
-        expected = "expected a file that ends in .png, .pdf or .svg"
-        raise UserError(f"--picture {args.picture}: {expected}")
-    count = len(args.corpus)
-    args.corpus_weight = args.corpus_weight or [1.0] * count
-    if len(args.corpus_weight) != count or not all(0 < w <= 1e6 for w in args.corpus_weight):
-        wanted = "expected one number above 0, a million at most, for each --corpus"
-        raise UserError(f"--corpus_weight {args.corpus_weight}: {wanted}")
-    if args.max_chars < 1000:
-        raise UserError(f"--max_chars {args.max_chars}: expected 1000 or more")
-    if not 0 < args.distill_tokens <= 10**8:
-        raise UserError(f"--distill_tokens {args.distill_tokens}: expected 1 to 100 million")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed {args.seed}: expected 0 to {2**32 - 1}")
+    count, weights = len(args.corpus), args.corpus_weight or [1.0] * len(args.corpus)
+    args.corpus_weight = weights
+    refuse(
+        (Path(args.picture).suffix not in (".png", ".pdf", ".svg"),
+         f"--picture {args.picture}: expected a file that ends in .png, .pdf or .svg"),
+        (len(weights) != count or not all(0 < weight <= 1e6 for weight in weights),
+         f"--corpus_weight {weights}: expected one number above 0, a million at most, for each "
+         "--corpus"),
+        (args.max_chars < 1000, f"--max_chars {args.max_chars}: expected 1000 or more"),
+        (not 0 < args.distill_tokens <= 10**8,
+         f"--distill_tokens {args.distill_tokens}: expected 1 to 100 million"),
+        (not 0 <= args.seed < 2**32, f"--seed {args.seed}: expected 0 to {2**32 - 1}"))
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -221,6 +220,13 @@ def user_errors() -> Iterator[None]:
         message, code = f"error: {error}", 1
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+def refuse(*findings: tuple[Any, str]) -> None:
+    """Stop at the first finding that is true, with its message."""
+    for wrong, message in findings:
+        if wrong:
+            raise UserError(message)
 
 
 # --- The base ------------------------------------------------------------------------------------
@@ -277,39 +283,37 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     rules = [spec.model_type == spec.BPE, min(spec.unk_id, spec.bos_id, spec.eos_id) >= 0]
     rules += [not normal.precompiled_charsmap, not normal.remove_extra_whitespaces]
     rules += [normal.add_dummy_prefix, all(p.type != p.USER_DEFINED for p in base.pieces)]
-    if not all(rules):
-        rest = "no normalisation, a prefix space and no user-defined pieces"
-        raise UserError(f"{given}: its tokenizer.model is another kind; {expected}: {rest}")
     piece, times = Counter(piece.piece for piece in base.pieces).most_common(1)[0]
-    if times > 1:
-        wrong = f"its tokenizer.model holds the piece {piece!r} {times} times"
-        raise UserError(f"{given}: {wrong}; expected every piece once; {AGAIN}")
-    if not size < args.vocab_size < 10**7:
-        wanted = f"expected more than the base's {size} and less than 10 million"
-        raise UserError(f"--vocab_size {args.vocab_size}: {wanted}")
+    refuse(
+        (not all(rules), f"{given}: its tokenizer.model is another kind; {expected}: no "
+         "normalisation, a prefix space and no user-defined pieces"),
+        (times > 1, f"{given}: its tokenizer.model holds the piece {piece!r} {times} times; "
+         f"expected every piece once; {AGAIN}"),
+        (not size < args.vocab_size < 10**7, f"--vocab_size {args.vocab_size}: expected more than "
+         f"the base's {size} and less than 10 million"))
     config, shards = load_json(folder / "config.json", given), find_shards(folder, given)
     matrices = {name: found for inside in shards.values() for name, found in inside.items()}
     rows = {EMBEDDING: 0} if config.get("tie_word_embeddings") else {EMBEDDING: 0, HEAD: 0}
     rows |= {name: count for name, (count, _) in matrices.items()}
     rows["config.json"] = config.get("vocab_size")
-    if set(rows.values()) != {size}:
-        wrong = f"its tokenizer.model has {size} pieces, its rows are {rows}"
-        wanted = "the same number everywhere (no padding rows, no added tokens)"
-        raise UserError(f"{given}: {wrong}; expected {wanted}")
     dtypes = {dtype for _, dtype in matrices.values()}
-    if "quantization_config" in config or not dtypes <= {"BF16", "F16", "F32"}:
-        raise UserError(f"{given}: is quantised; expected weights in bf16, fp16 or fp32")
+    refuse(
+        (set(rows.values()) != {size},
+         f"{given}: its tokenizer.model has {size} pieces, its rows are {rows}; expected the same "
+         "number everywhere (no padding rows, no added tokens)"),
+        ("quantization_config" in config or not dtypes <= {"BF16", "F16", "F32"},
+         f"{given}: is quantised; expected weights in bf16, fp16 or fp32"))
     if args.init == "subtoken" and HEAD not in matrices:
         args.init = "mean_subtoken"  # one matrix has to serve both ends
     if args.init in TAUGHT:
         import torch
-        if HEAD not in matrices:
-            raise UserError(f"--init {args.init}: the base's head is its embedding; expected two "
-                            "matrices; choose another --init")
-        size = sum(path.stat().st_size for path in shards) / 1e9
-        if size > CPU_LOSS_BYTES / 1e9 and not torch.cuda.is_available():
-            wanted = f"expected a GPU, or a base of {CPU_LOSS_BYTES / 1e9} GB at most"
-            raise UserError(f"--init {args.init}: {size:.1f} GB of weights and no GPU; {wanted}")
+        nbytes = sum(path.stat().st_size for path in shards)
+        refuse(
+            (HEAD not in matrices, f"--init {args.init}: the base's head is its embedding; "
+             "expected two matrices; choose another --init"),
+            (nbytes > CPU_LOSS_BYTES and not torch.cuda.is_available(),
+             f"--init {args.init}: {nbytes / 1e9:.1f} GB of weights and no GPU; expected a GPU, or "
+             f"a base of {CPU_LOSS_BYTES / 1e9} GB at most"))
     return base, config, shards
 
 
@@ -364,17 +368,17 @@ def fetch_hongloumeng(path: Path) -> None:
 
 
 def find_texts(name: str, option: str) -> list[Path]:
-    """The text files that a --corpus or --eval_text names. What else a folder holds is named."""
-    path, files, others = Path(name), [], []
+    """The text files that a --corpus or --eval_text names. Files of a folder that are not read are
+    listed, each with the reason."""
+    path = Path(name)
     if name == HONGLOUMENG and not os.path.lexists(path):
         fetch_hongloumeng(path)
     refuse_dead_link(path, option)
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        reason = reason_not_to_read(file, inside=file != path)
-        if reason is None:
-            files.append(file)
-        elif file != path:
-            others.append(f"{file.name} ({reason})")
+    inside = path.is_dir()
+    found = {file: reason_not_to_read(file, inside)
+             for file in (sorted(path.iterdir()) if inside else [path])}
+    files = [file for file, reason in found.items() if not reason]
+    others = [f"{file.name} ({why})" for file, why in found.items() if why] if inside else []
     if not files:
         first = path.parts[:2] == ("data", "cc_filtered") and not path.exists()
         remedy = "run python filter_cc.py first" if first else "name such a file or folder"
@@ -388,14 +392,15 @@ def find_texts(name: str, option: str) -> list[Path]:
 
 
 def refuse_dead_link(path: Path, option: str) -> None:
-    """A link to a file or folder is as good as that; one that leads nowhere is a mistake."""
+    """Refuse a link whose target does not exist."""
     if path.is_symlink() and not path.exists():
         wrong = f"a link to {os.readlink(path)}, which is not there"
         raise UserError(f"{option} {path}: {wrong}; make it or remove the link")
 
 
 def reason_not_to_read(file: Path, inside: bool) -> str | None:
-    """Why a file is no text of ours; inside a folder, a hidden file is some program's own."""
+    """Why a file is not read; None: it is read. Hidden files inside a folder belong to other
+    programs."""
     if inside and file.name.startswith("."):
         return "hidden"
     if file.is_dir():
@@ -408,8 +413,8 @@ def reason_not_to_read(file: Path, inside: bool) -> str | None:
 
 
 def documents(path: Path, option: str) -> Iterator[str]:
-    """The documents of one file: lines of a .txt, the `text` of each record of the others; none
-    that is blank. An error names the line or row."""
+    """The documents of one file, without blank ones: the lines of a .txt, or the `text` of each
+    record. An error names the line or row."""
     import pyarrow.parquet
     kind, place = path.suffix.lower(), 0
     try:
@@ -435,7 +440,7 @@ def documents(path: Path, option: str) -> Iterator[str]:
 
 
 def read_corpora(args: Arguments, files: dict[str, list[Path]]) -> tuple[list, list[str]]:
-    """The training documents as (weight, text), and the documents that the report is about."""
+    """The training documents as (weight, text), and the documents to report on."""
     train, held_out = [], []
     for name, weight in zip(args.corpus, args.corpus_weight, strict=True):
         paths, chars = random.Random(args.seed).sample(files[name], len(files[name])), 0
@@ -464,7 +469,7 @@ def read_corpora(args: Arguments, files: dict[str, list[Path]]) -> tuple[list, l
 
 
 def sample(texts: list[str], chars: int, seed: int) -> list[str]:
-    """As many of the texts, shuffled, as hold about so many characters."""
+    """Random texts with about that many characters in all."""
     texts, chosen = random.Random(seed).sample(texts, len(texts)), []
     while texts and chars > 0:
         chosen.append(texts.pop()[:chars])
@@ -473,8 +478,8 @@ def sample(texts: list[str], chars: int, seed: int) -> list[str]:
 
 
 def simplified_share(texts: list[str]) -> float:
-    """Of the characters that the two scripts write differently, the share in Simplified form.
-    Forms that Big5 holds as well (后, 里, 台) say nothing."""
+    """Share of Simplified forms among the characters that the two scripts write differently.
+    Simplified forms that are also in Big5 (后, 里, 台) are not counted."""
     from opencc import OpenCC
     to_simplified, to_traditional = (OpenCC(name).convert for name in ("t2s", "s2t"))
     simplified = traditional = 0
@@ -488,8 +493,8 @@ def simplified_share(texts: list[str]) -> float:
 
 @cache
 def taiwan_forms() -> dict[int, str]:
-    """Variant glyphs and curly quotes, and how Taiwan writes them. Characters of Big5 level 1 stay:
-    OpenCC would turn the everyday 污 of 污染 into 汙."""
+    """Map variant glyphs and curly quotes to Taiwan's forms. Characters of Big5 level 1 stay:
+    OpenCC would turn the common 污 of 污染 into 汙."""
     import opencc
     ideographs = set(map(chr, chain(range(0x3400, 0xA000), range(0xF900, 0xFB00))))
     convert = opencc.OpenCC("t2tw").convert
@@ -497,8 +502,8 @@ def taiwan_forms() -> dict[int, str]:
 
 
 def segments(text: str) -> Iterator[str]:
-    """What pieces may come from, in Taiwan's glyphs: runs without ASCII or invisible signs, short
-    enough for the trainer (its positions have 16 bits)."""
+    """Split a text, in Taiwan's glyphs, into the runs that pieces are learnt from: no ASCII, no
+    invisible characters, and short, since the trainer's positions have 16 bits."""
     for run in re.split(rf"[!-~{INVISIBLE}{SPACE}]+", text.translate(taiwan_forms())):
         yield from filter(str.strip, (run[i : i + 1000] for i in range(0, len(run), 1000)))
 
@@ -532,9 +537,9 @@ def train_pieces(documents: list, args: Arguments, wanted: int, **changes) -> li
 
 
 def first_singleton(pieces: list[str], text: str) -> int:
-    """Where the pieces begin that the text has only once, which are accidents and no words. The
-    trainer's frequencies fall along the list: before that place every piece occurs twice, and after
-    it some still seem to, inside others, but hardly fifty in a row."""
+    """Index of the first piece that occurs only once in the text: it is an accident, not a word.
+    The trainer's list falls in frequency, so a binary search finds the place. Some later pieces
+    occur again inside longer ones, but hardly fifty in a row."""
 
     def once(start: int) -> list[bool]:
         return [text.count(p.replace(SPACE, " ")) < 2 for p in pieces[start : start + 50]]
@@ -544,7 +549,7 @@ def first_singleton(pieces: list[str], text: str) -> int:
 
 
 def merge_pieces(base, candidates: list[str], vocab_size: int) -> tuple[Any, list[str]]:
-    """The base's pieces, then new ones up to vocab_size, each alive; and the candidates that died.
+    """The base's pieces, then new ones up to vocab_size, none dead; and the dead candidates.
 
     BPE merges the pair with the highest score first. Distinct scores above the base's, falling in
     training order, replay the trainer's own merges, so every piece is reached; with equal scores,
@@ -575,7 +580,7 @@ def merge_pieces(base, candidates: list[str], vocab_size: int) -> tuple[Any, lis
 
 
 def processor(model, prefix: bool = True) -> Any:
-    """SentencePiece's own runtime; without prefix, a text is encoded as if inside another."""
+    """SentencePiece's own runtime; without prefix, it adds no space before the text."""
     from sentencepiece import SentencePieceProcessor
     copy = type(model)()
     copy.CopyFrom(model)
@@ -584,13 +589,13 @@ def processor(model, prefix: bool = True) -> Any:
 
 
 def spellings(model, pieces: list[str]) -> list[list[int]]:
-    """The ids to which the model encodes the surface of each piece."""
+    """The ids to which the model encodes the text of each piece."""
     surfaces = [piece.replace(SPACE, " ") for piece in pieces]
     return processor(model, prefix=False).encode(surfaces, num_threads=1)
 
 
 def dead_pieces(model, start: int) -> list[str]:
-    """The pieces from id start on that their own surface does not encode to."""
+    """The pieces from id start on that the model does not produce for their own text."""
     pieces = [piece.piece for piece in model.pieces][start:]
     found = spellings(model, pieces)
     return [p for i, (p, ids) in enumerate(zip(pieces, found, strict=True)) if ids != [start + i]]
@@ -650,9 +655,9 @@ def write_tokenizer(folder: Path, base_folder: Path, model) -> None:
 
 
 def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, int]:
-    """Stop unless the folder's tokenizer is exact; what was counted goes into the report. Left out
-    are texts that no SentencePiece tokenizer can give back (with U+2581 in them) or that spell a
-    special token, which Transformers takes for the token itself."""
+    """Stop unless the folder's tokenizer is exact; return the counts for the report. Two kinds of
+    texts are left out: those with U+2581, which no SentencePiece tokenizer can give back, and those
+    that spell a special token, which Transformers reads as the token itself."""
     from transformers import AutoTokenizer
     size, chance = len(base.pieces), random.Random(seed)
     new = [piece.piece.replace(SPACE, " ") for piece in model.pieces][size:]
@@ -684,10 +689,10 @@ def prove(folder: Path, base, model, texts: list[str], seed: int) -> dict[str, i
 def new_rows(name: str, matrix, spelling: list, init: str, std: float, seed: int) -> Any:
     """Rows (N, H) for the N new pieces of the matrix (V, H), computed in fp32.
 
-    subtoken: a piece's input row stands where the base would read its last spelling row; its output
-    row where the base would predict the first, so there the weights halve from row to row, and the
-    sum gets the old rows' mean norm, which a mean falls short of. mean: no new piece outweighs the
-    old ones (Hewitt, 2021).
+    subtoken: after a piece, the base has just read its last spelling row: that is the input row.
+    Before a piece, the base predicts its first spelling row: the output row is a sum whose weights
+    halve from row to row, scaled to the mean norm of the old rows. mean: no new piece gets more
+    probability than the old ones (Hewitt, 2021).
     """
     import torch
     rows, parts = matrix.new_empty(len(spelling), matrix.shape[1]), matrix.split(1024)
@@ -713,7 +718,7 @@ def new_rows(name: str, matrix, spelling: list, init: str, std: float, seed: int
 
 
 def count_uses(model, documents: list) -> Counter:
-    """How often each piece stands in the documents, by their weights."""
+    """How often each piece occurs in the documents, counted by their weights."""
     uses, encode = Counter(), processor(model)
     for weight, text in documents:
         for number in encode.encode(text):
@@ -744,8 +749,8 @@ def teacher_states(llama, window: list[int], table: list[list[int]]) -> Any:
 
 
 def shared_rows(matrix, spelling: list[list[int]], uses: Counter, states) -> Any:
-    """Output rows (N, H) that share out what the base gives to a piece's first old token, among all
-    pieces that begin with it, as the corpus uses them.
+    """Output rows (N, H). The base gives a probability to a piece's first old token; it is divided
+    among all pieces that begin with this token, in proportion to their use in the corpus.
 
     A head has no bias; but there is a direction u on which all hidden states h are near 1 (least
     squares), and the row of the first token plus u log(share) has its logit plus log(share).
@@ -764,8 +769,8 @@ def shared_rows(matrix, spelling: list[list[int]], uses: Counter, states) -> Any
 
 
 def student_distance(llama, rows, window: list[int], table: list[list[int]]) -> Any:
-    """How far the base's states on the new pieces are from its states on their spelling, relative
-    to the size of the latter."""
+    """Squared distance between the base's hidden states on the new pieces (student) and those on
+    their old spelling (teacher), relative to the teacher's mean square."""
     import torch
     embedding, ids = llama.get_input_embeddings().weight, torch.tensor(window, device=llama.device)
     old, teacher = len(embedding), teacher_states(llama, window, table)
@@ -838,7 +843,7 @@ def taught_rows(
 
 
 def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of, more: int) -> None:
-    """Copy the base into the folder, with so many rows more behind embedding and head."""
+    """Copy the base into the folder and append that many rows to embedding and head."""
     needed, total = 1.3 * sum(path.stat().st_size for path in shards), 0
     if needed > (free := shutil.disk_usage(folder).free):
         raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
@@ -859,9 +864,9 @@ def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of, more: i
 
 
 def grow_shard(source: Path, target: Path, rows_of, more: int) -> None:
-    """Copy one safetensors file and grow the matrices in it. The library writes only what is whole
-    in memory, so the format is written here: the header's length (8 bytes), the header in JSON, the
-    tensors. Memory holds one matrix and its new rows."""
+    """Copy one safetensors file and append the new rows to the matrices in it. The safetensors
+    package needs all tensors in memory, so the file is written here: the header's length (8 bytes),
+    the header in JSON, the tensors. Memory holds one matrix and its new rows."""
     import torch
     from safetensors import safe_open
 
@@ -892,8 +897,8 @@ def grow_shard(source: Path, target: Path, rows_of, more: int) -> None:
 
 
 def measure(model, texts: list[str]) -> dict[str, float]:
-    """How well the tokenizer fits the texts. A line break is a byte token in every Llama tokenizer
-    and no failure, so the share of byte tokens leaves it out."""
+    """How well the tokenizer fits the texts. Line breaks are not counted as byte tokens, which they
+    are in every Llama tokenizer."""
     tokenizer = processor(model)
     ids = [i for row in tokenizer.encode(texts) for i in row]
     spelled = sum(map(tokenizer.is_byte, ids)) - ids.count(tokenizer.piece_to_id("<0x0A>"))
@@ -959,7 +964,7 @@ def show(report: dict, text: str, model, picture: Path) -> None:
 
 
 def already_done(output: Path, record: dict) -> bool:
-    """Whether the output is this very run, finished; anything else in its place is refused."""
+    """Whether the output folder holds this same run, finished. Any other content is refused."""
     refuse_dead_link(output, "--output_dir")
     if not output.exists():
         return False
@@ -1069,13 +1074,6 @@ def main(argv: list[str] | None = None) -> None:
     model, replaced = merge_pieces(base, candidates, args.vocab_size)
     spelling = spellings(base, [piece.piece for piece in model.pieces][len(base.pieces) :])
     std = config.get("initializer_range", 0.02)
-    taught: dict[str, Any] = {}
-
-    def rows_of(name: str, matrix) -> Any:
-        if name in taught:
-            return taught[name].to(matrix.dtype)
-        return new_rows(name, matrix, spelling, args.init, std, args.seed)
-
     report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
     report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
     report["replaced_pieces"] = len(replaced)
@@ -1084,7 +1082,13 @@ def main(argv: list[str] | None = None) -> None:
         write_tokenizer(folder, base_folder, model)
         texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, texts, args.seed)
-        taught |= taught_rows(base_folder, state, base, model, spelling, train, args)
+        taught = taught_rows(base_folder, state, base, model, spelling, train, args)
+
+        def rows_of(name: str, matrix) -> Any:
+            if name in taught:
+                return taught[name].to(matrix.dtype)
+            return new_rows(name, matrix, spelling, args.init, std, args.seed)
+
         resize_model(folder, base_folder, shards, rows_of, len(spelling))
         save_json(folder / "config.json", config | {"vocab_size": len(model.pieces)})
         texts = sample(report_texts, LOSS_CHARS, args.seed)

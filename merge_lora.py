@@ -1,31 +1,32 @@
 """Merge a LoRA adapter into its base: one usable model, exactly what was trained, on a laptop.
 
-In: an adapter's folder (outputs/pt, a checkpoint in it, any PEFT LoRA adapter, or a hub id), which
-names its base. Out, in outputs/merged: safetensors, config, generation config, model card, run.json
-and the tokenizer, with tokenizer.model byte for byte (saved by Transformers 5 it is left out, and
-llama.cpp then mis-tokenises without a word). --push_to_hub uploads that folder.
+In: an adapter's folder (outputs/pt, a checkpoint in it, any PEFT LoRA adapter) or hub id. The
+adapter names its base. Out, in outputs/merged: safetensors, config, generation config, model card,
+run.json and the tokenizer. tokenizer.model is copied byte for byte: Transformers 5 does not save
+it, and without it llama.cpp tokenises wrongly and gives no warning. --push_to_hub uploads all this.
 
 Exact: equal to PEFT 0.21's merge_and_unload on CPU, bit for bit. Like PEFT we take A and B to fp32,
     delta = (B @ A) * scaling            # (out, r) @ (r, in)
     W     = round(W + delta)             # one rounding, at the sum
-block by block of rows, so memory stays at a few hundred MB for any size: no model is built, and the
-rows of a product do not depend on one another. DoRA (Liu et al. 2024, section 4) scales each row to
-its trained length. An adapter that lacks a part of what its config promises is refused.
+for one block of rows at a time. No model is built, so a few hundred MB of memory are enough for any
+size. DoRA (Liu et al. 2024, section 4) scales each row to its trained length. An adapter that lacks
+a tensor that its config promises is refused.
 
-An adapter trained on a 4-bit base (QLoRA, Dettmers et al. 2023) has learned to live with that
-base's rounding. It is merged into what it saw, the base quantised and dequantised: --merge_into.
+An adapter trained on a 4-bit base (QLoRA, Dettmers et al. 2023) fits that base's rounding errors.
+So it is merged into the same values: the base, quantised and dequantised (--merge_into).
 
-Several adapters of one base: the mean of their merged weights, in fp32. A chat model of the same
-base: merged + scale * (chat - base), in fp32, a chat vector (Huang et al. 2024). It brings
-instruction following without any instruction data; how well depends on the models.
+Several adapters of one base give the mean of their merged weights, in fp32. A chat model of the
+same base gives merged + scale * (chat - base), in fp32: a chat vector (Huang et al. 2024). The
+result follows instructions without any instruction data; how well depends on the models.
 
 A run of seconds on any CPU (this command was run, after the demo):
     python merge_lora.py --verify
 The real run:
     python merge_lora.py --dtype bf16
     python merge_lora.py --dtype bf16 --chat_model meta-llama/Llama-2-7b-chat-hf
-Cost, measured on 2 cores: 3.74 GB in 6.8 s (1.2 times as long as cp -r, 4.1 times faster than PEFT)
-and 0.31 GB of memory; dequantized 34 s and 0.57 GB.
+Cost, measured on 2 busy cores for a model of 3.74 GB (benchmarks/bench_merge.py): --merge_into
+original takes 11.7 s (2.4 times cp -r, a quarter of PEFT's time) and 0.30 GB of memory, dequantized
+17.4 s (3.6 times cp -r) and 0.41 GB.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -64,11 +66,15 @@ BLOCK = 1 << 18  # values in a block of rows: 1 MB in fp32, small enough for a c
 
 EMBEDDING, HEAD = ENDS = "model.embed_tokens.weight", "lm_head.weight"
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
-ADAPTER_NAME = re.compile(  # base_model.model.<module>.<what it is>
-    r"base_model\.model\.(.+?)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?"
-    r"|token_adapter\.trainable_tokens_delta|(?:base_layer\.)?weight|bias)")
-# Fields of adapter_config.json that are read here or do not change the merged weights. Any other
-# that is set names a kind of LoRA that this script does not know.
+KINDS = {  # how the name of a tensor in an adapter's file ends, and how we call it
+    "lora_A.weight": "lora_A", "lora_B.weight": "lora_B",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+    "token_adapter.trainable_tokens_delta": "new_rows",
+    "base_layer.weight": "weight", "weight": "weight", "bias": "bias"}
+ADAPTER_NAME = re.compile(rf"base_model\.model\.(.+?)\.({'|'.join(map(re.escape, KINDS))})")
+# Fields of adapter_config.json that this script reads or that do not change the merged weights. Any
+# other field that is set belongs to a kind of LoRA that this script does not know.
 KNOWN_FIELDS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
@@ -82,7 +88,7 @@ KNOWN_VALUES = {
 TERMS = ["LICENSE*", "NOTICE*", "USE_POLICY*"]  # Llama 2's licence travels with its weights
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
-NF4 = {  # QLoRA's settings, for --merge_into dequantized when the adapter does not tell its own
+NF4 = {  # QLoRA's settings, for --merge_into dequantized if the adapter does not record its own
     "quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": "bfloat16",
     "skip_modules": ["lm_head"]}
 # What --verify reads when no file is named.
@@ -91,14 +97,20 @@ PASSAGE = (
     "小時，隔壁的阿伯搬出收音機，小孩反而高興，說終於看得見星星。我端著熱豆漿站在騎樓下，看清潔隊把吹落"
     "的樹枝一截一截鋸開，搬上卡車。捷運已經恢復行駛，學校也公布下午照常上課，日子好像什麼都沒發生過；只"
     "有公園那棵倒下的老榕樹，提醒路過的人，夜裡的風有多大。")
-# The key under which train_pt.py writes into the metadata of adapter_model.safetensors how the base
-# was held: JSON, named as in BitsAndBytesConfig, and device (cuda or cpu round differently).
+# In the metadata of adapter_model.safetensors, train_pt.py records under this key how it held the
+# base: JSON with the names of BitsAndBytesConfig, and the device (cuda and cpu round differently).
 QUANTIZATION = "luojiu_quantization"
-# What a file system without locks answers.
+# Errors of a file system that has no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 AGAIN = "copy or download it again"
 INEXACT = "cannot be merged exactly"
-OTHER_MODEL = "is it the adapter of another model? pass its base with --base_model"
+NOT_HERE = f"{INEXACT} here; use PEFT's merge_and_unload"
+OTHER_MODEL = (
+    "is the file whole, and is this its base? save it again from the trained model, pass a "
+    "checkpoint, or pass its base with --base_model")
+
+Bounds = list[tuple[int, int]]  # of blocks of rows
+Reader = Callable[[Bounds], Iterator["Tensor"]]
 
 # --- Arguments -----------------------------------------------------------------------------------
 
@@ -117,33 +129,33 @@ class Arguments:
     """Every option of the command line; the help text is the documentation."""
 
     adapter: list[str] = field(default_factory=lambda: ["outputs/pt"], metadata={"help":
-        "The adapter: train_pt.py's output or a checkpoint in it, or a hub id; of several, the "
-        "merged weights are averaged (the mean of A and B would be another model)."})
+        "The adapter: train_pt.py's output, a checkpoint in it, or a hub id. With several, the "
+        "merged weights are averaged (averaging A and B would give another model)."})
     base_model: str | None = option(
         None, "Model to merge into, folder or hub id; None: the one the adapter names.")
     output_dir: str = option(
         "outputs/merged", "Folder for the merged model; replaces an earlier one once it is whole.")
     merge_into: Literal["dequantized", "original"] | None = option(
-        None, "The base as its 4-bit copy holds it, or as it is on disk; None: dequantized if the "
-        "adapter tells of a 4-bit base, else original.")
+        None, "Merge into the base's 4-bit values, or into the base as it is on disk; None: "
+        "dequantized if the adapter records a 4-bit base, else original.")
     device: Literal["cpu", "cuda"] | None = option(
-        None, "Where the base is quantised; CPU and GPU differ in a few values of 10,000; None: "
-        "where the adapter was trained, if this machine has that device and the adapter tells it, "
-        "else the GPU if there is one.")
+        None, "Where the base is quantised. CPU and GPU differ in a few values of 10,000. None: "
+        "the device of the training, if the adapter records it and this machine has it; else the "
+        "GPU, if there is one.")
     dtype: Literal["bf16", "fp16", "fp32"] | None = option(
         None, "Number format of all merged weights; None: the base's.")
     chat_model: str | None = option(
-        None, "A chat model that was trained from the same base, folder or hub id: merged + "
-        "chat_scale x (chat - base), a chat vector (Huang et al. 2024); None: none.")
+        None, "A chat model trained from the same base, folder or hub id. The result is merged + "
+        "chat_scale x (chat - base), a chat vector (Huang et al. 2024). None: no chat vector.")
     chat_scale: float = option(1.0, "How much of the chat vector is added.")
     chat_embeddings: bool = option(
         False, "Add it to embedding and head too, on the rows of the pieces that both models have.")
     max_shard_size: float = option(5.0, "Largest safetensors file in GB; more makes another file.")
     verify: str | None = field(default=None, metadata={"nargs": "?", "const": PASSAGE, "help":
-        "UTF-8 text on which to compare base + adapter with the merged model (mean KL, bits per "
-        "character), one whole model in memory at a time; the option without a value takes a "
-        "passage of its own; None: no comparison."})
-    verify_tokens: int = option(512, "How many tokens of that text are read at most.")
+        "UTF-8 text on which base + adapter and the merged model are compared (mean KL, bits per "
+        "character). One whole model is in memory at a time. Without a value: a built-in passage. "
+        "None: no comparison."})
+    verify_tokens: int = option(512, "Read at most this many tokens of that text.")
     push_to_hub: str | None = option(
         None, "Hub repository (user/name) to upload to, private if new; None: none.")
     push_dry_run: bool = option(
@@ -295,7 +307,7 @@ def pickled(folder: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: where it begins there, and what the header says of it."""
+    """A tensor in a safetensors file: where it begins, and what the header says of it."""
 
     name: str
     path: Path
@@ -307,17 +319,10 @@ class Stored:
     def rows(self) -> int:  # a vector is one row
         return math.prod(self.shape[:-1])
 
-    def blocks(self) -> list[tuple[int, int]]:
-        """Bounds that split the rows evenly into blocks of about BLOCK values. Of fewer rows than
-        16 none is made: on some CPUs BLAS gives up to 3 to a kernel that rounds differently."""
-        count = min(-(-math.prod(self.shape) // BLOCK), self.rows // 16) or 1
-        return list(pairwise(self.rows * i // count for i in range(count + 1)))
-
     def block(self, begin: int, end: int) -> "Tensor":
         """Rows begin to end."""
         import torch
-        dtype = getattr(torch, DTYPES[self.dtype])
-        rows = torch.empty((end - begin, self.shape[-1]), dtype=dtype)
+        rows = torch.empty((end - begin, self.shape[-1]), dtype=getattr(torch, DTYPES[self.dtype]))
         data = rows.view(torch.uint8).numpy()
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start + begin * data.shape[1])
@@ -328,6 +333,22 @@ class Stored:
             raise UserError(f"{self.path}: {self.name} has NaN or inf; {remedy}")
         return rows
 
+    def whole(self) -> "Tensor":
+        """All rows, in fp32."""
+        return self.block(0, self.rows).float()
+
+    def read(self, bounds: Bounds) -> Iterator["Tensor"]:
+        """Block by block."""
+        return (self.block(begin, end) for begin, end in bounds)
+
+
+def row_blocks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Bounds that split the rows of a tensor evenly into blocks of about BLOCK values, but of at
+    least 16 rows: on some CPUs, BLAS gives 1 to 3 rows to a kernel that rounds differently."""
+    rows = math.prod(shape[:-1])
+    count = min(-(-math.prod(shape) // BLOCK), rows // 16) or 1
+    return list(pairwise(rows * i // count for i in range(count + 1)))
+
 
 def finite(rows: "Tensor") -> bool:
     """No NaN, no infinity; the sum tells in one pass, unless it overflows by itself."""
@@ -335,9 +356,10 @@ def finite(rows: "Tensor") -> bool:
 
 
 def read_tensors(folder: Path, shown: str, file: str = "model.safetensors") -> dict[str, Stored]:
-    """The tensors of one safetensors file or of the shards that its index names, in the order in
-    which they lie there. A file is a length (8 bytes), a JSON header, and the tensors; we read and
-    write it ourselves, since the package maps files into memory and writes only what it holds."""
+    """The tensors of one safetensors file, or of the shards that its index names, in the order in
+    which they are stored. The safetensors package would map whole files into memory, so we take
+    the places from the headers and read the rows ourselves."""
+    from huggingface_hub import parse_local_safetensors_file_metadata
     from safetensors import SafetensorError, safe_open
     index, names, tensors = folder / f"{file}.index.json", {file}, {}
     if not (folder / file).is_file():
@@ -347,36 +369,50 @@ def read_tensors(folder: Path, shown: str, file: str = "model.safetensors") -> d
         names = set(load_json(index, shown).get("weight_map", {}).values())
     for path in (folder / name for name in sorted(names)):
         try:
-            safe_open(path, "np")  # it holds the header against the file's size
+            safe_open(path, "np")  # checks the header against the file's size
         except (OSError, SafetensorError) as error:
             wrong = f"{path} is missing or broken ({error}); expected a safetensors file"
             raise UserError(f"{shown}: {wrong}; {AGAIN}") from error
-        with path.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, start = entry["dtype"], 8 + length + entry["data_offsets"][0]
-            if dtype not in DTYPES:
-                wrong = f"{name} is stored as {dtype}; expected BF16, F16 or F32"
+        found = parse_local_safetensors_file_metadata(path).tensors
+        end = max((info.data_offsets[1] for info in found.values()), default=0)
+        data = path.stat().st_size - end  # where the header ends and the first tensor begins
+        for name, info in sorted(found.items(), key=lambda item: item[1].data_offsets):
+            if info.dtype not in DTYPES:
+                wrong = f"{name} is stored as {info.dtype}; expected BF16, F16 or F32"
                 raise UserError(f"{shown}: {wrong}; pass the model as it was before quantisation")
-            tensors[name] = Stored(name, path, start, dtype, tuple(entry["shape"]))
+            start = data + info.data_offsets[0]
+            tensors[name] = Stored(name, path, start, info.dtype, tuple(info.shape))
     return tensors
 
 
 @dataclass
 class Model:
-    """A base or a chat model as it lies on the disk."""
+    """A base, a chat model or an adapter on the disk."""
 
     folder: Path
-    shown: str  # the option by which it came
-    config: dict
+    shown: str  # the option that named it, and its value
+    config: dict  # config.json; of an adapter, adapter_config.json
     tensors: dict[str, Stored]
+    record: dict  # run.json; empty if there is none
+
+
+@dataclass
+class Adapter(Model):
+    """An adapter, and what it was trained on."""
+
+    base: str  # as --base_model or adapter_config.json names it
+    quantization: dict | None  # the 4-bit settings of its training; empty: 16 bits; None: not known
+
+
+def run_record(folder: Path, shown: str) -> dict:
+    """A folder's run.json; empty where there is none."""
+    path = folder / "run.json"
+    return load_json(path, shown) if path.is_file() else {}
 
 
 def read_model(name: str, option: str) -> Model:
     """Find a model. It must have every tensor that its config asks for, in its shape, and no other;
-    for a family other than Llama only the vocabulary is held against the config."""
+    for a family other than Llama only the vocabulary is checked against the config."""
     folder, shown = find_model(name, option), f"{option} {name}"
     config = load_json(folder / "config.json", shown)
     if config.get("quantization_config"):
@@ -390,16 +426,22 @@ def read_model(name: str, option: str) -> Model:
     found = {name: tensor.shape for name, tensor in tensors.items()}
     rows = {name: (config.get("vocab_size"), *found[name][1:]) for name in found.keys() & ENDS}
     expected = llama_shapes(config) if config.get("model_type") == "llama" else found | rows
-    for name in sorted(expected.keys() | found.keys()):
-        has, due = found.get(name, "missing"), expected.get(name, "no such tensor")
-        if has != due:
-            raise UserError(f"{shown}: {name} is {has}; expected {due} by config.json; {AGAIN}")
-    return Model(folder, shown, config, tensors)
+    expect(found, expected, shown, "by config.json", AGAIN)
+    return Model(folder, shown, config, tensors, run_record(folder, shown))
+
+
+def expect(found: dict, expected: dict, shown: str, why: str, remedy: str) -> None:
+    """Refuse a model whose tensors are not those expected; the first of them by name is shown."""
+    names = sorted(found.keys() | expected.keys())
+    if wrong := [name for name in names if found.get(name) != expected.get(name)]:
+        has, due = found.get(wrong[0], "missing"), expected.get(wrong[0], "no such tensor")
+        more = f" ({len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+        raise UserError(f"{shown}: {wrong[0]} is {has}; expected {due} {why}{more}; {remedy}")
 
 
 def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a Llama of this config has. (Transformers would tell too, by an empty
-    model, but loading what makes one takes as long as merging a gigabyte.)"""
+    """Every tensor that a Llama of this config has. (Transformers would tell too, from an empty
+    model, but importing its models takes as long as merging a gigabyte.)"""
     width, inner, rows = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
     heads = config["num_attention_heads"]
     size = config.get("head_dim") or width // heads
@@ -418,19 +460,6 @@ def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return {EMBEDDING: (rows, width), "model.norm.weight": (width,)} | head | {
         f"model.layers.{i}.{name}": shape
         for i in range(config["num_hidden_layers"]) for name, shape in layer.items()}
-
-
-@dataclass
-class Adapter:
-    """An adapter as it lies on the disk."""
-
-    folder: Path
-    shown: str  # the option by which it came
-    lora: dict  # adapter_config.json
-    run: dict  # run.json, if it came along
-    tensors: dict[str, Stored]
-    base: str  # as --base_model or the adapter names it
-    quantization: dict | None  # the 4-bit settings of its training; empty: 16 bits; None: not known
 
 
 def find_adapter(name: str) -> Path:
@@ -459,43 +488,56 @@ def find_adapter(name: str) -> Path:
     return folder
 
 
-def read_adapter(name: str, args: Arguments) -> Adapter:
-    """Find an adapter and read what it says of itself and of its base."""
-    folder, shown = find_adapter(name), f"--adapter {name}"
-    lora, record = load_json(folder / "adapter_config.json", shown), folder / "run.json"
-    run = load_json(record, shown) if record.is_file() else {}
-    base = args.base_model or lora.get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{shown}: it names no base; pass --base_model")
-    tensors = read_tensors(folder, shown, "adapter_model.safetensors")
-    return Adapter(folder, shown, lora, run, tensors, base, read_quantization(folder, shown, run))
-
-
 def read_adapters(args: Arguments) -> list[Adapter]:
-    """The adapters, of one base: else a mean of their merged weights means nothing."""
-    first, *others = adapters = [read_adapter(name, args) for name in args.adapter]
-    for other in others:
+    """The adapters. They must have one base: else a mean of their merged weights means nothing."""
+    adapters: list[Adapter] = []
+    for name in args.adapter:
+        folder, shown = find_adapter(name), f"--adapter {name}"
+        lora, record = load_json(folder / "adapter_config.json", shown), run_record(folder, shown)
+        base = args.base_model or lora.get("base_model_name_or_path")
+        if not base:
+            raise UserError(f"{shown}: it names no base; pass --base_model")
+        tensors = {}
+        for key, tensor in read_tensors(folder, shown, "adapter_model.safetensors").items():
+            match = ADAPTER_NAME.fullmatch(key)
+            refuse((not match, f"{shown}: {key} {NOT_HERE}"))
+            tensors[f"{match[1]}.{KINDS[match[2]]}"] = tensor
+        trained = read_quantization(folder, shown, record)
+        adapters.append(Adapter(folder, shown, lora, tensors, record, base, trained))
+        first = adapters[0]
         refuse(
-            (other.base != first.base,
-             f"{other.shown}: its base is {other.base}, that of {first.shown} is {first.base}; "
-             "expected one base; pass it with --base_model"),
-            (other.quantization != first.quantization and not args.merge_into,
-             f"{other.shown}: trained on {other.quantization}, {first.shown} on "
-             f"{first.quantization}; expected one base; say it with --merge_into"))
+            (base != first.base,
+             f"{shown}: its base is {base}, that of {first.shown} is {first.base}; expected one "
+             "base; pass it with --base_model"),
+            (trained != first.quantization and not args.merge_into,
+             f"{shown}: trained on {trained}, {first.shown} on {first.quantization}; expected one "
+             "base; say it with --merge_into"))
     return adapters
 
 
-def read_quantization(folder: Path, shown: str, run: dict) -> dict | None:
+def check_kind(lora: dict, shown: str) -> None:
+    """Refuse a kind of LoRA that this script does not know."""
+    for key, value in ({"peft_type": None} | lora).items():
+        known = key in KNOWN_FIELDS or not value
+        if value not in KNOWN_VALUES[key] if key in KNOWN_VALUES else not known:
+            raise UserError(f"{shown}: {key} = {value} {NOT_HERE}")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(lora.get(key), int | float):
+            wrong = f"adapter_config.json: {key} is {lora.get(key)}; expected a number"
+            raise UserError(f"{shown}: {wrong}; {AGAIN}")
+
+
+def read_quantization(folder: Path, shown: str, record: dict) -> dict | None:
     """The 4-bit settings of an adapter's training, from its file's metadata, else from run.json."""
     from safetensors import safe_open
     with safe_open(folder / "adapter_model.safetensors", "np") as file:
         told = (file.metadata() or {}).get(QUANTIZATION)
-    if told is None and "quantization" not in run:
+    if told is None and "quantization" not in record:
         return None
     try:
-        found = dict(json.loads(told) if told else run["quantization"] or {})
+        found = dict(json.loads(told) if told else record["quantization"] or {})
     except (ValueError, TypeError) as error:
-        wrong = f"its 4-bit settings are {told or run['quantization']}; expected a JSON object"
+        wrong = f"its 4-bit settings are {told or record['quantization']}; expected a JSON object"
         raise UserError(f"{shown}: {wrong}; {AGAIN}") from error
     if not found or found.get("load_in_4bit") is False:
         return {}
@@ -512,7 +554,7 @@ def read_quantization(folder: Path, shown: str, run: dict) -> dict | None:
 def find_base(args: Arguments, adapters: list[Adapter]) -> Model:
     """The model that the adapters were trained on."""
     first = adapters[0]
-    shown, revision = f"--base_model {first.base}", first.lora.get("revision")
+    shown, revision = f"--base_model {first.base}", first.config.get("revision")
     if not args.base_model and revision not in (None, "main") and not Path(first.base).exists():
         raise UserError(f"{shown}: wanted is revision {revision}; download it and pass its folder")
     try:
@@ -523,8 +565,7 @@ def find_base(args: Arguments, adapters: list[Adapter]) -> Model:
         named = f"{first.shown}: it names {first.base} as its base"
         raise UserError(f"{named}; {error}; pass the model with --base_model") from error
     held = fingerprint(base.folder)
-    for adapter in adapters:
-        trained_on = adapter.run.get("base") or {}
+    for trained_on in (adapter.record.get("base") or {} for adapter in adapters):
         if trained_on.get("fingerprint") not in (None, held):
             wrong = f"the adapter is of another model, {trained_on['model_name_or_path']} as it was"
             raise UserError(
@@ -533,150 +574,344 @@ def find_base(args: Arguments, adapters: list[Adapter]) -> Model:
     return base
 
 
-# --- The plan: what each tensor of the merged model is made of -----------------------------------
+def read_pieces(folder: Path, shown: str, names: Sequence[str] = TOKENIZERS) -> tuple[dict, dict]:
+    """The pieces of a tokenizer and what was added to it, with their ids."""
+    from sentencepiece import SentencePieceProcessor
+    try:
+        path = next(folder / name for name in names if (folder / name).is_file())
+        if path.suffix == ".model":
+            model = SentencePieceProcessor(str(path))
+            return {model.id_to_piece(i): i for i in range(model.vocab_size())}, {}
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+        return tokenizer["model"]["vocab"], added
+    except Exception as error:
+        wrong = "no tokenizer.model or tokenizer.json that can be read"
+        raise UserError(f"{shown}: {wrong}; copy the tokenizer's files there") from error
 
 
-@dataclass
-class Change:
-    """What one adapter does to a tensor of the base; as it is made, nothing."""
+def read_chat(args: Arguments, base: Model) -> tuple[Model | None, list[int]]:
+    """The chat model, which must be the base, trained further; and the ids of the pieces that the
+    two have in common."""
+    import torch
+    if not args.chat_model:
+        return None, []
+    chat, other = read_model(args.chat_model, "--chat_model"), "pass a chat model of the same base"
+    theirs, ours = (
+        {name: tensor.shape for name, tensor in model.tensors.items() if name not in ENDS}
+        | {key: model.config.get(key) for key in ("model_type", "num_attention_heads")}
+        for model in (chat, base))
+    expect(theirs, ours, chat.shown, "as in the base", other)
+    pieces, known = (
+        vocabulary | added for vocabulary, added in
+        (read_pieces(model.folder, model.shown) for model in (chat, base)))
+    shared = sorted(i for piece, i in pieces.items() if known.get(piece) == i)
+    name = next(n for n, tensor in base.tensors.items() if len(tensor.shape) == 2 and n not in ENDS)
+    bounds = row_blocks(base.tensors[name].shape)[0]
+    pair = (model.tensors[name].block(*bounds).float().view(-1) for model in (chat, base))
+    alike = torch.cosine_similarity(*pair, 0)
+    refuse(
+        (len(shared) < 0.9 * len(pieces),
+         f"{chat.shown}: {len(shared)} of its {len(pieces)} pieces have the same ids in the base; "
+         f"expected nearly all; {other}"),
+        (alike < 0.5,  # of two unrelated models it is near 0
+         f"{chat.shown}: {name} has a cosine of {alike:.2f} to the base's; expected above 0.5: it "
+         f"was not trained from this base; {other}"))
+    return chat, shared
 
-    whole: Stored | None = None  # takes the place of the base's tensor
-    a: Stored | None = None  # (r, in)
-    b: Stored | None = None  # (out, r)
-    scaling: float = 1.0
-    magnitude: Stored | None = None  # DoRA: (out,)
-    new: Stored | None = None  # rows that take the place of the base's,
-    indices: list[int] = field(default_factory=list)  # and where they go
+
+# --- Readers: where the rows of a merged tensor come from ----------------------------------------
+# A tensor of the merged model is read through a chain of generators: Stored.read or dequantized;
+# then adapted, once for each adapter, and their mean; then with_chat. Each takes the bounds of the
+# blocks of rows and yields the rows, block by block.
+
+
+def dequantized(tensor: Stored, nf4: dict, bounds: Bounds) -> Iterator["Tensor"]:
+    """A tensor as its 4-bit copy holds it, equal to bitsandbytes' quantize_4bit and
+    dequantize_4bit of the whole. Each 64 values are quantised alone, and only the quantising of
+    their scales looks at the tensor as one: so pack it all (half a byte a value), then unpack."""
+    import bitsandbytes.functional as bnb
+    import torch
+    loaded_as = getattr(torch, nf4["compute_dtype"])  # as train_pt.py loads what it quantises
+    width, size, device = tensor.shape[1], nf4["blocksize"], nf4["device"]
+    packed = torch.empty((tensor.rows, width // 2), dtype=torch.uint8, device=device)
+    scales = torch.empty((tensor.rows, width // size), device=device)
+    for begin, end in bounds:
+        rows = tensor.block(begin, end).to(device, loaded_as)
+        quantize(rows, nf4, packed[begin:end], scales[begin:end])
+    if nf4["double_quant"]:
+        mean = mean_by_threads(scales.view(-1), nf4["threads"] if device == "cpu" else 1)
+        scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256))
+        scales += mean
+    for begin, end in bounds:
+        values, shape = packed[begin:end].view(-1, 1), (end - begin, width)
+        yield torch.ops.bitsandbytes.dequantize_4bit(
+            values, scales[begin:end].view(-1), size, nf4["quant_type"], shape, loaded_as).cpu()
+
+
+def import_bitsandbytes() -> None:
+    """Without torch.compile: it would load a compiler (2 s and 120 MB) that is not used here; and
+    without the warning about a kernel that is not used either."""
+    import torch
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with mock.patch.object(torch, "compile", lambda function, **_: function):
+        import bitsandbytes.functional  # noqa: F401
+
+
+def quantize(rows: "Tensor", nf4: dict, packed: "Tensor", scales: "Tensor") -> None:
+    """bitsandbytes' quantize_4bit, written into two tensors: the packed values and the scale of
+    each 64. On a CPU, bitsandbytes finds the nearest code by a binary search per value, which would
+    take most of the merge. We count how many midpoints between codes lie below the value: the
+    result is the same, in a tenth of the time."""
+    import bitsandbytes.functional as bnb
+    import numpy as np
+    import torch
+    size, kind = nf4["blocksize"], nf4["quant_type"]
+    if (nf4["device"], kind) != ("cpu", "nf4"):
+        values, state = bnb.quantize_4bit(rows, blocksize=size, quant_type=kind)
+        packed[:], scales[:] = values.view(packed.shape), state.absmax.view(scales.shape)
+        return
+    rows = rows.view(-1, size).float()
+    torch.amax(rows.abs(), 1, out=scales.view(-1))
+    rows *= (1 / scales.clamp(min=1e-38)).view(-1, 1)
+    code = bnb.get_4bit_type(kind, "cpu")
+    nearest, below = np.zeros(rows.shape, np.uint8), np.empty(rows.shape, bool)
+    for midpoint in ((code[:-1] + code[1:]) / 2).numpy():
+        nearest += np.greater(rows.numpy(), midpoint, out=below).view(np.uint8)
+    pairs = torch.from_numpy(nearest).view(torch.int16)  # of a pair, the first is the low byte
+    packed[:] = ((pairs << 4) | (pairs >> 8)).view(packed.shape)
+
+
+def mean_by_threads(values: "Tensor", threads: int) -> "Tensor":
+    """A vector's mean as PyTorch computes it on a CPU with that many threads: each sums a part of
+    at least 32,768 values, and the parts decide the last bit. Starting threads takes far longer."""
+    parts = min(threads, -(-len(values) // 32_768))
+    if parts < 2:
+        return values.mean()
+    sums = values.new_zeros(threads)
+    for i, part in enumerate(values.split(-(-len(values) // parts))):
+        sums[i] = part.sum()
+    return sums.sum() / len(values)
+
+
+def adapted(
+        read: Reader, tensors: dict[str, Stored], scaling: float, indices: list[int],
+        bounds: Bounds) -> Iterator["Tensor"]:
+    """Rows as one adapter changes them: LoRA and DoRA, then new rows at their indices."""
+    import torch
+    b, new = tensors.get("lora_B"), tensors.get("new_rows")  # (out, r), (len(indices), in)
+    magnitude = tensors.get("lora_magnitude_vector")
+    if b:
+        a = tensors["lora_A"].whole()  # (r, in)
+        # Room that all blocks share: asking the system for new memory each time takes longer.
+        room = torch.empty((max(end - begin for begin, end in bounds), a.shape[1]))
+    if magnitude:
+        lengths = magnitude.whole().view(-1, 1)  # (out, 1)
+    if new:
+        position = torch.full((bounds[-1][1],), -1)  # which new row goes where; -1: none
+        position[indices] = torch.arange(len(indices))
+    for (begin, end), rows in zip(bounds, read(bounds), strict=True):
+        if b:
+            delta = torch.mm(b.block(begin, end).float(), a, out=room[: end - begin])
+            rows = delta.mul_(scaling).add_(rows)
+        if magnitude:
+            rows = lengths[begin:end] / torch.linalg.norm(rows, dim=1, keepdim=True) * rows
+        if new and (hit := position[begin:end] >= 0).any():
+            which = position[begin:end][hit]
+            first, last = int(which.min()), int(which.max())
+            rows = rows.to(torch.float32, copy=True)
+            rows[hit] = new.block(first, last + 1)[which - first].float()
+        yield rows
+
+
+def mean(readers: list[Reader], bounds: Bounds) -> Iterator["Tensor"]:
+    """The mean of what several adapters make of the same rows, in fp32."""
+    for several in zip(*(read(bounds) for read in readers), strict=True):
+        yield sum(rows.float() for rows in several) / len(several)
+
+
+def with_chat(
+        read: Reader, chat: Stored, base: Stored, scale: float, shared: list[int] | None,
+        bounds: Bounds) -> Iterator["Tensor"]:
+    """Rows + scale * (chat - base) in fp32, on the shared rows (None: on all). The base is the one
+    on the disk, even if the adapter was trained on its 4-bit copy."""
+    for (begin, end), rows in zip(bounds, read(bounds), strict=True):
+        last = min(end, base.rows, chat.rows)
+        if last > begin:
+            rows = rows.float()
+            vector = chat.block(begin, last).float() - base.block(begin, last).float()
+            if shared is None:
+                rows.add_(vector, alpha=scale)
+            else:
+                some = [i - begin for i in shared if begin <= i < last]
+                rows[some] += scale * vector[some]
+        yield rows
+
+
+# --- The plan: a reader for every tensor ---------------------------------------------------------
 
 
 @dataclass
 class Part:
-    """One tensor of the merged model: the base's, changed by each adapter."""
+    """One tensor of the merged model."""
 
     name: str
-    source: Stored  # the base's tensor
-    dtype: str  # of the merged tensor, as safetensors writes it
-    changes: list[Change]  # one for each adapter, of which the mean is taken
-    nf4: dict | None = None  # the settings of the 4-bit copy that holds the source; None: as it is
-    chat: Stored | None = None  # the chat model's tensor, and how much of chat - base is added
-    chat_scale: float = 1.0
-    shared: list[int] | None = None  # on which rows; None: on all
-
-    @property
-    def replaced(self) -> bool:
-        """Nothing of the base is left."""
-        return all(change.whole for change in self.changes)
-
-    @property
-    def like(self) -> Stored:
-        """A tensor of the merged one's shape."""
-        return next((change.whole for change in self.changes if change.whole), self.source)
+    read: Reader
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors writes it
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.like.shape) * SIZES[self.dtype]
+        return math.prod(self.shape) * SIZES[self.dtype]
 
 
-def make_plan(args: Arguments, base: Model, adapters: list[Adapter]) -> dict[str, Part]:
-    """Lay the adapters over the base, whose config follows where they or --dtype change it. What
-    cannot be merged exactly is refused by name."""
-    config, sources = base.config, dict(base.tensors)
-    tied, parting = config["tie_word_embeddings"], {parts_tied(a.lora) for a in adapters}
-    if tied and len(parting) > 1:
-        wrong = "they differ in modules_to_save on the tied embedding and head"
-        raise UserError(f"--adapter {' '.join(args.adapter)}: {wrong}; merge them one by one")
-    if tied and True in parting:
-        tied = config["tie_word_embeddings"] = False
-        sources[HEAD] = sources[EMBEDDING]
+def choose_base(args: Arguments, adapters: list[Adapter]) -> dict | None:
+    """The settings of the 4-bit copy to merge into; None: the base as it is."""
+    import torch
+    trained = adapters[0].quantization
+    if trained is None and not args.merge_into:
+        print(f"warning: {adapters[0].shown}: it does not tell whether it was trained in 4 bits; "
+              "merged into the base as it is; if it was (QLoRA), pass --merge_into dequantized",
+              file=sys.stderr)
+    if (args.merge_into or ("dequantized" if trained else "original")) == "original":
+        return None
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" != here:
+        raise UserError("--device cuda: PyTorch sees no GPU here; expected one; pass --device cpu")
+    nf4 = NF4 | (trained or {})
+    trained_on = nf4.pop("device", None) or "an unknown device"
+    import_bitsandbytes()
+    nf4["threads"] = torch.get_num_threads()
+    nf4["device"] = args.device or ("cpu" if trained_on == "cpu" else here)
+    print(f"quantising on {nf4['device']}; the adapter was trained on {trained_on}"
+          + ("" if trained_on == nf4["device"] else "; few values of 10,000 may differ"))
+    return nf4
+
+
+def make_plan(
+        args: Arguments, base: Model, adapters: list[Adapter], nf4: dict | None,
+        chat: Model | None, shared: list[int]) -> dict[str, Part]:
+    """Choose a reader for each tensor of the merged model, and refuse what cannot be merged
+    exactly. Where the adapters or --dtype change the base's config, it is updated in place."""
+    config, sources, plan = base.config, dict(base.tensors), {}
+    if config["tie_word_embeddings"]:
+        untied = {unties(adapter.config) for adapter in adapters}
+        if len(untied) > 1:
+            wrong = "they differ in modules_to_save on the tied embedding and head"
+            raise UserError(f"--adapter {' '.join(args.adapter)}: {wrong}; merge them one by one")
+        if True in untied:
+            config["tie_word_embeddings"] = False
+            sources[HEAD] = sources[EMBEDDING]
+    for adapter in adapters:
+        check_promises(adapter, sources)
     dtype = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}.get(args.dtype)
-    parts = {
-        name: Part(name, source, dtype or source.dtype, [Change() for _ in adapters])
-        for name, source in sources.items()}
-    for number, adapter in enumerate(adapters):
-        try:
-            lay_over(parts, number, adapter, tied)
-        except re.error as error:
-            wrong = f"adapter_config.json: {error.pattern} is no pattern ({error})"
-            raise UserError(f"{adapter.shown}: {wrong}; expected one as PEFT writes it") from error
-    embedding = parts[EMBEDDING]
-    config["vocab_size"] = rows = embedding.like.rows  # which may have grown
-    if HEAD in parts and parts[HEAD].like.rows != rows:
-        wrong = f"the embedding has {rows} rows, the head {parts[HEAD].like.rows}"
+    for name, stored in sources.items():
+        read = partial(dequantized, stored, nf4) if in_4_bits(stored, nf4) else stored.read
+        readers, shapes = [], []
+        for adapter in adapters:
+            own = adapter.tensors.get(name, stored)
+            readers.append(reader(name, read if own is stored else own.read, adapter))
+            shapes.append(own.shape)
+        if len({*shapes}) > 1:
+            found = " and ".join(map(str, dict.fromkeys(shapes)))
+            raise UserError(f"{name}: the adapters have {found}; expected one shape")
+        read = readers[0] if len({*readers}) == 1 else partial(mean, readers)
+        if chat and (name not in ENDS or args.chat_embeddings):
+            theirs = chat.tensors.get(name, chat.tensors[EMBEDDING])
+            rows = shared if name in ENDS else None
+            read = partial(with_chat, read, theirs, stored, args.chat_scale, rows)
+        plan[name] = Part(name, read, shapes[0], dtype or stored.dtype)
+    config["vocab_size"] = rows = plan[EMBEDDING].shape[0]  # which may have grown
+    if HEAD in plan and plan[HEAD].shape[0] != rows:
+        wrong = f"the embedding has {rows} rows, the head {plan[HEAD].shape[0]}"
         raise UserError(f"{adapters[0].shown}: {wrong}; {OTHER_MODEL}")
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[embedding.dtype]
-    return parts
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[plan[EMBEDDING].dtype]
+    return plan
 
 
-def parts_tied(lora: dict) -> bool:
-    """PEFT trains copies of tied embedding and head, which part, unless told to keep them tied."""
+def unties(lora: dict) -> bool:
+    """Whether the adapter unties embedding and head: with modules_to_save, PEFT trains a copy of
+    each, unless ensure_weight_tying is set."""
     saved = tuple(f".{module}.weight" for module in lora.get("modules_to_save") or [])
     named = any(f".{name}".endswith(saved) for name in (EMBEDDING, HEAD))
     return named and not lora.get("ensure_weight_tying")
 
 
-def lay_over(parts: dict[str, Part], number: int, adapter: Adapter, tied: bool) -> None:
-    """Enter one adapter's tensors into the plan, and see that none is missing."""
-    lora, shown = adapter.lora, adapter.shown
-    peft = f"{INEXACT} here; use PEFT's merge_and_unload"
-    for key, value in ({"peft_type": None} | lora).items():
-        known = key in KNOWN_FIELDS or not value
-        if value not in KNOWN_VALUES[key] if key in KNOWN_VALUES else not known:
-            raise UserError(f"{shown}: {key} = {value} {peft}")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(lora.get(key), int | float):
-            wrong = f"adapter_config.json: {key} is {lora.get(key)}; expected a number"
-            raise UserError(f"{shown}: {wrong}; {AGAIN}")
-    for name, tensor in adapter.tensors.items():
-        if not (match := ADAPTER_NAME.fullmatch(name)):
-            raise UserError(f"{shown}: {name} {peft}")
-        module, kind = match.groups()
-        target = f"{module}.bias" if kind == "bias" else f"{module}.weight"
-        whole = kind in ("weight", "base_layer.weight", "bias")
-        if tied and target == HEAD and whole and f"base_model.model.{EMBEDDING}" in adapter.tensors:
-            continue  # the embedding once more
-        if tied and (target == HEAD or (target == EMBEDDING and kind.startswith("lora"))):
-            raise UserError(f"{shown}: {name} changes one of two tied matrices, which {INEXACT}")
-        if target not in parts:
-            raise UserError(f"{shown}: {name} is not in the base; {OTHER_MODEL}")
-        change = parts[target].changes[number]
-        if kind == "token_adapter.trainable_tokens_delta":
-            change.new, change.indices = tensor, setting(token_indices(lora), module, [])
-        else:
-            kinds = {"lora_A": "a", "lora_B": "b", "lora_m": "magnitude"}
-            setattr(change, kinds.get(kind[:6], "whole"), tensor)
-    for part in parts.values():
-        finish_change(part, part.changes[number], lora, shown)
-    check_whole(parts, number, adapter)
+def in_4_bits(tensor: Stored, nf4: dict | None) -> bool:
+    """Whether the base that the adapter was trained on held this tensor in 4 bits."""
+    skipped = {"lm_head", "embed_tokens", *(nf4["skip_modules"] or [])} if nf4 else set()
+    if not nf4 or len(tensor.shape) != 2 or skipped & {*tensor.name.split(".")}:
+        return False
+    if tensor.shape[1] % nf4["blocksize"]:  # 0.50's CPU kernel gives wrong values for, e.g., 96
+        wrong = f"{tensor.name} has rows of {tensor.shape[1]}, no multiple of bitsandbytes' blocks"
+        raise UserError(f"--merge_into dequantized: {wrong}; pass --merge_into original")
+    return True
 
 
-def finish_change(part: Part, change: Change, lora: dict, shown: str) -> None:
-    """Set the scaling, and see that the shapes and settings of adapter and base go together."""
-    module, wrong = part.name.removesuffix(".weight"), None
-    shape = (change.whole or part.source).shape
-    growing = part.name in ENDS  # the vocabulary may have more rows than the base's
-    found = [tensor and tensor.shape for tensor in (change.a, change.b, change.magnitude)]
-    if shape != part.like.shape:
-        wrong = f"the adapters have {part.like.shape} and {shape}; expected one shape"
-    if shape[growing:] != part.source.shape[growing:]:
-        wrong = f"the adapter has {shape}; expected {part.source.shape}; {OTHER_MODEL}"
-    if any(found):
-        rank = setting(lora.get("rank_pattern"), module, lora["r"])
-        alpha = setting(lora.get("alpha_pattern"), module, lora["lora_alpha"])
-        change.scaling = alpha / (math.sqrt(rank) if lora.get("use_rslora") else rank)
-        due = [(rank, shape[-1]), (shape[0], rank), shape[:1] if lora.get("use_dora") else None]
-        if len(shape) != 2 or found != due:
-            wrong = f"A, B and magnitude are {found}; expected {due}; {OTHER_MODEL}"
-    if change.new:
-        due = (len(set(change.indices)), *shape[1:])
-        if change.a:
-            wrong = f"LoRA and trainable_token_indices on one matrix, which {INEXACT}"
-        elif change.new.shape != due or len(change.indices) != due[0]:
-            wrong = f"the new rows are {change.new.shape}; expected {due} by their indices"
-        elif max(change.indices) >= shape[0]:
-            wrong = (f"a new row {max(change.indices)}; the base has {shape[0]}; pass the extended "
-                     "model with --base_model, or run python extend_vocab.py first")
-    if wrong:
-        raise UserError(f"{shown}: {module}: {wrong}")
+def check_promises(adapter: Adapter, sources: dict[str, Stored]) -> None:
+    """Refuse an adapter that lacks a tensor that its config promises for this base, or has another
+    shape or another tensor. PEFT would merge a part of it and give no error."""
+    tensors, shown = adapter.tensors, adapter.shown
+    check_kind(adapter.config, shown)
+    if HEAD not in sources:  # tied
+        if EMBEDDING in tensors:
+            tensors.pop(HEAD, None)  # the embedding once more
+        for name in tensors:
+            if name.startswith(("lm_head.", "model.embed_tokens.lora")):
+                wrong = f"{name} changes one of two tied matrices, which {INEXACT}"
+                raise UserError(f"{shown}: {wrong}")
+    try:
+        expected = promised_tensors(adapter, sources)
+    except re.error as error:
+        wrong = f"adapter_config.json: {error.pattern} is no pattern ({error})"
+        raise UserError(f"{shown}: {wrong}; expected one as PEFT writes it") from error
+    refuse((not expected, f"{shown}: adapter_config.json promises no tensor; {OTHER_MODEL}"))
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    expect(found, expected, shown, "by adapter_config.json and the base", OTHER_MODEL)
+
+
+def promised_tensors(adapter: Adapter, sources: dict[str, Stored]) -> dict[str, tuple[int, ...]]:
+    """The tensors that the adapter must have by its config, and their shapes."""
+    lora, promised = adapter.config, {}
+    saved, named = tuple(lora.get("modules_to_save") or []), lora.get("target_modules")
+    for name, source in sources.items():
+        module, _, leaf = name.rpartition(".")
+        own, shape = adapter.tensors.get(name), source.shape
+        if own and name in ENDS:  # the vocabulary may have more rows than the base's
+            shape = (own.rows, *shape[1:])
+        parents = [module[: match.start()] for match in re.finditer(r"\.|$", module)]
+        if own or any(parent.endswith(saved) for parent in parents):
+            promised[name] = shape
+        if leaf != "weight" or len(shape) != 2:
+            continue
+        target = is_target(module, lora) if named else f"{module}.lora_A" in adapter.tensors
+        if target:
+            rank = setting(lora.get("rank_pattern"), module, lora["r"])
+            promised |= {f"{module}.lora_A": (rank, shape[1]), f"{module}.lora_B": (shape[0], rank)}
+            if lora.get("use_dora"):
+                promised[f"{module}.lora_magnitude_vector"] = shape[:1]
+        if indices := token_indices(module, lora):
+            promised[f"{module}.new_rows"] = (len({*indices}), shape[1])
+            refuse(
+                (target, f"{adapter.shown}: {module}: LoRA and trainable_token_indices on one "
+                 f"matrix, which {INEXACT}"),
+                (max(indices) >= shape[0],
+                 f"{adapter.shown}: {module}: a new row {max(indices)}; the base has {shape[0]}; "
+                 "pass the extended model with --base_model, or run python extend_vocab.py first"))
+    return promised
+
+
+def reader(name: str, read: Reader, adapter: Adapter) -> Reader:
+    """Add an adapter's change of a tensor, if it has one, to the tensor's reader."""
+    module, lora = name.removesuffix(".weight"), adapter.config
+    kinds = ("lora_A", "lora_B", "lora_magnitude_vector", "new_rows")
+    found = {kind: adapter.tensors.get(f"{module}.{kind}") for kind in kinds}
+    if not any(found.values()):
+        return read
+    rank = setting(lora.get("rank_pattern"), module, lora["r"])
+    alpha = setting(lora.get("alpha_pattern"), module, lora["lora_alpha"])
+    scaling = alpha / (math.sqrt(rank) if lora.get("use_rslora") else rank)
+    return partial(adapted, read, found, scaling, token_indices(module, lora))
 
 
 def setting(patterns: dict | None, module: str, default: Any) -> Any:
@@ -685,9 +920,10 @@ def setting(patterns: dict | None, module: str, default: Any) -> Any:
     return next(fits, default)
 
 
-def token_indices(lora: dict) -> dict[str, list[int]]:
+def token_indices(module: str, lora: dict) -> list[int]:
+    """The rows of an embedding or a head that the adapter replaces."""
     rows = lora.get("trainable_token_indices") or {}
-    return {"embed_tokens": rows} if isinstance(rows, list) else rows
+    return setting({"embed_tokens": rows} if isinstance(rows, list) else rows, module, [])
 
 
 def is_target(module: str, lora: dict) -> bool:
@@ -715,302 +951,60 @@ def is_target(module: str, lora: dict) -> bool:
     return named(targets) and bool(layer) and int(layer[1]) in chosen
 
 
-def check_whole(parts: dict[str, Part], number: int, adapter: Adapter) -> None:
-    """Refuse an adapter that lacks what adapter_config.json promises or has LoRA that it does not
-    promise: it would be merged in part, without a word."""
-    lora, promised, missing, foreign = adapter.lora, 0, [], []
-    saved, rows = tuple(lora.get("modules_to_save") or []), tuple(token_indices(lora))
-    for name, part in parts.items():
-        module, _, leaf = name.rpartition(".")
-        parents = [module[:match.start()] for match in re.finditer(r"\.|$", module)]
-        change, matrix = part.changes[number], leaf == "weight" and len(part.like.shape) == 2
-        for wanted, there, by in (
-            (matrix and is_target(module, lora), change.a, "LoRA by target_modules"),
-            (any(parent.endswith(saved) for parent in parents), change.whole, "modules_to_save"),
-            (matrix and module.endswith(rows), change.new, "trainable_token_indices")):
-            promised += wanted
-            missing += [f"{module} ({by})"] if wanted and not there else []
-        if change.a and lora.get("target_modules") and not is_target(module, lora):
-            foreign.append(module)
-    wrong = f"{len(foreign)} have LoRA that adapter_config.json does not promise"
-    if missing or not adapter.tensors:
-        wrong = f"{len(missing)} of {promised} that adapter_config.json promises are missing"
-        wrong = "the file holds no tensors; " * (not adapter.tensors) + wrong
-    if found := missing or foreign or ["all"] * (not adapter.tensors):
-        names = ", ".join(found[:3]) + ", ..." * (len(found) > 3)
-        raise UserError(f"{adapter.shown}: adapter_model.safetensors is not whole: {wrong}: "
-                        f"{names}; save it again from the trained model or pass a checkpoint")
-
-
-def choose_base(parts: dict[str, Part], args: Arguments, adapters: list[Adapter]) -> dict | None:
-    """Mark what a 4-bit base holds in 4 bits and return its settings; None: the base as it is."""
-    import torch
-    trained = adapters[0].quantization
-    if trained is None and not args.merge_into:
-        print(f"warning: {adapters[0].shown}: it does not tell whether it was trained in 4 bits; "
-              "merged into the base as it is; if it was (QLoRA), pass --merge_into dequantized",
-              file=sys.stderr)
-    if (args.merge_into or ("dequantized" if trained else "original")) == "original":
-        return None
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" != here:
-        raise UserError("--device cuda: PyTorch sees no GPU here; expected one; pass --device cpu")
-    nf4 = NF4 | (trained or {})
-    trained_on = nf4.pop("device", None) or "an unknown device"
-    import_bitsandbytes()
-    nf4["threads"] = torch.get_num_threads()
-    nf4["device"] = args.device or ("cpu" if trained_on == "cpu" else here)
-    print(f"quantising on {nf4['device']}; the adapter was trained on {trained_on}"
-          + ("" if trained_on == nf4["device"] else "; few values of 10,000 may differ"))
-    skipped = {"lm_head", "embed_tokens", *(nf4["skip_modules"] or [])}
-    for part in parts.values():
-        shape = part.source.shape
-        if len(shape) != 2 or part.replaced or skipped & {*part.name.split(".")}:
-            continue
-        if shape[1] % nf4["blocksize"]:  # 0.50's CPU kernel gives wrong values for, e.g., 96
-            wrong = f"{part.name} has rows of {shape[1]}, no multiple of bitsandbytes' blocks"
-            raise UserError(f"--merge_into dequantized: {wrong}; pass --merge_into original")
-        part.nf4 = nf4
-    return nf4
-
-
-def read_pieces(folder: Path, shown: str, names: Sequence[str] = TOKENIZERS) -> tuple[dict, dict]:
-    """The pieces of a tokenizer and what was added to it, with their ids."""
-    from sentencepiece import SentencePieceProcessor
-    try:
-        path = next(folder / name for name in names if (folder / name).is_file())
-        if path.suffix == ".model":
-            model = SentencePieceProcessor(str(path))
-            return {model.id_to_piece(i): i for i in range(model.vocab_size())}, {}
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-        return tokenizer["model"]["vocab"], added
-    except Exception as error:
-        wrong = "no tokenizer.model or tokenizer.json that can be read"
-        raise UserError(f"{shown}: {wrong}; copy the tokenizer's files there") from error
-
-
-def lay_chat_over(args: Arguments, parts: dict[str, Part], base: Model) -> Model | None:
-    """Enter the chat model's tensors into the plan: it must be the base, trained further."""
-    import torch
-    if not args.chat_model:
-        return None
-    chat, other = read_model(args.chat_model, "--chat_model"), "pass a chat model of the same base"
-    theirs, ours = (
-        {name: tensor.shape for name, tensor in model.tensors.items() if name not in ENDS}
-        | {key: model.config.get(key) for key in ("model_type", "num_attention_heads")}
-        for model in (chat, base))
-    for name in sorted(theirs.keys() | ours.keys()):
-        has, due = theirs.get(name, "missing"), ours.get(name, "no such tensor")
-        if has != due:
-            wrong = f"{name} is {has}; expected {due}, as in the base"
-            raise UserError(f"{chat.shown}: {wrong}; {other}")
-    pieces, known = (
-        vocabulary | added for vocabulary, added in
-        (read_pieces(model.folder, model.shown) for model in (chat, base)))
-    shared = sorted(i for piece, i in pieces.items() if known.get(piece) == i)
-    if len(shared) < 0.9 * len(pieces):
-        wrong = f"{len(shared)} of its {len(pieces)} pieces have the same ids in the base"
-        raise UserError(f"{chat.shown}: {wrong}; expected nearly all; {other}")
-    name = next(n for n, tensor in base.tensors.items() if len(tensor.shape) == 2 and n not in ENDS)
-    pair = (model.tensors[name] for model in (chat, base))
-    alike = torch.cosine_similarity(*(t.block(*t.blocks()[0]).float().view(-1) for t in pair), 0)
-    if alike < 0.5:  # of strangers it is near 0
-        wrong = f"{name} has a cosine of {alike:.2f} to the base's; expected above 0.5"
-        raise UserError(f"{chat.shown}: {wrong}: it was not trained from this base; {other}")
-    for name, part in parts.items():
-        part.chat_scale = args.chat_scale
-        if name not in ENDS:
-            part.chat = chat.tensors[name]
-        elif args.chat_embeddings:
-            part.chat, part.shared = chat.tensors.get(name, chat.tensors[EMBEDDING]), shared
-            if part.chat.shape[1] != part.source.shape[1]:
-                raise UserError(f"{chat.shown}: {name} has another width; {other}")
-    return chat
-
-
-# --- Merging, block by block ---------------------------------------------------------------------
-
-
-def import_bitsandbytes() -> None:
-    """Without torch.compile: importing it loads a compiler (2 s and 120 MB) for functions that are
-    not called here. Without its warning of a kernel that is not used here."""
-    import torch
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with mock.patch.object(torch, "compile", lambda function, **_: function):
-        import bitsandbytes.functional  # noqa: F401
-
-
-def quantize(rows: "Tensor", nf4: dict, packed: "Tensor", scales: "Tensor") -> None:
-    """bitsandbytes' quantize_4bit into two tensors: the packed values and the scale of each 64. On
-    a CPU its search for the nearest code would take most of a merge's time; to count the midpoints
-    between codes that lie below a value takes a twentieth, and gives the same."""
-    import bitsandbytes.functional as bnb
-    import numpy as np
-    import torch
-    size, kind = nf4["blocksize"], nf4["quant_type"]
-    if (nf4["device"], kind) != ("cpu", "nf4"):
-        values, state = bnb.quantize_4bit(rows, blocksize=size, quant_type=kind)
-        packed[:], scales[:] = values.view(packed.shape), state.absmax.view(scales.shape)
-        return
-    rows = rows.view(-1, size).float()
-    torch.amax(rows.abs(), 1, out=scales.view(-1))
-    rows *= (1 / scales.clamp(min=1e-38)).view(-1, 1)
-    code = bnb.get_4bit_type(kind, "cpu")
-    nearest, below = np.zeros(rows.shape, np.uint8), np.empty(rows.shape, bool)
-    for midpoint in ((code[:-1] + code[1:]) / 2).numpy():
-        nearest += np.greater(rows.numpy(), midpoint, out=below).view(np.uint8)
-    pairs = torch.from_numpy(nearest).view(torch.int16)  # of a pair, the first is the low byte
-    packed[:] = ((pairs << 4) | (pairs >> 8)).view(packed.shape)
-
-
-def mean_by_threads(values: "Tensor", threads: int) -> "Tensor":
-    """A vector's mean as PyTorch computes it on a CPU with that many threads: each sums a part of
-    at least 32,768 values, which decides the last bit. To wake threads for it takes far longer."""
-    parts = min(threads, -(-len(values) // 32_768))
-    if parts < 2:
-        return values.mean()
-    sums = values.new_zeros(threads)
-    for i, part in enumerate(values.split(-(-len(values) // parts))):
-        sums[i] = part.sum()
-    return sums.sum() / len(values)
-
-
-def dequantized(tensor: Stored, nf4: dict) -> Iterator["Tensor"]:
-    """A tensor as its 4-bit copy holds it, block by block, equal to bitsandbytes' quantize_4bit and
-    dequantize_4bit of the whole: each 64 values are quantised alone, and only the quantising of
-    their scales looks at the tensor as one. So pack it all (half a byte a value), then unpack."""
-    import bitsandbytes.functional as bnb
-    import torch
-    loaded_as = getattr(torch, nf4["compute_dtype"])  # as train_pt.py loads what it quantises
-    width, size, device = tensor.shape[-1], nf4["blocksize"], nf4["device"]
-    packed = torch.empty((tensor.rows, width // 2), dtype=torch.uint8, device=device)
-    scales = torch.empty((tensor.rows, width // size), device=device)
-    for begin, end in tensor.blocks():
-        rows = tensor.block(begin, end).to(device, loaded_as)
-        quantize(rows, nf4, packed[begin:end], scales[begin:end])
-    if nf4["double_quant"]:
-        mean = mean_by_threads(scales.view(-1), nf4["threads"] if device == "cpu" else 1)
-        scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256))
-        scales += mean
-    for begin, end in tensor.blocks():
-        values, shape = packed[begin:end].view(-1, 1), (end - begin, width)
-        yield torch.ops.bitsandbytes.dequantize_4bit(
-            values, scales[begin:end].view(-1), size, nf4["quant_type"], shape, loaded_as).cpu()
-
-
-def apply_change(change: Change, like: Stored) -> Callable[..., "Tensor"]:
-    """A function from a block of the base's rows to these rows as one adapter has them."""
-    import torch
-    if change.a:
-        a = change.a.block(0, change.a.rows).float()  # (r, in)
-        # Room that all blocks share: asking the system for new memory each time takes longer.
-        room = torch.empty((max(end - begin for begin, end in like.blocks()), like.shape[-1]))
-    if change.magnitude:
-        magnitude = change.magnitude.block(0, change.magnitude.rows).float().view(-1, 1)  # (out, 1)
-    if change.new:
-        position = torch.full((like.rows,), -1)  # which new row goes where; -1: none
-        position[change.indices] = torch.arange(len(change.indices))
-
-    def apply(begin: int, end: int, rows: "Tensor") -> "Tensor":
-        if change.whole:
-            rows = change.whole.block(begin, end)
-        if change.a:
-            delta = torch.mm(change.b.block(begin, end).float(), a, out=room[: end - begin])
-            rows = delta.mul_(change.scaling).add_(rows)
-        if change.magnitude:
-            rows = magnitude[begin:end] / torch.linalg.norm(rows, dim=1, keepdim=True) * rows
-        if change.new and (hit := position[begin:end] >= 0).any():
-            which = position[begin:end][hit]
-            first, last = int(which.min()), int(which.max())
-            rows = rows.to(torch.float32, copy=True)
-            rows[hit] = change.new.block(first, last + 1)[which - first].float()
-        return rows
-
-    return apply
-
-
-def add_chat(part: Part, begin: int, end: int, rows: "Tensor") -> "Tensor":
-    """Rows + scale x (chat - base) in fp32; the base is as it is on disk, also for a 4-bit one."""
-    end = min(end, part.source.rows, part.chat.rows)
-    if end <= begin:
-        return rows
-    vector = part.chat.block(begin, end).float() - part.source.block(begin, end).float()
-    rows = rows.float()
-    if part.shared is None:
-        return rows.add_(vector, alpha=part.chat_scale)
-    shared = [i - begin for i in part.shared if begin <= i < end]
-    rows[shared] += part.chat_scale * vector[shared]
-    return rows
+# --- Writing the weights -------------------------------------------------------------------------
 
 
 def merged(part: Part) -> Iterator["Tensor"]:
     """The merged tensor, block by block, rounded once."""
     import torch
-    blocks, like = part.like.blocks(), part.like
-    sizes = (max(end - begin for begin, end in blocks), like.shape[-1])
-    out = torch.empty(sizes, dtype=getattr(torch, DTYPES[part.dtype]))
-    sources = (None if part.replaced else part.source.block(*bounds) for bounds in blocks)
-    if part.nf4:
-        sources = dequantized(part.source, part.nf4)
-    changes = [apply_change(change, like) for change in part.changes]
-    for (begin, end), source in zip(blocks, sources, strict=True):
-        rows = changes[0](begin, end, source)
-        if len(changes) > 1:
-            others = (apply(begin, end, source).float() for apply in changes[1:])
-            rows = rows.float() + sum(others)
-            rows /= len(changes)
-        if part.chat:
-            rows = add_chat(part, begin, end, rows)
-        rows = out[: end - begin].copy_(rows)
-        if not finite(rows):
+    bounds = row_blocks(part.shape)
+    most = max(end - begin for begin, end in bounds)
+    out = torch.empty((most, part.shape[-1]), dtype=getattr(torch, DTYPES[part.dtype]))
+    for rows in part.read(bounds):
+        rounded = out[: len(rows)].copy_(rows)
+        if not finite(rounded):
             wrong = f"{part.name} goes beyond the range of {DTYPES[part.dtype]}"
             raise UserError(f"--dtype: {wrong}; pass --dtype bf16 or fp32")
-        yield rows
+        yield rounded
 
 
-def write_weights(folder: Path, parts: dict[str, Part], limit: float) -> None:
+def write_weights(folder: Path, plan: dict[str, Part], limit: float) -> None:
     """Shards of at most limit bytes and their index: the headers, then each tensor at its place."""
     import torch
-    shards: list[list[Part]] = [[]]
-    for part in sorted(parts.values(), key=lambda part: -SIZES[part.dtype]):  # for alignment
-        if shards[-1] and sum(p.nbytes for p in shards[-1]) + part.nbytes > limit:
-            shards.append([])
-        shards[-1].append(part)
-    total, index = sum(part.nbytes for part in parts.values()), {}
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05}-of-{len(shards):05}" if len(shards) > 1 else "model"
+    from huggingface_hub import split_state_dict_into_shards_factory
+    by_size = sorted(plan.items(), key=lambda item: -SIZES[item[1].dtype])  # for alignment
+    shards = split_state_dict_into_shards_factory(
+        dict(by_size), get_storage_size=lambda part: part.nbytes, max_shard_size=int(limit),
+        filename_pattern="model{suffix}.safetensors")
+    for file_name, names in shards.filename_to_tensors.items():
         header, size = {"__metadata__": {"format": "pt"}}, 0
-        for part in shard:
-            header[part.name] = {"dtype": part.dtype, "shape": part.like.shape}
-            header[part.name]["data_offsets"] = [size, size := size + part.nbytes]
-            index[part.name] = f"{name}.safetensors"
+        for name in names:
+            header[name] = {"dtype": plan[name].dtype, "shape": plan[name].shape}
+            header[name]["data_offsets"] = [size, size := size + plan[name].nbytes]
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-        with (folder / f"{name}.safetensors").open("wb") as file:
+        with (folder / file_name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(8 + len(text) + size)
-    if len(shards) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": index}
-        save_json(folder / "model.safetensors.index.json", content)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        save_json(folder / "model.safetensors.index.json", index)
     places = read_tensors(folder, f"--output_dir {folder}")  # where any reader will look for them
-    assert places.keys() == parts.keys()
+    assert places.keys() == plan.keys()
 
     def write(name: str) -> int:
-        place, part = places[name], parts[name]
+        place, part = places[name], plan[name]
         with place.path.open("r+b") as file:
             file.seek(place.start)
             for rows in merged(part):
-                begin = file.tell()
                 file.write(rows.view(torch.uint8).numpy())
-                if hasattr(os, "posix_fadvise"):  # on Linux: begin to put it on the disk at once
-                    os.posix_fadvise(file.fileno(), begin, rows.nbytes, os.POSIX_FADV_DONTNEED)
             assert file.tell() == place.start + part.nbytes, name
         return part.nbytes
 
-    # A few tensors at a time, some computed while another is written, each by a thread of its own:
-    # blocks are too small to be shared out among PyTorch's.
+    # Three tensors at a time, each in its own thread: one is written while others are computed. The
+    # blocks are too small for PyTorch's own threads.
     pool = ThreadPoolExecutor(3, initializer=torch.set_num_threads, initargs=(1,))
+    total = shards.metadata["total_size"]
     with pool, tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
         for nbytes in pool.map(write, places):
             bar.update(nbytes)
@@ -1024,31 +1018,20 @@ def save_json(path: Path, content: dict) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def base_vocab_size(base: Model, adapter: Adapter) -> int | None:
-    """How many pieces the vocabulary had before it was extended: train_pt.py trains the rows from
-    there on, also when the merged model becomes a base."""
-    return ((run_record(base.folder).get("results") or {}).get("base_vocab_size")
-            or (adapter.run.get("settings") or {}).get("first_new_row"))
-
-
-def run_record(folder: Path) -> dict:
-    """A folder's run.json; empty where there is none."""
-    record = folder / "run.json"
-    return load_json(record, str(folder)) if record.is_file() else {}
-
-
 def copy_files(source: Path, folder: Path, *names: str) -> None:
     for path in (path for name in names for path in source.glob(name)):
         shutil.copyfile(path, folder / path.name)
 
 
 def copy_rest(adapter: Adapter, base: Model, chat: Model | None, folder: Path) -> str:
-    """Tokenizer (the adapter's files over the base's), generation config, terms and the picture,
-    byte for byte; of a chat model what messages need. Return whose tokenizer it is."""
+    """Copy tokenizer (the adapter's files replace the base's), generation config, licence terms and
+    loss curve byte for byte, and a chat model's template. Return the option that named the
+    tokenizer's source."""
     copy_files(base.folder, folder, "generation_config.json", *TERMS, *TOKENIZER)
     copy_files(adapter.folder, folder, "trainloss.png", *TOKENIZER)
     if chat:
-        copy_chat(chat, folder)
+        copy_files(chat.folder, folder, "generation_config.json", *TERMS)
+        copy_chat_template(chat, folder / "chat_template.jinja")
     if not (folder / "generation_config.json").is_file():
         ids = {key: value for key, value in base.config.items() if key.endswith("_token_id")}
         save_json(folder / "generation_config.json", ids)
@@ -1056,24 +1039,23 @@ def copy_rest(adapter: Adapter, base: Model, chat: Model | None, folder: Path) -
     return adapter.shown if own else base.shown
 
 
-def copy_chat(chat: Model, folder: Path) -> None:
-    """The chat model's terms, its generation config and its chat template."""
-    copy_files(chat.folder, folder, "generation_config.json", "chat_template.jinja", *TERMS)
-    settings, made = chat.folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    if (chat.folder / made.name).is_file():
-        return
+def copy_chat_template(chat: Model, target: Path) -> None:
+    """The chat model's template, from a file of its own or from the tokenizer's settings."""
+    own, settings = chat.folder / target.name, chat.folder / "tokenizer_config.json"
     template = load_json(settings, chat.shown).get("chat_template") if settings.is_file() else None
     if isinstance(template, list):  # several, by name
         template = next((t["template"] for t in template if t["name"] == "default"), None)
-    if template:
-        made.write_text(template, encoding="utf-8")
+    if own.is_file():
+        shutil.copyfile(own, target)
+    elif template:
+        target.write_text(template, encoding="utf-8")
     else:
         print(f"warning: {chat.shown}: it has no chat template; the merged model takes no "
-              f"messages; add {made.name} to it", file=sys.stderr)
+              f"messages; add {target.name} to it", file=sys.stderr)
 
 
 def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
-    """See that tokenizer.model, tokenizer.json and embedding agree; return the number of tokens."""
+    """Refuse a tokenizer whose files and the embedding disagree; return the number of tokens."""
     made, model = folder / "tokenizer.json", folder / "tokenizer.model"
     spelled = read_pieces(folder, shown, ["tokenizer.model"])[0] if model.is_file() else None
     if spelled and not made.is_file():
@@ -1096,6 +1078,13 @@ def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
     return tokens
 
 
+def base_vocab_size(base: Model, adapter: Adapter) -> int | None:
+    """Size of the vocabulary before it was extended. train_pt.py trains the rows behind it, also
+    when the merged model becomes the next base."""
+    return ((base.record.get("results") or {}).get("base_vocab_size")
+            or (adapter.record.get("settings") or {}).get("first_new_row"))
+
+
 def write_papers(
         folder: Path, args: Arguments, adapter: Adapter, base: Model, facts: dict) -> None:
     """run.json and the model card: where the weights came from, and how to use them."""
@@ -1109,20 +1098,20 @@ def write_papers(
 
 
 def origin(adapter: Adapter, base: Model) -> str:
-    """The model that it all began with: our records name what each base was made from."""
-    name, folder = adapter.base, base.folder
+    """The published model at the start of the chain: each run.json names what its base was made
+    from."""
+    name, record = adapter.base, base.record
     for _ in range(9):  # a record may name itself
-        record = run_record(folder)
         name = ((record.get("arguments") or {}).get("base_model")
                 or (record.get("base") or {}).get("model_name_or_path") or name)
-        folder = Path(name)
+        record = run_record(Path(name), name)
     return name
 
 
 def model_card(folder: Path, args: Arguments, adapter: Adapter, base: Model, facts: dict) -> str:
     """README.md with the front matter that the hub reads, from the records of the training."""
     from huggingface_hub import EvalResult, ModelCardData
-    run, name = adapter.run, origin(adapter, base)
+    run, name = adapter.record, origin(adapter, base)
     results, settings = run.get("results") or {}, dict(run.get("settings") or {})
     title = (args.push_to_hub or args.output_dir).rpartition("/")[2]
     size = {key: results[key] for key in ("documents", "tokens") if key in results}
@@ -1161,7 +1150,7 @@ def model_card(folder: Path, args: Arguments, adapter: Adapter, base: Model, fac
 
 
 def check_output(output: Path, inputs: list[Path], nbytes: int) -> None:
-    """Refuse to replace a folder that is not ours, and to begin what the disk cannot hold."""
+    """Refuse to replace a folder that this script did not make, or to start on too small a disk."""
     shown = f"--output_dir {output}"
     if output.is_symlink() and not output.exists():
         wrong = f"a link to {os.readlink(output)}, which is not there"
@@ -1242,7 +1231,7 @@ def build_aside(output: Path) -> Iterator[Path]:
 
 
 def read_passage(verify: str | None) -> str:
-    """The text of --verify, read before the merge so that a wrong name costs nothing."""
+    """The text of --verify, read before the merge, so that a wrong name is found at once."""
     if verify in (None, PASSAGE):
         return PASSAGE
     with suppress(OSError, ValueError):  # ValueError: not UTF-8
@@ -1287,7 +1276,7 @@ def compare(args: Arguments, base: Path, adapter: Adapter, nf4: dict | None, tex
 
 
 def push(folder: Path, repository: str, dry_run: bool) -> None:
-    """Upload the folder, or show what would go; whatever goes wrong, it stays whole here."""
+    """Upload the folder, or show what would be uploaded. If the upload fails, the folder stays."""
     from huggingface_hub import HfApi
     if dry_run:
         print(f"\nwould go to {repository}, private if new:")
@@ -1315,9 +1304,9 @@ def main(argv: list[str] | None = None) -> None:
     text = read_passage(args.verify)
     adapters = read_adapters(args)
     base = find_base(args, adapters)
-    parts = make_plan(args, base, adapters)
-    nf4 = choose_base(parts, args, adapters)
-    chat = lay_chat_over(args, parts, base)
+    nf4 = choose_base(args, adapters)
+    chat, shared = read_chat(args, base)
+    parts = make_plan(args, base, adapters, nf4, chat, shared)
     first, output, rows = adapters[0], Path(args.output_dir), base.config["vocab_size"]
     inputs, nbytes = [base, *adapters, *filter(None, [chat])], sum(p.nbytes for p in parts.values())
     check_output(output, [source.folder for source in inputs], nbytes)
@@ -1327,7 +1316,7 @@ def main(argv: list[str] | None = None) -> None:
         write_weights(folder, parts, args.max_shard_size * 1e9)
         facts = {
             "adapter": "mean of " * (len(adapters) > 1)
-            + "; ".join(f"{adapter.folder}, rank {adapter.lora['r']}" for adapter in adapters),
+            + "; ".join(f"{adapter.folder}, rank {adapter.config['r']}" for adapter in adapters),
             "base": f"{base.folder}, {'quantised and dequantised' if nf4 else 'as it is'}",
             "chat vector": f"{chat.folder}, times {args.chat_scale}" if chat else None,
             "weights": f"{len(parts)} tensors, {nbytes / 1e9:.2f} GB",

@@ -5,12 +5,12 @@
     python benchmarks/bench_merge.py --only 7B       # a 14 GB one, cp and ours; 32 GB of disk
     python benchmarks/bench_merge.py --draw          # the picture again, from the results
 
-Random weights in Llama's shapes with 61,388 rows, and an adapter laid out like train_pt.py's: rank
-32 on all linear layers, norms, 29,388 new rows of embedding and head; for the way "chat" a copy of
-the base stands for the chat model. Each way is a process of its
-own, from start to files that are safely on the disk (fsync). The ways take turns, the medians are
-shown; times are comparable within one run only, and only on a machine that does nothing else. Then
-every tensor of ours is compared with PEFT's.
+The weights are random, in Llama's shapes with 61,388 rows. The adapter is laid out like
+train_pt.py's: rank 32 on all linear layers, norms, 29,388 new rows of embedding and head. For the
+way "chat", a copy of the base stands for the chat model. Each way is a process of its own, measured
+from its start until its files are on the disk (fsync). The ways take turns; we show medians. Times
+are comparable within one run only, on a machine that does nothing else. At the end, every tensor of
+ours is compared with PEFT's.
 
 Results: benchmarks/results/merge.json, model by model, and pictures/readme_merge.png.
 """
@@ -172,7 +172,7 @@ def same_bits(ours: Path, theirs: Path) -> tuple[int, int]:
     for name, a in left.items():
         equal += a.shape == right[name].shape and all(
             torch.equal(a.block(begin, end), right[name].block(begin, end))
-            for begin, end in a.blocks())
+            for begin, end in script.row_blocks(a.shape))
     return equal, len(left)
 
 

@@ -35,7 +35,7 @@ def words(seed: int, count: int = 900) -> list[str]:
 
 
 def write_corpus(path: Path, seed: int = 0, lines: int = 800) -> Path:
-    """Lines of words that are the rarer the later they stand in the list, some ASCII among them."""
+    """Write lines of made-up words with some ASCII; words late in the list are rarer."""
     chance, vocabulary = random.Random(seed), words(seed)
     ranks = [1 / (rank + 10) for rank in range(len(vocabulary))]
     rows = []
@@ -61,7 +61,7 @@ def train_base(**changes) -> bytes:
 
 
 def write_base(folder: Path, tied: bool = False, dtype=torch.bfloat16, shard: str = "1GB") -> Path:
-    """A small random Llama as its publisher would lay it out."""
+    """A small random Llama in the files that a publisher provides."""
     torch.manual_seed(0)
     tokenizer = train_base()
     sizes = {"intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -148,7 +148,7 @@ def test_new_scores_are_distinct_falling_and_above_the_base(base, extended):
 
 
 def test_every_new_piece_is_alive_inside_a_text(base, extended):
-    """Apart from the script's own count: an ASCII sign keeps the prefix space from the piece."""
+    """Counted without the script: an ASCII character keeps the prefix space away from the piece."""
     tokenizer = sentencepiece.SentencePieceProcessor(str(extended / "tokenizer.model"))
     size = len(proto(base).pieces)
     for number in range(size, NEW_SIZE):
@@ -488,8 +488,8 @@ def test_uses_are_counted_by_weight(base):
 
 
 def test_distilled_rows_learn_and_nothing_else_changes(corpus, tmp_path, monkeypatch):
-    """The student comes nearer to the teacher than from mean_subtoken; the base's rows are the
-    base's."""
+    """Distilling brings the student nearer to the teacher than mean_subtoken does; the base's own
+    rows stay as they were."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(script, "DISTILL_RATE", 0.2)  # a random base and a short budget
     base = write_base(tmp_path / "base", dtype=torch.float32)
@@ -607,7 +607,7 @@ def test_only_embedding_and_head_change(tied, dtype, shard, corpus, tmp_path):
 
 
 def test_a_shard_of_any_tensors_is_grown_in_its_matrix_alone(tmp_path):
-    """As PyTorch may save them: a number, nothing, integers; bytes as the library writes them."""
+    """A scalar, an empty tensor and integers; the bytes are those that safetensors writes."""
     old, rows = {script.HEAD: torch.randn(5, 3).half()}, torch.randn(2, 3).half()
     old |= {"number": torch.tensor(1.5), "none": torch.zeros(0, 4), "count": torch.arange(7)}
     save_file(old, tmp_path / "old", metadata={"format": "pt"})
@@ -728,7 +728,7 @@ def test_too_large_a_vocabulary_says_how_many_pieces_there_are(base, corpus, tmp
 
 
 def spoil(folder: Path, how: str) -> None:
-    """Make of a good base one that must be refused."""
+    """Damage a good base so that it must be refused."""
     tokenizer, shard = folder / "tokenizer.model", folder / "model.safetensors"
     config = json.loads((folder / "config.json").read_text())
     if how == "no tokenizer.model":
@@ -1009,7 +1009,7 @@ def test_hongloumeng_out_of_reach(base, tmp_path, monkeypatch, capsys):
 
 
 def test_hongloumeng_on_llama_2(shared_data):
-    """61,388 pieces, all alive, one answer from both runtimes on all paragraphs, the figures."""
+    """61,388 pieces, none dead; both runtimes give the same ids on all paragraphs."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1}
     config = LlamaConfig(vocab_size=32000, num_hidden_layers=1, **sizes)

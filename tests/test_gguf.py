@@ -45,14 +45,14 @@ def llama(gguf):
 
 
 def texts_of_all_scripts(count: int) -> list[str]:
-    dice = random.Random(0)
+    rng = random.Random(0)
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "data").glob("*.md")]
     while len(texts) < count:
         words = []
-        for _ in range(dice.randint(1, 8)):
-            block = dice.choice(BLOCKS)
-            words.append("".join(chr(dice.randint(*block)) for _ in range(dice.randint(1, 12))))
-            words.append(dice.choice(["", "", " ", "  ", "\n", "\n\n", "\t", "　", "，"]))
+        for _ in range(rng.randint(1, 8)):
+            block = rng.choice(BLOCKS)
+            words.append("".join(chr(rng.randint(*block)) for _ in range(rng.randint(1, 12))))
+            words.append(rng.choice(["", "", " ", "  ", "\n", "\n\n", "\t", "　", "，"]))
         texts.append("".join(words))
     return texts
 

@@ -27,7 +27,7 @@ def definitions(script: str) -> dict[str, str]:
         ("parse_args", ["filter_cc.py", "extend_vocab.py", "merge_lora.py"]),
         ("find_model", ["extend_vocab.py", "train_pt.py", "merge_lora.py"]),
         ("fingerprint", ["train_pt.py", "merge_lora.py"]),
-        ("refuse", ["train_pt.py", "merge_lora.py"]),
+        ("refuse", ["extend_vocab.py", "train_pt.py", "merge_lora.py"]),
         ("pickled", ["extend_vocab.py", "train_pt.py", "merge_lora.py"]),
         ("build_aside", ["extend_vocab.py", "merge_lora.py"]),
         ("take_lock", SCRIPTS),
