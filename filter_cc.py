@@ -2149,7 +2149,7 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
         settings = {k: v for k, v in asdict(args).items() if k not in HERE_ONLY} | {"files": names}
         if not known.exists():
             write_whole(known, json.dumps(settings, ensure_ascii=False))
-        before = read_record(known, args)
+        before = earlier_record(known, args)
         for name, value in settings.items():
             if value != before.get(name):
                 shown = f"{name} ({before.get(name)} before, {value} now)"
@@ -2160,7 +2160,7 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
         yield work
 
 
-def read_record(path: Path, args: Arguments) -> dict:
+def earlier_record(path: Path, args: Arguments) -> dict:
     """Return a record of an earlier run."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -2175,7 +2175,7 @@ def is_done(args: Arguments) -> bool:
     record = Path(args.output_dir, "run.json")
     if not record.exists():
         return False
-    for name, size in read_record(record, args)["corpus"].items():
+    for name, size in earlier_record(record, args)["corpus"].items():
         path = Path(args.output_dir, name)
         if not path.is_file() or path.stat().st_size != size:
             raise UserError(
