@@ -170,6 +170,10 @@ class Arguments(Settings):
     picture: str = option("pictures/trainloss.png", "The loss chart, redrawn as it runs.")
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
     sample_tokens: int = option(64, "Length of the sample written at each evaluation; 0: none.")
+    probes: bool = option(
+        True, "At each evaluation measure also the share of sentences whose wording of Taiwan the "
+        "model prefers, and of tasks with examples in the context that it solves; it reads as many "
+        "tokens as 10 sequences of 2,048 have; --no_probes: not.")
     plan: bool = option(
         False, "Print sizes, steps and a GPU's memory; train nothing. It needs no weights, and "
         "without a text it leaves the steps out.")
@@ -181,7 +185,8 @@ class Arguments(Settings):
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
     use_liger_kernel: bool | None = field(default=None, metadata={
-        "help": "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel.",
+        "help": "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel, and in "
+        "a plan.",
         "nargs": "?", "const": True})
     adapter: str | None = option(
         None, "Start from this adapter of train_pt.py, with a new optimizer and schedule.")
@@ -249,12 +254,14 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     except (ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        parser.error("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel")
-    if args.use_liger_kernel and training.use_cpu:
-        parser.error("--use_liger_kernel: its kernels run on a GPU, and none is in use")
+    liger_is_here = is_liger_kernel_available()
     if args.use_liger_kernel is None:
-        args.use_liger_kernel = not training.use_cpu and is_liger_kernel_available()
+        args.use_liger_kernel = args.plan or (liger_is_here and not training.use_cpu)
+    elif args.use_liger_kernel and not args.plan:
+        if not liger_is_here:
+            parser.error("--use_liger_kernel: it is not installed; pip install liger-kernel")
+        if training.use_cpu:
+            parser.error("--use_liger_kernel: its kernels run on a GPU, and none is in use")
     version = fsdp_version(training)
     if version == 1:
         parser.error("fsdp_version 1: expected 2; set it in accelerate's configuration")
@@ -942,6 +949,59 @@ class Collate:
         return batch | {"cuts": all_cut_points(batch["position_ids"], self.group_size, self.flash)}
 
 
+# --- Probes --------------------------------------------------------------------------------------
+#
+# What no held-out text shows: whose wording the model prefers, and whether it still learns from
+# examples in its context. A probe is pairs of a prompt and the answer that should follow.
+
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # each letter is a token behind a space
+
+
+def wording_pairs() -> list[tuple[str, str]]:
+    """The sentences of data/probes/wording.txt, each in Taiwan's wording and then in the other's,
+    behind an empty prompt; none where the file is missing."""
+    here = Path(__file__).parent if "__file__" in globals() else Path()
+    path = here / "data" / "probes" / "wording.txt"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    pairs = re.findall(r"^(.*){(.+)\|(.+)}(.*)$", text, re.MULTILINE)
+    return [("", before + word + after) for before, *words, after in pairs for word in words]
+
+
+def in_context_tasks(task: str, count: int = 32) -> list[tuple[str, str]]:
+    """Examples and a question, with its answer: `copy` three letters, `reverse` them (4 examples,
+    of other letters), or `map` a letter to the one that stood beside it (8 examples)."""
+    draw, found = np.random.default_rng(0), []
+    for _ in range(count):
+        letters = draw.permutation(list(ALPHABET))
+        if task == "map":
+            lines = list(zip(letters[:8], letters[8:16], strict=True))
+            lines.append(lines[draw.integers(8)])
+        else:
+            words = letters[:15].reshape(5, 3)
+            lines = [(" ".join(w), " ".join(w if task == "copy" else w[::-1])) for w in words]
+        answer = f" {lines[-1][1]}"
+        prompt = "\n".join(f"{given} = {wanted}" for given, wanted in lines)
+        found.append((prompt.removesuffix(answer), answer))
+    return found
+
+
+def probe_rows(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    """Prompt and answer as tokens behind BOS, and the place where the answer begins."""
+    rows, bos = [], [tokenizer.bos_token_id or 0]
+    for prompt, answer in pairs:
+        texts = [prompt, prompt + answer]
+        alone, both = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows.append((bos + both, 1 + len(os.path.commonprefix([alone, both]))))
+    return rows
+
+
+def all_probes(tokenizer: Any) -> dict[str, list[tuple[list[int], int]]]:
+    """The rows of each probe, by its name in metrics, chart and card."""
+    probes = {f"in_context_{task}": in_context_tasks(task) for task in ("copy", "reverse", "map")}
+    probes = {"taiwan_wording": wording_pairs()} | probes
+    return {name: probe_rows(tokenizer, pairs) for name, pairs in probes.items() if pairs}
+
+
 # --- Model ---------------------------------------------------------------------------------------
 
 
@@ -1396,6 +1456,8 @@ class PackedTraining:
             try:
                 for blocks in self.eval_dataset.values():
                     self.held_out_loss(blocks, batches=1)
+                for rows in self.report.probes.values():
+                    self.answer_scores(rows[:1])
                 self.report.sample(self, tokens=1)
             except torch.OutOfMemoryError as error:
                 raise UserError(
@@ -1460,9 +1522,45 @@ class PackedTraining:
             self.give_up(self.state.global_step, f"the loss of the text held out is {total}")
         return total, max(1, int(predicted))
 
+    def answer_scores(self, rows: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """Of each row's answer: its log probability, and whether each of its tokens is the
+        likeliest, so that greedy decoding would write it."""
+        import torch
+        from accelerate.utils import send_to_device
+        scores, longest = [], max(len(ids) for ids, _ in rows)
+        size = max(1, LOSS_CHUNK // longest)
+        self.model.eval()
+        for start in range(0, len(rows), size):
+            if self.stopping():
+                raise LeaveTraining
+            part = rows[start : start + size]
+            filled = [np.array(ids + [0] * (longest - len(ids))) for ids, _ in part]
+            position = np.arange(longest)
+            batch = self.data_collator([{"input_ids": f, "position_ids": position} for f in filled])
+            with torch.no_grad(), self.accelerator.autocast():
+                logits = self.model(**send_to_device(batch, self.args.device)).logits  # (B, T, V)
+            for (ids, begin), row in zip(part, logits, strict=True):
+                answer = torch.tensor(ids[begin:], device=row.device)
+                predicted = row[begin - 1 : len(ids) - 1].float().log_softmax(-1)
+                total = predicted.gather(1, answer[:, None]).sum().item()
+                scores.append((total, bool((predicted.argmax(-1) == answer).all())))
+        return scores
+
+    def probe(self) -> dict[str, float]:
+        """The share of pairs whose sentence in Taiwan's wording, as a whole, is the likelier (a tie
+        counts half: tokenizers cut the two into different numbers of tokens, so a mean per token
+        would not compare them), and of tasks that are solved."""
+        metrics = {}
+        for name, rows in self.report.probes.items():
+            likelihoods, solved = np.array(self.answer_scores(rows)).T
+            if name == "taiwan_wording":
+                solved = np.sign(likelihoods[::2] - likelihoods[1::2]) / 2 + 0.5
+            metrics[f"eval_{name}"] = float(solved.mean())
+        return metrics
+
     def evaluate(self, *args, **kwargs) -> dict[str, Any]:
         """Loss per token and bits per character of the documents held out, of the first source
-        under the plain names; and a sample."""
+        under the plain names; the probes; and a sample."""
         from tqdm import tqdm
         metrics = {}
         for name, blocks in self.eval_dataset.items():
@@ -1472,7 +1570,8 @@ class PackedTraining:
             of = f"_{name}" if metrics else ""
             metrics[f"eval_loss{of}"] = total / predicted
             metrics[f"eval_bits_per_character{of}"] = bits
-        metrics |= self.report.sample(self)  # every process, for FSDP needs all to write one
+        metrics |= self.probe()  # every process, for FSDP needs all; the sample too
+        metrics |= self.report.sample(self)
         if self.is_world_process_zero():
             bits = [f"{metrics[name]:.3f}" for name in metrics if "bits_per_character" in name]
             tqdm.write(f"{', '.join(bits)} bits per character; it writes: "
@@ -1998,10 +2097,13 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
     # Of each token a layer holds 9 rows of D numbers in 16 bits: what attention reads and writes,
     # the inputs of projections and of the second norm, the gradient. In the MLP six rows of M
     # numbers meet: gate, up, silu(gate), the gradient of their product, the two it splits into.
-    layer, inputs = tokens * (18 * D + 12 * M), (1 if offload else L) * tokens * D * 2
-    kept = 0 if args.activation_checkpointing else tokens * (26 * D + 8 * M)
-    if kept:  # then the norms are not recomputed either: fp32 and 16 bits each
-        layer, inputs = tokens * (28 * D + 12 * M), (L - 1) * kept
+    # Liger's SwiGLU writes the last two over gate and up, and makes no silu(gate).
+    liger = args.use_liger_kernel
+    mlp, norms = 6 * M if liger else 12 * M, 0 if liger else 10 * D
+    layer, inputs, kept = tokens * (18 * D + mlp), (1 if offload else L) * tokens * D * 2, 0
+    if not args.activation_checkpointing:  # then the norms' fp32 and 16 bits stay too
+        kept = tokens * (18 * D + 6 * M + (0 if liger else 8 * D + 2 * M))
+        layer, inputs = layer + tokens * norms, (L - 1) * kept
     if args.quantization == "none":  # PEFT's plain layers cast each input to fp32 and back
         layer += tokens * (6 * D + 4 * M)
     # Hidden states and gradients, LoRA's 16-bit copies, the trained rows' gradient and copy, and a
@@ -2062,7 +2164,9 @@ def print_plan(
     for line in lines:
         print(line)
     batch, block = training.per_device_train_batch_size, args.block_size
-    print(f"memory on a GPU, estimated from the shapes, at batch {batch} x {block} tokens:")
+    liger = "with" if args.use_liger_kernel else "without"
+    print(f"memory on a GPU {liger} liger-kernel, estimated from the shapes, at batch {batch} "
+          f"x {block} tokens:")
     for name, size in items(batch, block).items():
         print(f"{name:>36}: {size / 1e9:7.2f} GB")
     if args.plan_gpu:
@@ -2081,8 +2185,8 @@ def print_plan(
     blocks = range(256, config.max_position_embeddings + 1, 256)
     longest = max((b for b in blocks if items(batch, b)["in all"] <= room), default=0)
     widest = max((b for b in range(1, 257) if items(b, block)["in all"] <= room), default=0)
-    print(f"on {size / 1e9:.0f} GB: at batch {batch} the largest block is {longest}; "
-          f"at block {block} the largest batch is {widest}")
+    print(f"on {size / 1e9:.0f} GB: at batch {batch} the longest sequence is {longest} tokens; "
+          f"at {block} tokens the largest batch is {widest}")
 
 
 # --- Report --------------------------------------------------------------------------------------
@@ -2118,12 +2222,21 @@ documents held out {eval_loss}, that is {eval_bits_per_character} bits per chara
 """
 
 
+# The chart: what each panel is of, and what stands in it, a line's label as the group.
+PANELS = {
+    "loss (nats per token)": "loss|eval_loss_?(.*)",
+    "bits per character": "eval_bits_per_character_?(.*)",
+    "probes (share right)": "eval_(taiwan_wording|in_context_.+)",
+    "learning rate": "learning_(rate)"}
+
+
 class Report:
     """metrics.jsonl, the chart, the samples and the model card of a run."""
 
     def __init__(self, args: Arguments, record: dict, tokenizer: Any, facts: dict, source: Any):
         self.args, self.record, self.tokenizer, self.facts = args, record, tokenizer, facts
         self.prompt = source[0]["input_ids"][:32].tolist()
+        self.probes = all_probes(tokenizer) if args.probes else {}
         self.output, self.drawn = Path(args.output_dir), -math.inf
 
     def begin(self, blocks: Mixture, *lines: str) -> None:
@@ -2160,26 +2273,33 @@ class Report:
             print(f"warning: metrics or chart not written ({error})", flush=True)
 
     def draw(self, history: list[dict], *copies: Path) -> None:
-        """Train and eval loss over steps and tokens, the learning rate below."""
+        """The PANELS of which there is something to see, over steps and tokens."""
         from matplotlib.figure import Figure
-        train, held = ([row for row in history if n in row] for n in ("loss", "eval_loss"))
+        train = [row for row in history if "loss" in row]
         if not train or not train[-1]["tokens_seen"]:
             return
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        axes.plot([r["step"] for r in train], [r["loss"] for r in train], label="train")
-        for name in (n for n in (held[-1] if held else {}) if n.startswith("eval_loss")):
-            label = f"held out {name[10:]}".strip()
-            axes.plot([r["step"] for r in held], [r[name] for r in held], "o-", label=label)
-        title = f"{self.facts['steps']} steps, blocks of {self.args.block_size} tokens"
-        axes.set(ylabel="loss (nats per token)", title=title)
+        panels = {}
+        for title, pattern in PANELS.items():
+            found = (re.fullmatch(pattern, name) for row in history for name in row)
+            if lines := {match[0]: match[1] for match in found if match}:
+                panels[title] = lines
+        figure = Figure(figsize=(8, 1 + 2 * len(panels)), layout="constrained")
+        all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
+            for name, label in lines.items():
+                rows = [row for row in history if name in row]
+                style = "o-" if name.startswith("eval_") else "-"
+                label = "train" if label is None else label.replace("_", " ") or "held out"
+                axes.plot([r["step"] for r in rows], [r[name] for r in rows], style, label=label)
+            axes.set(ylabel=title)
+            axes.legend()
+            axes.grid(alpha=0.3)
+        all_axes[-1].set(xlabel="step")
+        all_axes[0].set_title(
+            f"{self.facts['steps']} steps, sequences of {self.args.block_size} tokens")
         millions = train[-1]["tokens_seen"] / train[-1]["step"] / 1e6
-        top = axes.secondary_xaxis("top", (lambda x: x * millions, lambda x: x / millions))
+        top = all_axes[0].secondary_xaxis("top", (lambda x: x * millions, lambda x: x / millions))
         top.set_xlabel("million tokens seen")
-        axes.legend()
-        axes.grid(alpha=0.3)
-        below.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="gray")
-        below.set(xlabel="step", ylabel="learning rate")
         for picture in (*copies, Path(self.args.picture)):
             picture.parent.mkdir(parents=True, exist_ok=True)
             building = picture.with_name("building." + picture.name)
@@ -2247,8 +2367,8 @@ class Report:
 
 def table_of_evaluations(held: list[dict]) -> str:
     """Each evaluation's figures, a row each, in Markdown."""
-    columns = [name for name in (held[-1] if held else {})
-               if name.startswith(("eval_loss", "eval_bits_per_character"))]
+    columns = [name for name in (held[-1] if held else {}) if name.startswith("eval_")
+               and all(isinstance(row.get(name), float) for row in held)]
     titles = ["epoch", "step", *(name[5:].replace("_", " ") for name in columns)]
     rows = [titles, ["---"] * len(titles)]
     for row in held:
@@ -2360,6 +2480,8 @@ def first_lines(
     """What to say of the sources and the device before the first step."""
     notes = [None if args.plan else slow_device(training, folder)]  # a plan: of another machine
     notes.append(nothing_held_out(args, held_out, files))
+    if args.probes and held_out and not wording_pairs():
+        notes.append("data/probes/wording.txt is not here, so Taiwan's wording is not probed")
     return describe_sources(args, training, blocks) + [f"note: {note}" for note in notes if note]
 
 
