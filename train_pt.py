@@ -185,8 +185,7 @@ class Arguments(Settings):
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
     use_liger_kernel: bool | None = field(default=None, metadata={
-        "help": "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel, and in "
-        "a plan.",
+        "help": "Norm, rope, SwiGLU as one kernel each; None: in a plan, and where it can be.",
         "nargs": "?", "const": True})
     adapter: str | None = option(
         None, "Start from this adapter of train_pt.py, with a new optimizer and schedule.")
@@ -991,7 +990,8 @@ def probe_rows(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[tuple[list[
     for prompt, answer in pairs:
         texts = [prompt, prompt + answer]
         alone, both = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        rows.append((bos + both, 1 + len(os.path.commonprefix([alone, both]))))
+        same = [one == other for one, other in zip(alone, both, strict=False)]
+        rows.append((bos + both, 1 + [*same, False].index(False)))
     return rows
 
 
@@ -2288,9 +2288,10 @@ class Report:
         for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
             for name, label in lines.items():
                 rows = [row for row in history if name in row]
-                style = "o-" if name.startswith("eval_") else "-"
+                steps, values = [r["step"] for r in rows], [r[name] for r in rows]
+                look = {"marker": "o"} if name.startswith("eval_") else {"color": "gray"}
                 label = "train" if label is None else label.replace("_", " ") or "held out"
-                axes.plot([r["step"] for r in rows], [r[name] for r in rows], style, label=label)
+                axes.plot(steps, values, label=label, **look)
             axes.set(ylabel=title)
             axes.legend()
             axes.grid(alpha=0.3)
