@@ -25,7 +25,7 @@ With a tenth of English mixed in; and a run that goes on from a trained adapter:
 Several GPUs, a copy of the model on each (DDP), or a part of it on each (FSDP; docs/clusters.md):
     torchrun --shutdown_timeout 600 --nproc_per_node 4 train_pt.py --lora_rank 32
     accelerate launch --config_file fsdp.yaml train_pt.py --lora_rank 32
-Cost: not measured on a GPU yet; from the shapes, --plan says 14.8 GB for 8 x 2,048 tokens.
+Cost: for 8 x 2,048 tokens --plan says 13.8 GB; an H200 took 14.06 before Liger's kernels.
 
 Every option of transformers.TrainingArguments is accepted too; --help_trainer lists them.
 """
@@ -114,9 +114,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the docstring as it is written and every option's default."""
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with its help."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A dataclass field with its help, and what else argparse is told."""
+    return field(default=default, metadata={"help": text} | more)
 
 
 @dataclass
@@ -184,9 +184,9 @@ class Arguments(Settings):
         None, "Recompute activations in the backward pass; None: on a GPU.")
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
-    use_liger_kernel: bool | None = field(default=None, metadata={
-        "help": "Norm, rope, SwiGLU as one kernel each; None: in a plan, and where it can be.",
-        "nargs": "?", "const": True})
+    use_liger_kernel: bool | None = option(
+        None, "Norm, rope, SwiGLU as one kernel each; None: in a plan, and where it can be.",
+        nargs="?", const=True)
     adapter: str | None = option(
         None, "Start from this adapter of train_pt.py, with a new optimizer and schedule.")
     resume_from_checkpoint: str = option(
@@ -274,8 +274,13 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
                      "random; all sequences are of one length")
     if training.max_steps == 0:
         parser.error("--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")
-    if refusal := refused_schedule(training):
-        parser.error(refusal)
+    settings = training.to_dict()
+    try:
+        learning_rate_schedule(settings, training.max_steps if training.max_steps > 0 else 10**6)
+    except (ValueError, TypeError, KeyError) as error:
+        kwargs = json.dumps(settings["lr_scheduler_kwargs"] or {})
+        parser.error(f"--lr_scheduler_type {settings['lr_scheduler_type']} --lr_scheduler_kwargs "
+                     f"{kwargs}: {' '.join(str(error).split())[:200]}; pass what it needs")
     return args, training
 
 
@@ -297,28 +302,12 @@ def learning_rate_schedule(settings: dict[str, Any], steps: int) -> Any:
     import torch
     from transformers import get_scheduler
     parameter = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.SGD([parameter], lr=settings["learning_rate"])
+    optimizer = torch.optim.SGD([parameter], lr=abs(settings["learning_rate"]))  # check looks at it
     warmup = settings["warmup_steps"]
     warmup = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
     kwargs = dict(settings["lr_scheduler_kwargs"] or {})
     return get_scheduler(
         settings["lr_scheduler_type"], optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
-
-
-def refused_schedule(training: Any) -> str | None:
-    """What the learning rate schedule lacks: it is built once, for a single number."""
-    if not training.learning_rate > 0:
-        return None  # check refuses it
-    settings = training.to_dict()
-    steps = training.max_steps if training.max_steps > 0 else 10**6
-    kwargs = json.dumps(settings["lr_scheduler_kwargs"] or {})
-    try:
-        learning_rate_schedule(settings, steps)
-    except (ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        return (f"--lr_scheduler_type {settings['lr_scheduler_type']} --lr_scheduler_kwargs "
-                f"{kwargs}: {reason}; pass what it needs")
-    return None
 
 
 def fsdp_version(training: Any) -> int:
@@ -674,19 +663,12 @@ def dataset_key(files: list[Path], base: Path, sums: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def known_sums(cache: Path) -> dict[str, str]:
-    """The sums of texts that are kept with the tokens."""
-    try:
-        known = json.loads((cache / "sums.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def text_sums(files: list[Path], known: dict[str, str]) -> dict[str, str]:
+def text_sums(files: list[Path], cache: Path) -> dict[str, str]:
     """The sha256 of each file, by its path, size and times: while these stay the same, a file whose
-    sum is known is not read again."""
-    sums = {}
+    sum the last run kept in the cache is not read again."""
+    sums, known = {}, {}
+    with suppress(OSError, ValueError):
+        known = dict(json.loads((cache / "sums.json").read_text()))
     for path in files:
         stat = path.stat()
         seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
@@ -694,20 +676,14 @@ def text_sums(files: list[Path], known: dict[str, str]) -> dict[str, str]:
     return sums
 
 
-def tokenize(
-    files: list[Path], tokenizer: Any, cached: Path, sums: dict[str, str] | None = None
-) -> Corpus:
+def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
     """Tokenise every document, once: the next run finds the result in the cache, and one that
-    starts meanwhile waits for it. The tokenizer works on all cores. `sums` of the files are kept
-    with the tokens."""
+    starts meanwhile waits for it. The tokenizer works on all cores."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     if not cached.exists():
         with lock_cache(cached.parent):
             if not cached.exists():  # another run has not made it meanwhile
                 write_tokens(files, tokenizer, cached, dtype)
-    known = known_sums(cached.parent)
-    if sums and sums.keys() - known.keys():
-        write_json(cached.with_name("sums.json"), known | sums)
     sizes = np.load(cached / "documents.npy")
     return Corpus(np.memmap(cached / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
 
@@ -1293,16 +1269,6 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {n.replace(".default.", ".").replace(".trained", rows): p for n, p in trained}
 
 
-def quantization_metadata(nf4: dict | None, device: str) -> dict[str, Any]:
-    """How the base was held that the adapter learnt on, in bitsandbytes' words: a merge must round
-    the base in the same way, and the adapter's file may travel without its run.json."""
-    nf4 = nf4 or {}
-    return {
-        "load_in_4bit": bool(nf4), "bnb_4bit_quant_type": nf4.get("quant_type"),
-        "bnb_4bit_use_double_quant": nf4.get("double_quant"),
-        "bnb_4bit_compute_dtype": nf4.get("compute_dtype"), "device": device}
-
-
 def save_adapter(model: Any, folder: Path, base: str, quantization: dict | None = None) -> None:
     """Write what stock PeftModel.from_pretrained loads: rows replaced, norms as modules_to_save.
     Every process calls it, for FSDP gathers the parameters from all; the first one writes."""
@@ -1589,10 +1555,7 @@ class PackedTraining:
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's optimizer; parameters with a learning rate of their own in own groups."""
         optimizer = super().create_optimizer(model)
-        rates = learning_rates(self.report.args, model or self.model)
-        if not rates:
-            return optimizer
-        groups = []
+        rates, groups = learning_rates(self.report.args, model or self.model), []
         for group in optimizer.param_groups:
             kinds: dict[float, list] = {}
             for parameter in group["params"]:
@@ -1612,7 +1575,13 @@ class PackedTraining:
         if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
             self.give_up(self.state.global_step, "weights are no longer finite")
         record, model = self.report.record, self.accelerator.unwrap_model(self.model)
-        held = quantization_metadata(record["quantization"], self.args.device.type)
+        # In bitsandbytes' words: a merge must round the base in the same way, and the adapter's
+        # file may travel without its run.json.
+        nf4 = record["quantization"] or {}
+        held = {
+            "load_in_4bit": bool(nf4), "bnb_4bit_quant_type": nf4.get("quant_type"),
+            "bnb_4bit_use_double_quant": nf4.get("double_quant"),
+            "bnb_4bit_compute_dtype": nf4.get("compute_dtype"), "device": self.args.device.type}
         base = record["base"]["model_name_or_path"]
         save_adapter(model, Path(output_dir or self.args.output_dir), base, held)
 
@@ -1635,7 +1604,12 @@ class PackedTraining:
         except Exception as error:  # torch and safetensors name a full disk each in their own way
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise told_with_a_remedy(error, folder) from error
+            full = shutil.disk_usage(output).free < 1 << 26 or "No space left" in str(error)
+            if not (full or isinstance(error, OSError)):
+                raise
+            last = next(iter(checkpoints(output)), "none")
+            raise OSError(errno.ENOSPC, f"{folder} cannot be written ({error}); the last good "
+                          f"checkpoint is {last}; make room and run the same command") from error
         self.accelerator.wait_for_everyone()
         self.saved_step = step
 
@@ -1666,23 +1640,9 @@ def learning_rates(args: Arguments, model: Any) -> dict[Any, float]:
     lora_b = args.loraplus_lr_ratio and args.loraplus_lr_ratio * args.learning_rate
     parts = {".trained": args.embedding_learning_rate, "norm.weight": args.norm_learning_rate,
              ".lora_B.": lora_b}
-    rates = {}
-    for name, parameter in model.named_parameters():
-        for part, rate in parts.items():
-            if part in name and rate is not None:
-                rates[parameter] = rate
-    return rates
-
-
-def told_with_a_remedy(error: Exception, folder: Path) -> Exception:
-    """What to say of a checkpoint that could not be written; the error itself if the disk has
-    nothing to do with it."""
-    full = shutil.disk_usage(folder.parent).free < 1 << 26 or "No space left" in str(error)
-    if not (full or isinstance(error, OSError)):
-        return error
-    last = next(iter(checkpoints(folder.parent)), "none")
-    return OSError(errno.ENOSPC, f"{folder} cannot be written ({error}); the last good checkpoint "
-                   f"is {last}; make room and run the same command")
+    return {
+        parameter: rate for name, parameter in model.named_parameters()
+        for part, rate in parts.items() if part in name and rate is not None}
 
 
 def build_trainer(
@@ -1710,14 +1670,12 @@ def build_trainer(
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if trainer.accelerator.ddp_handler:  # no second copy of the gradients in DDP's buckets
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
-    logging.getLogger("transformers.trainer_utils").addFilter(is_news)
+    # Trainer compares the command line with a checkpoint's; other_settings does so for us, and how
+    # often to log, save and evaluate may change in a run.
+    differ = "The following arguments do not match"
+    trainer_log = logging.getLogger("transformers.trainer_utils")
+    trainer_log.addFilter(lambda record: differ not in record.getMessage())
     return trainer
-
-
-def is_news(record: logging.LogRecord) -> bool:
-    """Whether it is not Trainer's comparison of the command line with a checkpoint. other_settings
-    makes ours; how often to log, save and evaluate may change in a run."""
-    return "The following arguments do not match" not in record.getMessage()
 
 
 class ForgivingStream:
@@ -1926,19 +1884,6 @@ def move_aside(folder: Path, what: str, run: Path) -> Path:
     return aside
 
 
-def recorded_run(output: Path) -> dict:
-    """The run.json of the run in output_dir; empty where none has begun."""
-    begun = {".lock", "run.json.building", ".DS_Store"}  # of a start that failed, or of macOS
-    names = ["a file"] if output.is_file() else []
-    if output.is_dir():
-        names = sorted({path.name for path in output.iterdir()} - begun)
-    old = read_record(output)
-    foreign = old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys()
-    refuse((names and foreign, f"--output_dir {output}: holds something else "
-            f"({', '.join(names[:3])}); choose another folder"))
-    return old
-
-
 def open_run(args: Arguments, record: dict) -> str | None:
     """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to
     mix two runs. Moved aside are a finished run with other settings, the run so far for
@@ -1949,7 +1894,14 @@ def open_run(args: Arguments, record: dict) -> str | None:
         refuse((not is_whole(named), f"--resume_from_checkpoint {wanted}: not a whole checkpoint; "
                 "use auto"))
         refuse_other(record, read_record(named), f"--resume_from_checkpoint {wanted}: of a run")
-    if old := recorded_run(output):
+    begun = {".lock", "run.json.building", ".DS_Store"}  # of a start that failed, or of macOS
+    held = output.iterdir() if output.is_dir() else [output] if output.exists() else []
+    names = sorted({path.name for path in held} - begun)
+    old = read_record(output)
+    foreign = old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys()
+    refuse((names and foreign, f"--output_dir {output}: holds something else "
+            f"({', '.join(names[:3])}); choose another folder"))
+    if old:
         changed = changed_settings(record, old)
         other = other_settings(record, old, changed)
         if old["results"] is None:
@@ -2011,14 +1963,12 @@ def same_schedule_so_far(record: dict, checkpoint: Path, steps: int) -> bool:
     new, old = record["settings"], read_record(checkpoint)["settings"]
     if steps == state["max_steps"] and all(new.get(n) == old.get(n) for n in SCHEDULE):
         return True
-    rates = []
-    for settings, total in ((new, steps), (old, state["max_steps"])):
-        schedule = learning_rate_schedule(settings, total)
-        if not hasattr(schedule, "lr_lambdas"):
-            return False
-        rate = schedule.lr_lambdas[0]
-        rates.append([rate(step) for step in range(state["global_step"] + 1)])
-    return rates[0] == rates[1] and state["global_step"] <= steps
+    now, then = learning_rate_schedule(new, steps), learning_rate_schedule(old, state["max_steps"])
+    if not (hasattr(now, "lr_lambdas") and hasattr(then, "lr_lambdas")):
+        return False
+    rate, was = now.lr_lambdas[0], then.lr_lambdas[0]
+    so_far = range(state["global_step"] + 1)
+    return all(rate(step) == was(step) for step in so_far) and state["global_step"] <= steps
 
 
 def check_adapter(args: Arguments, record: dict) -> None:
@@ -2097,19 +2047,20 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
     # Of each token a layer holds 9 rows of D numbers in 16 bits: what attention reads and writes,
     # the inputs of projections and of the second norm, the gradient. In the MLP six rows of M
     # numbers meet: gate, up, silu(gate), the gradient of their product, the two it splits into.
-    # Liger's SwiGLU writes the last two over gate and up, and makes no silu(gate).
+    # Liger's SwiGLU makes no silu(gate) and writes the last two over gate and up; then a layer's
+    # weight in 16 bits counts.
     liger = args.use_liger_kernel
-    mlp, norms = 6 * M if liger else 12 * M, 0 if liger else 10 * D
-    layer, inputs, kept = tokens * (18 * D + mlp), (1 if offload else L) * tokens * D * 2, 0
+    mlp = tokens * 6 * M + 2 * D * M if liger else tokens * 12 * M
+    layer, inputs, kept = tokens * 18 * D + mlp, (1 if offload else L) * tokens * D * 2, 0
     if not args.activation_checkpointing:  # then the norms' fp32 and 16 bits stay too
         kept = tokens * (18 * D + 6 * M + (0 if liger else 8 * D + 2 * M))
-        layer, inputs = layer + tokens * norms, (L - 1) * kept
+        layer, inputs = layer + tokens * (0 if liger else 10 * D), (L - 1) * kept
     if args.quantization == "none":  # PEFT's plain layers cast each input to fp32 and back
         layer += tokens * (6 * D + 4 * M)
-    # Hidden states and gradients, LoRA's 16-bit copies, the trained rows' gradient and copy, and a
-    # chunk of logits with its slope, or the slope with its share of that gradient.
+    # Hidden states and gradients, the trained rows' gradient and copy, and a chunk of logits with
+    # its slope, or the slope with its share of that gradient.
     chunk = LOSS_CHUNK * V * 2 + max(LOSS_CHUNK * V * 4, rows * D * 2)
-    loss = kept + tokens * D * 8 + lora * 2 + rows * D * 6 + chunk
+    loss = kept + tokens * D * 8 + rows * D * 6 + chunk
     return {
         "frozen linear layers": weights * (4.127 / 8 if args.quantization == "nf4" else 2),
         "frozen rows of embedding and head": 2 * (V - rows) * D * 2,
@@ -2462,25 +2413,18 @@ def slow_device(training: Any, folder: Path) -> str | None:
     return None
 
 
-def nothing_held_out(args: Arguments, held_out: dict, files: list[list[Path]]) -> str | None:
-    """What to say where an evaluation is asked for and a text has too few documents for one."""
-    if args.eval_fraction == 0 or args.eval_strategy == "no":
-        return None
-    for name, dataset, found in zip(source_names(args.dataset), args.dataset, files, strict=False):
-        if name not in held_out:
-            txt = any(path.suffix == ".txt" for path in found)
-            remedy = "; a .txt is one document: one a row, as JSON Lines, would be many"
-            return (f"--dataset {dataset}: too few documents to hold one out, so nothing of it is "
-                    f"evaluated{remedy if txt else ''}")
-    return None
-
-
 def first_lines(
     args: Arguments, training: Any, folder: Path, blocks: Mixture, held_out: dict, files: list
 ) -> list[str]:
     """What to say of the sources and the device before the first step."""
     notes = [None if args.plan else slow_device(training, folder)]  # a plan: of another machine
-    notes.append(nothing_held_out(args, held_out, files))
+    evaluated = args.eval_fraction > 0 and args.eval_strategy != "no"
+    for name, dataset, found in zip(source_names(args.dataset), args.dataset, files, strict=False):
+        if evaluated and name not in held_out:
+            remedy = "; a .txt is one document: one a row, as JSON Lines, would be many"
+            notes.append(
+                f"--dataset {dataset}: too few documents to hold one out, so nothing of it is "
+                f"evaluated{remedy if found[0].suffix == '.txt' else ''}")
     if args.probes and held_out and not wording_pairs():
         notes.append("data/probes/wording.txt is not here, so Taiwan's wording is not probed")
     return describe_sources(args, training, blocks) + [f"note: {note}" for note in notes if note]
@@ -2497,8 +2441,8 @@ def main(argv: list[str] | None = None) -> None:
         return print_plan(args, training, config, first_new, {})
     files = [text_files(path) for path in args.dataset]
     files += [text_files(path, "--eval_dataset") for path in eval_texts(args).values()]
-    known = known_sums(Path(args.cache_dir))
-    sums = [text_sums(found, known) for found in files]
+    cache = Path(args.cache_dir)
+    sums = [text_sums(found, cache) for found in files]
     keys = [dataset_key(found, folder, of) for found, of in zip(files, sums, strict=True)]
     record = describe_run(args, training, folder, first_new, keys[: len(args.dataset)])
     check_adapter(args, record)
@@ -2506,8 +2450,10 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = None if args.plan else open_run(args, record)
         if checkpoint == "done":
             return print(f"already done: {args.output_dir} holds this very run, finished")
-        corpora = [tokenize(found, tokenizer, Path(args.cache_dir) / key[:16], of)
-                   for found, key, of in zip(files, keys, sums, strict=True)]
+        corpora = [tokenize(found, tokenizer, cache / key[:16])
+                   for found, key in zip(files, keys, strict=True)]
+        if training.process_index == 0:
+            write_json(cache / "sums.json", {seen: n for of in sums for seen, n in of.items()})
     blocks, held_out = pack_sources(corpora, args, training, tokenizer.eos_token_id or 0)
     facts = count(corpora, blocks, held_out, training)
     lines = first_lines(args, training, folder, blocks, held_out, files)

@@ -318,7 +318,7 @@ def test_the_plan_trains_nothing_and_says_what_fits(command, capsys):
     output = capsys.readouterr().out
     assert "documents: 24" in output
     assert "steps: 12" in output
-    assert "the largest block is 4096" in output
+    assert "the longest sequence is 4096 tokens" in output
     assert not Path("pt").exists()
 
 
