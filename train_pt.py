@@ -114,9 +114,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the docstring as it is written and every option's default."""
 
 
-def option(default: Any, text: str, **more: Any) -> Any:
-    """A dataclass field with its help, and what else argparse is told."""
-    return field(default=default, metadata={"help": text} | more)
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -184,9 +184,9 @@ class Arguments(Settings):
         None, "Recompute activations in the backward pass; None: on a GPU.")
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
-    use_liger_kernel: bool | None = option(
-        None, "Norm, rope, SwiGLU as one kernel each; None: in a plan, and where it can be.",
-        nargs="?", const=True)
+    use_liger_kernel: bool | None = field(default=None, metadata={
+        "help": "Norm, rope, SwiGLU as one kernel each; None: in a plan, and where it can be.",
+        "nargs": "?", "const": True})
     adapter: str | None = option(
         None, "Start from this adapter of train_pt.py, with a new optimizer and schedule.")
     resume_from_checkpoint: str = option(
@@ -200,11 +200,10 @@ class Arguments(Settings):
     report_to: str = option("none", "Also log to: wandb, tensorboard, ... or none.")
 
     def __post_init__(self):
-        for name in ("model_name_or_path", "output_dir", "picture", "cache_dir",
-                     "resume_from_checkpoint"):
-            setattr(self, name, os.path.expanduser(getattr(self, name)))
+        for name, value in vars(self).items():
+            if isinstance(value, str):
+                setattr(self, name, os.path.expanduser(value))
         self.dataset = [os.path.expanduser(path) for path in self.dataset]
-        self.adapter = self.adapter and os.path.expanduser(self.adapter)
 
 
 def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
@@ -256,24 +255,23 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     liger_is_here = is_liger_kernel_available()
     if args.use_liger_kernel is None:
         args.use_liger_kernel = args.plan or (liger_is_here and not training.use_cpu)
-    elif args.use_liger_kernel and not args.plan:
-        if not liger_is_here:
-            parser.error("--use_liger_kernel: it is not installed; pip install liger-kernel")
-        if training.use_cpu:
-            parser.error("--use_liger_kernel: its kernels run on a GPU, and none is in use")
-    version = fsdp_version(training)
-    if version == 1:
-        parser.error("fsdp_version 1: expected 2; set it in accelerate's configuration")
-    if version and any(word in args.optim for word in ("8bit", "bnb", "paged")):
-        parser.error(f"--optim {args.optim}: bitsandbytes' optimizers cannot be sharded; use "
-                     "--optim adamw_torch with FSDP")
-    if missing := set(training.report_to) - set(get_available_reporting_integrations()):
-        parser.error(f"--report_to {', '.join(missing)}: unknown or not installed; pip install it")
-    if training.train_sampling_strategy != "random":
-        parser.error(f"--train_sampling_strategy {training.train_sampling_strategy}: expected "
-                     "random; all sequences are of one length")
-    if training.max_steps == 0:
-        parser.error("--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")
+    liger = args.use_liger_kernel and not args.plan
+    version, strategy = fsdp_version(training), training.train_sampling_strategy
+    blockwise = any(word in args.optim for word in ("8bit", "bnb", "paged"))
+    missing = set(training.report_to) - set(get_available_reporting_integrations())
+    refuse(
+        (liger and not liger_is_here,
+         "--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel"),
+        (liger and training.use_cpu,
+         "--use_liger_kernel: its kernels run on a GPU, and none is in use"),
+        (version == 1, "fsdp_version 1: expected 2; set it in accelerate's configuration"),
+        (version and blockwise, f"--optim {args.optim}: bitsandbytes' optimizers cannot be "
+         "sharded; use --optim adamw_torch with FSDP"),
+        (missing, f"--report_to {', '.join(missing)}: unknown or not installed; pip install it"),
+        (strategy != "random", f"--train_sampling_strategy {strategy}: expected random; all "
+         "sequences are of one length"),
+        (training.max_steps == 0,
+         "--max_steps 0: expected a number of steps, or -1 for --num_train_epochs"))
     settings = training.to_dict()
     try:
         learning_rate_schedule(settings, training.max_steps if training.max_steps > 0 else 10**6)
@@ -665,7 +663,7 @@ def dataset_key(files: list[Path], base: Path, sums: dict[str, str]) -> str:
 
 def text_sums(files: list[Path], cache: Path) -> dict[str, str]:
     """The sha256 of each file, by its path, size and times: while these stay the same, a file whose
-    sum the last run kept in the cache is not read again."""
+    sum is kept in the cache is not read again."""
     sums, known = {}, {}
     with suppress(OSError, ValueError):
         known = dict(json.loads((cache / "sums.json").read_text()))
@@ -673,6 +671,9 @@ def text_sums(files: list[Path], cache: Path) -> dict[str, str]:
         stat = path.stat()
         seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
         sums[seen] = known.get(seen) or file_sum(path)
+    if sums.keys() - known.keys() and cache.is_dir():  # a refused run must not make it
+        with suppress(OSError):  # another process writes the same
+            write_json(cache / "sums.json", known | sums)
     return sums
 
 
@@ -2442,8 +2443,7 @@ def main(argv: list[str] | None = None) -> None:
     files = [text_files(path) for path in args.dataset]
     files += [text_files(path, "--eval_dataset") for path in eval_texts(args).values()]
     cache = Path(args.cache_dir)
-    sums = [text_sums(found, cache) for found in files]
-    keys = [dataset_key(found, folder, of) for found, of in zip(files, sums, strict=True)]
+    keys = [dataset_key(found, folder, text_sums(found, cache)) for found in files]
     record = describe_run(args, training, folder, first_new, keys[: len(args.dataset)])
     check_adapter(args, record)
     with training.main_process_first():  # of several processes one moves and tokenises
@@ -2452,8 +2452,6 @@ def main(argv: list[str] | None = None) -> None:
             return print(f"already done: {args.output_dir} holds this very run, finished")
         corpora = [tokenize(found, tokenizer, cache / key[:16])
                    for found, key in zip(files, keys, strict=True)]
-        if training.process_index == 0:
-            write_json(cache / "sums.json", {seen: n for of in sums for seen, n in of.items()})
     blocks, held_out = pack_sources(corpora, args, training, tokenizer.eos_token_id or 0)
     facts = count(corpora, blocks, held_out, training)
     lines = first_lines(args, training, folder, blocks, held_out, files)

@@ -91,7 +91,6 @@ def test_a_text_is_read_again_only_when_its_size_or_times_change(tmp_path, monke
 
     def key() -> str:
         sums = train_pt.text_sums([page], tmp_path)
-        train_pt.write_json(tmp_path / "sums.json", sums)  # as main does
         return train_pt.dataset_key([page], TINY, sums)
 
     page.write_text("one")
