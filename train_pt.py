@@ -173,7 +173,7 @@ class Arguments(Settings):
     probes: bool = option(
         True, "At each evaluation measure also the share of sentences whose wording of Taiwan the "
         "model prefers, and of tasks with examples in the context that it solves; it reads as many "
-        "tokens as 10 sequences of 2,048 have; --no_probes: not.")
+        "tokens as 10 sequences of 2,048 have.")
     plan: bool = option(
         False, "Print sizes, steps and a GPU's memory; train nothing. It needs no weights, and "
         "without a text it leaves the steps out.")
