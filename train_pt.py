@@ -1208,7 +1208,6 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
-    from transformers.utils import is_liger_kernel_available
     register_attention()
     # PEFT asks for activation checkpointing under its former name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
@@ -1244,9 +1243,6 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
             norm.weight = torch.nn.Parameter(norm.weight.detach().float())
             # The stream stays in 16 bits: flash kernels refuse fp32.
             norm.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
-    missing = not training.use_cpu and not is_liger_kernel_available()
-    if missing and training.process_index == 0:
-        print("note: liger-kernel is not installed; pip install liger-kernel trains faster")
     if args.use_liger_kernel:
         use_liger_kernels(llama)
     elif args.activation_checkpointing:
@@ -2245,7 +2241,8 @@ class Report:
                 label = "train" if label is None else label.replace("_", " ") or "held out"
                 axes.plot(steps, values, label=label, **look)
             axes.set(ylabel=title)
-            axes.legend()
+            if title != "learning rate":
+                axes.legend()
             axes.grid(alpha=0.3)
         all_axes[-1].set(xlabel="step")
         all_axes[0].set_title(
@@ -2404,6 +2401,7 @@ def unusable(file: Path) -> str | None:
 def slow_device(training: Any, folder: Path) -> str | None:
     """What to say of a device on which the run will take longer than it need."""
     import torch
+    from transformers.utils import is_liger_kernel_available
     size = sum(path.stat().st_size for path in folder.glob("[!.]*.safetensors"))
     if training.use_cpu and size > LARGE_FOR_A_CPU:
         return (f"no GPU in use, so {size / 1e9:.1f} GB of weights train on the CPU, slowly; if "
@@ -2411,6 +2409,8 @@ def slow_device(training: Any, folder: Path) -> str | None:
     if training.bf16 and not training.use_cpu and torch.cuda.get_device_capability() < (8, 0):
         return (f"--bf16 true: {torch.cuda.get_device_name()} has no units for bfloat16; it has "
                 "some for float16: --bf16 false --fp16 true")
+    if not (training.use_cpu or is_liger_kernel_available()):
+        return "liger-kernel is not installed; pip install liger-kernel trains faster"
     return None
 
 
