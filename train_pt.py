@@ -83,13 +83,6 @@ UNSUPPORTED = {
     "dataloader_num_workers": "expected 0; a batch is only looked up, and workers die of the "
     "signal on which a run saves",
     "label_smoothing_factor": "expected 0; no logits leave the loss that could be smoothed"}
-RENAMED = {  # by Transformers 5
-    "warmup_ratio": "--warmup_steps 0.1 is a tenth of all steps",
-    "evaluation_strategy": "--eval_strategy", "no_cuda": "--use_cpu",
-    "per_gpu_train_batch_size": "--per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
-    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
-    "overwrite_output_dir": "--resume_from_checkpoint none, which moves the run so far aside"}
 PART, BATCH = 1 << 16, 1 << 20  # characters: of a long text's parts, given to the tokenizer at once
 SURROGATES = re.compile("[\ud800-\udfff]")
 # What a file system without locks answers.
@@ -245,8 +238,11 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     asked, unknown = trainer_parser.parse_known_args(rest)
     # Before TrainingArguments is built: a half-made DeepSpeed configuration would stay in
     # Transformers' global state and break every later model of this process.
-    if refusal := unsupported(vars(asked), unknown):
-        parser.error(refusal)
+    for name, reason in UNSUPPORTED.items():
+        if value := getattr(asked, name):
+            parser.error(f"--{name} {value}: {reason}")
+    if unknown:
+        parser.error(f"unknown option: {' '.join(unknown)}; --help and --help_trainer list them")
     try:
         training, _ = trainer_parser.parse_args_into_dataclasses(rest, **parse)
         training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
@@ -280,18 +276,6 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         parser.error(f"--lr_scheduler_type {settings['lr_scheduler_type']} --lr_scheduler_kwargs "
                      f"{kwargs}: {' '.join(str(error).split())[:200]}; pass what it needs")
     return args, training
-
-
-def unsupported(asked: dict[str, Any], unknown: list[str]) -> str | None:
-    """What to say of an option that this script refuses, or that nobody knows."""
-    for name, reason in UNSUPPORTED.items():
-        if asked[name]:
-            return f"--{name} {asked[name]}: {reason}"
-    for word in unknown:
-        name = word.partition("=")[0].removeprefix("--")
-        if word.startswith("--") and name in RENAMED:
-            return f"unknown option: {word}; Transformers 5 took it away; use {RENAMED[name]}"
-    return f"unknown option: {' '.join(unknown)}; --help lists the options" if unknown else None
 
 
 def learning_rate_schedule(settings: dict[str, Any], steps: int) -> Any:
@@ -1667,7 +1651,7 @@ def build_trainer(
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if trainer.accelerator.ddp_handler:  # no second copy of the gradients in DDP's buckets
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
-    # Trainer compares the command line with a checkpoint's; other_settings does so for us, and how
+    # Trainer compares the command line with a checkpoint's; changed_settings does for us, and how
     # often to log, save and evaluate may change in a run.
     differ = "The following arguments do not match"
     trainer_log = logging.getLogger("transformers.trainer_utils")
@@ -1838,10 +1822,10 @@ def describe_run(
     """What run.json holds from the start: with other settings or inputs it is another run."""
     settings = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
     settings |= {n: v for n, v in training.to_dict().items() if TRAINER_SETTINGS.match(n)}
-    settings |= {"processes": training.world_size, "fsdp": fsdp_version(training)}
-    settings |= {"held_out": args.eval_strategy != "no"}  # else those documents are trained on
-    settings |= {"first_new_row": first_new, "model": fingerprint(folder)}
-    settings |= {"dataset": " ".join(keys)}
+    settings |= {
+        "processes": training.world_size, "fsdp": fsdp_version(training),
+        "held_out": args.eval_strategy != "no",  # else those documents are trained on
+        "first_new_row": first_new, "model": fingerprint(folder), "dataset": " ".join(keys)}
     compute = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     nf4 = {"quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": compute}
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
@@ -1853,22 +1837,17 @@ def describe_run(
         "settings": json.loads(json.dumps(settings, default=str))}
 
 
-def changed_settings(record: dict, old: dict) -> list[str]:
-    """The settings that are not as in an older record; none if it is the same run."""
+def changed_settings(record: dict, old: dict) -> dict[str, str]:
+    """The settings that are not as in an older record, and in words how each differs; none if it is
+    the same run."""
     new, before = record["settings"], old["settings"]
     # A setting that an older version did not know was at its default.
     was = {setting.name: setting.default for setting in fields(Settings)} | before
-    return [name for name in sorted(new | before) if new.get(name) != was.get(name)]
-
-
-def other_settings(record: dict, old: dict, changed: list[str]) -> str:
-    """How the settings differ, in words."""
-    new, before = record["settings"], old["settings"]
     words = {"dataset": "the text or the tokenizer changed", "model": "the base changed",
              "adapter": "--adapter changed",
              "held_out": "--eval_strategy no trains on the documents held out too"}
-    return "; ".join(
-        words.get(n, f"{n} was {before.get(n)}, now {new.get(n)}") for n in changed)
+    return {n: words.get(n, f"{n} was {was.get(n)}, now {new.get(n)}")
+            for n in sorted(new | before) if new.get(n) != was.get(n)}
 
 
 def move_aside(folder: Path, what: str, run: Path) -> Path:
@@ -1900,13 +1879,13 @@ def open_run(args: Arguments, record: dict) -> str | None:
             f"({', '.join(names[:3])}); choose another folder"))
     if old:
         changed = changed_settings(record, old)
-        other = other_settings(record, old, changed)
         if old["results"] is None:
             refuse_other(record, old, f"--output_dir {output}: an unfinished run")
         elif not changed:
             return "done"
         if old["results"] and not SCHEDULE.issuperset(changed):
-            aside = move_aside(output, f"a finished run with other settings ({other})", output)
+            what = f"a finished run with other settings ({'; '.join(changed.values())})"
+            aside = move_aside(output, what, output)
             print(f"a new run begins; to train that adapter further instead: --adapter {aside}")
         elif wanted == "none":
             move_aside(output, "the run so far", output)
@@ -1920,8 +1899,8 @@ def refuse_other(record: dict, old: dict, what: str) -> None:
     """Refuse to go on where more than the schedule differs."""
     changed = changed_settings(record, old)
     refuse((not SCHEDULE.issuperset(changed), f"{what} with other settings "
-            f"({other_settings(record, old, changed)}); give the same to go on, or begin a run in "
-            "another --output_dir, from this adapter with --adapter"))
+            f"({'; '.join(changed.values())}); give the same to go on, or begin a run in another "
+            "--output_dir, from this adapter with --adapter"))
 
 
 def move_later_aside(output: Path, step: int) -> None:
@@ -1945,11 +1924,10 @@ def check_schedule(
             if folder != asked and training.process_index == 0:
                 move_later_aside(output, step_of(folder))
             return str(folder)
-    old = read_record(asked)
-    other = other_settings(record, old, changed_settings(record, old))
+    other = changed_settings(record, read_record(asked)).values()
     raise UserError(
-        f"{asked}: cannot go on to step {steps} ({other}): its learning rates would have been "
-        "others, or it is past that step. A run with --lr_scheduler_type constant, "
+        f"{asked}: cannot go on to step {steps} ({'; '.join(other)}): its learning rates would "
+        "have been others, or it is past that step. A run with --lr_scheduler_type constant, "
         "constant_with_warmup or, before its decay, warmup_stable_decay can be prolonged; to train "
         f"this adapter further under another schedule: --adapter {asked} --output_dir ANOTHER")
 
