@@ -1177,13 +1177,6 @@ def use_liger_kernels(llama: Any) -> None:
             module.forward = partial(mlp, module)
 
 
-def checkpoint_norm(norm: Any) -> None:
-    """Recompute a norm in the backward pass. It would keep 6 bytes for each number, most of them in
-    fp32; its input is kept anyway."""
-    from torch.utils.checkpoint import checkpoint
-    norm.forward = partial(checkpoint, norm.forward, use_reentrant=False, preserve_rng_state=False)
-
-
 def build_model(args: Arguments, training: Any, folder: Path, first_new: int) -> tuple[Any, Any]:
     """The base in NF4 with LoRA on its linear layers, trainable rows and norms; and its head.
     (PEFT's prepare_model_for_kbit_training would turn embeddings, norms and the residual stream to
@@ -1191,6 +1184,7 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
     import torch
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
+    from torch.utils.checkpoint import checkpoint
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
     register_attention()
     # PEFT asks for activation checkpointing under its former name.
@@ -1229,9 +1223,10 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
             norm.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
     if args.use_liger_kernel:
         use_liger_kernels(llama)
-    elif args.activation_checkpointing:
+    elif args.activation_checkpointing:  # a norm would keep 6 bytes a number, most of them in fp32
         for norm in norms:
-            checkpoint_norm(norm)
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            norm.forward = partial(checkpoint, norm.forward, **again)
     if args.activation_checkpointing:
         options = json.loads(args.activation_checkpointing_kwargs or "{}")
         offload = options.pop("offload", False) and torch.cuda.is_available()
@@ -1347,7 +1342,9 @@ class PackedTraining:
             with suppress(LeaveTraining):
                 super().train(resume_from_checkpoint)
             with suppress(LeaveTraining):  # a run that was stopped in its last evaluation
-                if not (self.stopping() or self.is_measured()):
+                measured = [row["step"] for row in self.state.log_history if "eval_loss" in row]
+                open_end = self.eval_dataset is not None and self.state.global_step not in measured
+                if open_end and not self.stopping():
                     self.evaluate()
             if self.stopping():
                 self.save_last_step()
@@ -1528,11 +1525,6 @@ class PackedTraining:
         self.control = told(self.args, self.state, self.control, metrics)
         return metrics
 
-    def is_measured(self) -> bool:
-        """Whether the last step was evaluated, if there is something to evaluate on."""
-        measured = [row["step"] for row in self.state.log_history if "eval_loss" in row]
-        return self.eval_dataset is None or self.state.global_step in measured
-
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's optimizer; parameters with a learning rate of their own in own groups."""
         optimizer = super().create_optimizer(model)
@@ -1581,7 +1573,8 @@ class PackedTraining:
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 finalize_checkpoint(folder, self.report.record)
-                self.remove_old_checkpoints()
+                for old in {*checkpoints(output)[self.keep :]} - {self.best_checkpoint()}:
+                    shutil.rmtree(old)
         except Exception as error:  # torch and safetensors name a full disk each in their own way
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -1608,12 +1601,6 @@ class PackedTraining:
                  if row["step"] in kept and metric in row}
         best = max if self.args.greater_is_better else min
         return kept[best(found, key=found.get)] if found else None
-
-    def remove_old_checkpoints(self) -> None:
-        best = self.best_checkpoint()
-        for old in checkpoints(Path(self.args.output_dir))[self.keep :]:
-            if old != best:
-                shutil.rmtree(old)
 
 
 def learning_rates(args: Arguments, model: Any) -> dict[Any, float]:
@@ -2007,16 +1994,22 @@ def moment_bytes(optim: str) -> float:
     return 2 + 8 / 256 if "8bit" in optim else 8
 
 
+def sizes(config: Any, args: Arguments, first_new: int) -> tuple[int, int, int]:
+    """Numbers in all linear layers, in their LoRA matrices; rows of a matrix that are trained."""
+    D, M, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv = config.num_key_value_heads * D // config.num_attention_heads
+    shapes = [(D, D), (D, kv), (D, kv), (D, D), (D, M), (D, M), (M, D)]
+    rows = {"new": config.vocab_size - first_new, "all": config.vocab_size, "none": 0}
+    weights, lora = sum(a * b for a, b in shapes), args.lora_rank * sum(a + b for a, b in shapes)
+    return L * weights, L * lora, rows[args.train_embeddings]
+
+
 def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block: int) -> dict:
     """Bytes on the GPU at the peak: derived from the shapes, and held against a trace of every
     allocation (benchmarks/bench_plan.py)."""
     D, M, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     V, tokens = config.vocab_size, batch * block
-    kv = config.num_key_value_heads * D // config.num_attention_heads
-    shapes = [(D, D), (D, kv), (D, kv), (D, D), (D, M), (D, M), (M, D)]
-    weights = L * sum(a * b for a, b in shapes)
-    lora = L * sum(a + b for a, b in shapes) * args.lora_rank
-    rows = {"new": V - first_new, "all": V, "none": 0}[args.train_embeddings]
+    weights, lora, rows = sizes(config, args, first_new)
     state = 4 + 4 + moment_bytes(args.optim)  # fp32 weight and gradient
     offload = json.loads(args.activation_checkpointing_kwargs or "{}").get("offload")
     # Of each token a layer holds 9 rows of D numbers in 16 bits: what attention reads and writes,
@@ -2056,10 +2049,7 @@ def step_seconds(config: Any, args: Arguments, first_new: int) -> float:
     to a count of what every kernel computes and moves (benchmarks/bench_plan.py)."""
     D, M, L, V = (getattr(config, name) for name in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"))
-    kv = config.num_key_value_heads * D // config.num_attention_heads
-    weights = L * (2 * D * D + 2 * D * kv + 3 * D * M)
-    lora = L * (11 * D + 2 * kv + 3 * M) * args.lora_rank
-    rows = {"new": V - first_new, "all": V, "none": 0}[args.train_embeddings]
+    weights, lora, rows = sizes(config, args, first_new)
     tokens = args.per_device_train_batch_size * args.block_size
     # Each weight works forward, again in recomputation (but for the layer's last product) and
     # backward; attention counts as 1,000 keys a token, for it runs at a quarter of the rate.
