@@ -55,6 +55,7 @@ from importlib.metadata import version
 from inspect import unwrap
 from itertools import islice
 from pathlib import Path
+from string import ascii_uppercase
 from types import new_class
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
@@ -255,7 +256,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     version, strategy = fsdp_version(training), training.train_sampling_strategy
     blockwise = any(word in args.optim for word in ("8bit", "bnb", "paged"))
     missing = set(training.report_to) - set(get_available_reporting_integrations())
-    refuse(
+    for wrong, message in (
         (liger and not liger_is_here,
          "--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel"),
         (liger and training.use_cpu,
@@ -267,7 +268,9 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         (strategy != "random", f"--train_sampling_strategy {strategy}: expected random; all "
          "sequences are of one length"),
         (training.max_steps == 0,
-         "--max_steps 0: expected a number of steps, or -1 for --num_train_epochs"))
+         "--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")):
+        if wrong:
+            parser.error(message)
     settings = training.to_dict()
     try:
         learning_rate_schedule(settings, training.max_steps if training.max_steps > 0 else 10**6)
@@ -914,8 +917,6 @@ class Collate:
 # What no held-out text shows: whose wording the model prefers, and whether it still learns from
 # examples in its context. A probe is pairs of a prompt and the answer that should follow.
 
-ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # each letter is a token behind a space
-
 
 def wording_pairs() -> list[tuple[str, str]]:
     """The sentences of data/probes/wording.txt, each in Taiwan's wording and then in the other's,
@@ -932,7 +933,7 @@ def in_context_tasks(task: str, count: int = 32) -> list[tuple[str, str]]:
     of other letters), or `map` a letter to the one that stood beside it (8 examples)."""
     draw, found = np.random.default_rng(0), []
     for _ in range(count):
-        letters = draw.permutation(list(ALPHABET))
+        letters = draw.permutation(list(ascii_uppercase))  # of which any tokenizer has each
         if task == "map":
             lines = list(zip(letters[:8], letters[8:16], strict=True))
             lines.append(lines[draw.integers(8)])
