@@ -145,7 +145,7 @@ if "WORK" not in globals():
     WORK = Path("luojiu").resolve()
 WORK.mkdir(exist_ok=True)
 os.chdir(WORK)
-if not Path("data/filter").exists():
+if not Path("data/probes").exists():
     with tarfile.open(fileobj=io.BytesIO(base64.b64decode(ARCHIVE)), mode="r:xz") as tar:
         tar.extractall("data", filter="data")
 sys.path.insert(0, "data/sample")
@@ -294,12 +294,12 @@ merged model about 14 GB each, more than a free Drive's 15 GB; training is made 
 
 
 def pack_sample() -> str:
-    """Return in base64 the sample (the pages, what packs them, the tiny Llama's maker) and the word
-    lists of filter_cc.py."""
+    """Return in base64 the sample (the pages, what packs them, the tiny Llama's maker) and the
+    lists of filter_cc.py and train_pt.py."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz", preset=9) as tar:
         folder = ROOT / "data"
-        chosen = ("sample/*.py", "sample/pages/*.txt", "filter/*.txt")
+        chosen = ("sample/*.py", "sample/pages/*.txt", "filter/*.txt", "probes/*.txt")
         for path in sorted(path for pattern in chosen for path in folder.glob(pattern)):
             entry = tarfile.TarInfo(str(path.relative_to(folder)))  # no date, no owner
             entry.size = path.stat().st_size

@@ -432,6 +432,7 @@ NOT_MEASURED = [
     "0.9、0.999", "0.9, 0.999",  # the card's Adam
     "3.2 節", "section 3.2",  # of LongLoRA's paper
     "0.4 GB",  # extend_vocab.py's bound
+    "lm-eval 0.4.13",
     "Apache-2.0", "CC BY-SA 3.0", "CC BY-SA 4.0",
     "1% 是好頁", "1% good pages",  # the share of good pages in bench_filter.py's WET
     "Jaccard 0.8",  # from which on a pair is a near duplicate
