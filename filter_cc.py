@@ -1400,7 +1400,9 @@ def block_lines(
     if plain and before_prose and not lead and len(lines) < 3:  # a title, however it looks
         return [line for line in lines if not ABOUT.match(line)]
     if plain and lead and (before_prose or article):
-        data = [line for line in lines if DATA.search(line) and not ABOUT.match(line)]
+        data = [  # code, numbers, sentences of another language
+            line for line in lines if not ABOUT.match(line) and (
+                DATA.search(line) or (line.endswith(CLOSING) and not HAN.search(line)))]
         if article or 2 * len(data) >= len(lines):
             return lines
     short = [line for line, kind in zip(lines, kinds, strict=True) if kind == "short"]
