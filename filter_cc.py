@@ -2186,65 +2186,74 @@ def is_done(args: Arguments) -> bool:
     return True
 
 
-def publish(args: Arguments, work: Path, turn: int) -> dict:
-    """Put the finished corpus into the output folder, cut at the target size; return its counts."""
+def refuse_nothing(args: Arguments, work: Path, judged: Tally) -> None:
+    """Say so where no page could be read, and let the next run begin anew."""
+    if judged.pages:
+        return
+    tidy(work)
+    (work / "settings.json").unlink()
+    for completions in work.glob("logs/*/completions"):
+        shutil.rmtree(completions)
+    given = f"--crawl {args.crawl}" if args.crawl else f"--input {', '.join(args.input[:5])}"
+    remedy = f"see {work}/logs"
+    if judged.damage["row without a text"]:
+        remedy = "name that column with --text_column"
+    raise UserError(
+        f"{given}: no page could be read ({', '.join(judged.damage) or 'none there'}); expected"
+        f" WET, WARC, or rows with a column of text; {remedy}")
+
+
+def write_corpus(final: Path, output: Path, limit: float) -> tuple[int, int, int]:
+    """Put the finished pages into the output folder up to `limit` bytes of text; return the numbers
+    of pages, bytes and characters."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    judged = sum_tallies(work / "tally")
-    if not judged.pages:
-        given = f"--crawl {args.crawl}" if args.crawl else f"--input {', '.join(args.input[:5])}"
-        tidy(work)
-        (work / "settings.json").unlink()
-        for completions in work.glob("logs/*/completions"):  # the next run begins anew
-            shutil.rmtree(completions)
-        damage = ", ".join(judged.damage) or "none there"
-        remedy = f"see {work}/logs"
-        if judged.damage["row without a text"]:
-            remedy = "name that column with --text_column"
-        raise UserError(
-            f"{given}: no page could be read ({damage}); expected WET, WARC, or rows with a column"
-            f" of text; {remedy}")
-    output, place = Path(args.output_dir), work / f"dedup_{turn:02d}"
-    pages_left, bytes_left = judged.pages.total(), judged.bytes.total()
-    left_after = {"read": (pages_left, bytes_left)}
-    for rule in list(RULES)[:-3]:
-        pages_left, bytes_left = pages_left - judged.pages[rule], bytes_left - judged.bytes[rule]
-        left_after[rule] = (pages_left, bytes_left)
-    unique, final = sum_tallies(place / "tally"), place / "final"
-    left_after["duplicate"] = left_after["like"] = unique.pages["kept"], unique.bytes["kept"]
-    if args.like:
-        left_after["like"] = keep_most_like(args, final, final := place / "like")
-    left = parse_size(args.target_size) or math.inf
     pages = size = characters = 0
     for old in output.glob("*.parquet"):
         old.unlink()
     for path in sorted(final.glob("*.parquet")):
+        if size >= limit:
+            break
         table = pq.read_table(path)
         sizes = np.cumsum(pc.binary_length(table["text"].cast(pa.binary())).to_numpy())
-        table = table.slice(0, int(np.searchsorted(sizes, left - size)) + 1)
+        table = table.slice(0, int(np.searchsorted(sizes, limit - size)) + 1)
         if not len(table):
             continue
         pq.write_table(table, output / f".{path.name}", compression="zstd")
         os.replace(output / f".{path.name}", output / path.name)
         pages, size = pages + len(table), size + int(sizes[len(table) - 1])
         characters += pc.sum(pc.utf8_length(table["text"])).as_py()
-        if size >= left:
-            break
-    left_after["target"] = (pages, size)
-    refused = {rule: judged.pages[rule] for rule in list(RULES)[:-3] if rule != "lines"}
-    stages = [judged.pages["kept"], *(left_after[rule][0] for rule in list(RULES)[-3:])]
-    refused |= {rule: stages[at] - stages[at + 1] for at, rule in enumerate(list(RULES)[-3:])}
+    return pages, size, characters
+
+
+def publish(args: Arguments, work: Path, turn: int) -> dict:
+    """Put the finished corpus into the output folder, cut at the target size; return its counts."""
+    judged = sum_tallies(work / "tally")
+    refuse_nothing(args, work, judged)
+    output, place = Path(args.output_dir), work / f"dedup_{turn:02d}"
+    unique, final = sum_tallies(place / "tally"), place / "final"
+    later = {"duplicate": (unique.pages["kept"], unique.bytes["kept"])}
+    if args.like:
+        later["like"] = keep_most_like(args, final, final := place / "like")
+    limit = parse_size(args.target_size) or math.inf
+    *later["target"], characters = write_corpus(final, output, limit)
+    pages, size = judged.pages.total(), judged.bytes.total()
+    left_after, refused = {"read": {"pages": pages, "bytes": size}}, {}
+    for rule in RULES:
+        before = pages
+        pages, size = later.get(rule, (pages - judged.pages[rule], size - judged.bytes[rule]))
+        left_after[rule] = {"pages": pages, "bytes": size}
+        refused[rule] = before - pages
+    del refused["lines"]  # it takes lines from pages, no page
     account = {
         "read": judged.read, "kept": pages, "refused": refused,
         "damaged": dict(sorted(judged.damage.items())),
         "no_page": dict(sorted(judged.others.items()))}
     return {
-        "files": judged.files, "account": account,
-        "pages": pages, "characters": characters, "bytes": size,
-        "left_after": {rule: {"pages": p, "bytes": b} for rule, (p, b) in left_after.items()},
-        "damage": account["damaged"]}
+        "files": judged.files, "account": account, "pages": pages, "characters": characters,
+        "bytes": size, "left_after": left_after, "damage": account["damaged"]}
 
 
 def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
