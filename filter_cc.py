@@ -117,7 +117,8 @@ RULES = {
     "like": "less like the text of --like than the share that --keep_best keeps",
     "target": "beyond the target size"}
 
-# The header of a text, in lower case, begins so; it names languages, and Chinese is not among them.
+# The header of a WET record, in lower case: how it begins, its type, and languages that it names
+# without Chinese.
 CONVERSION = b"warc/1.0\r\nwarc-type: conversion"
 RECORD_TYPE = re.compile(rb"\nwarc-type:[ \t]*([\w-]+)")
 FOREIGN = re.compile(rb"\nwarc-identified-content-language:(?!.*zho)")
@@ -404,8 +405,9 @@ def gzip_records(
     stream, data: bytes, wanted: Callable, damage: Callable, tally: "Tally"
 ) -> Iterator[tuple]:
     """Cut records out of the gzip members in `data` and then `stream`. Magic bytes divide them, so
-    that damage ends with its member. One record each is the rule; any other member (many records,
-    a wrong length, damage, magic bytes that were none) is inflated into a file and looked through.
+    that damage ends with its member. A member should hold one record. Any other member (many
+    records, a wrong length, damage, magic bytes inside compressed data) is inflated into a file and
+    searched for records.
     """
     at, more, starts = 0, True, [*member_starts(data), len(data)]
 
@@ -556,7 +558,7 @@ class Tally:
         self.bytes[rule] += size
 
     def save(self, every: float = 0.0) -> None:
-        """Write the counts; with `every`, only if so many seconds passed since the last time."""
+        """Write the counts; with `every`, only if that many seconds have passed since the last time."""
         if time.monotonic() - self.saved >= every:
             self.saved = time.monotonic()
             names = ("files", "read", "pages", "bytes", "damage", "others")
@@ -565,7 +567,7 @@ class Tally:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that no half of it is ever seen."""
+    """Write a file under a temporary name and rename it: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
@@ -573,8 +575,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def lost_unread(tally: Tally, damage: Callable) -> Callable:
-    """Return what a reader calls for damage that takes the place of a record or a row, which so
-    counts as read; `damage` alone is for one that was read."""
+    """Return a function that counts damage and one more record as read. Readers call it for a
+    record or row that they cannot read at all, and `damage` for one that they have read."""
     def lost(*what) -> None:
         tally.read += 1
         damage(*what)
@@ -1130,8 +1132,8 @@ class Words:
         return found
 
     def is_joint(self, text: str, at: int, word: str) -> bool:
-        """Whether a wrong conversion is none, since its wrong character belongs to the word beside:
-        要瞭 in 要瞭解, 併時 in 合併時."""
+        """Whether what looks like a wrong conversion is right, because the character belongs to the
+        neighbouring word: 要瞭 in 要瞭解, 併時 in 合併時."""
         if self.kinds[word] != "converted":
             return False
         wrong = at + self.wrong[word]
@@ -1139,7 +1141,7 @@ class Words:
 
 
 class Judge:
-    """The rules with their limits and tables; it travels to the workers whole."""
+    """The rules with their limits and tables. It is pickled for the workers."""
 
     def __init__(self, limits: Arguments):
         self.limits, self.scripts, self.words = limits, script_table(), Words(word_kinds())
@@ -1172,7 +1174,7 @@ class Judge:
         return "simplified" if counts.simplified > 20 * counts.traditional + 20 else None
 
     def refuse_certain(self, counts: Scripts) -> str | None:
-        """Return the rule that refuses a whole page whatever part of it is its article."""
+        """Return the rule that refuses a page even if only a part of it is the article."""
         han = sum(counts[1:5])
         if counts.simplified > 10 * counts.traditional:
             return "simplified"
@@ -1324,7 +1326,7 @@ def drop_links(lines: list[str], kinds: list[str]) -> None:
 
 
 def drop_islands(lines: list[str], kinds: list[str]) -> None:
-    """Turn what little stands alone among the menus below the article into furniture too."""
+    """Mark short prose that stands alone among the menus below the article as furniture."""
     runs, at = [], 0
     for furniture, run in groupby(kinds, lambda kind: kind in ("furniture", "table")):
         place = range(at, at := at + len(list(run)))
@@ -1451,7 +1453,7 @@ def code_points(text: str) -> np.ndarray:
 
 
 def distinct_share(hashes: np.ndarray) -> float:
-    """Return the share of hashes that are there for the first time."""
+    """Return the share of hashes that do not repeat an earlier one."""
     hashes = np.sort(hashes)
     return 1 - np.count_nonzero(hashes[1:] == hashes[:-1]) / max(1, len(hashes))
 
@@ -1462,7 +1464,7 @@ def is_language(line: str) -> bool:
 
 
 def most_frequent(hashes: np.ndarray) -> int:
-    """Return how often the most frequent hash is there, 0 if each is there once."""
+    """Return how often the most frequent hash occurs; 0 for three times or fewer."""
     hashes = np.sort(hashes)
     starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1], [True]]))
     most = int(np.diff(starts).max(initial=0))
@@ -1775,7 +1777,7 @@ def blocks() -> SimpleNamespace:
 
 
 class TaskLock:
-    """First step of every pipeline: wait until the task of a killed run has let go of its files."""
+    """First step of every pipeline: wait until the same task of a killed run has ended."""
 
     def __init__(self, folder: str):
         self.folder = folder
