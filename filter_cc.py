@@ -558,7 +558,7 @@ class Tally:
         self.bytes[rule] += size
 
     def save(self, every: float = 0.0) -> None:
-        """Write the counts; with `every`, only if that many seconds have passed since the last time."""
+        """Write the counts; with `every`, only if the last time is that many seconds ago."""
         if time.monotonic() - self.saved >= every:
             self.saved = time.monotonic()
             names = ("files", "read", "pages", "bytes", "damage", "others")
