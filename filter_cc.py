@@ -1252,7 +1252,8 @@ class Judge:
         times = Counter()
         for word, number in found.items():
             times[self.words.kinds[word]] += number
-        spam = times["spam"] - 2 * times["report"] if kinds["spam"] > 1 else 0
+        report = 2 * times["report"] if 2 * kinds["report"] >= kinds["spam"] else 0
+        spam = times["spam"] - report if kinds["spam"] > 1 else 0
         few = 1000 / min(han, 1000)
         return {
             "mainland": few * mainland if mainland > 1 else 0.0,
@@ -1426,10 +1427,14 @@ def block_lines(
         return verse
     if not before_prose:
         return []
-    if len(short) < len(lines) or len(short) > 3:
-        last = short[-1] if kinds[-1] == "short" and len(short[-1]) > 5 else None
-        return [line for line in short if NUMBERED.match(line) or line is last]
-    return short
+    pairs = list(zip(lines, kinds, strict=True))
+    while pairs and pairs[-1][1] == "table" and ABOUT.match(pairs[-1][0]):  # a byline
+        pairs.pop()
+    first = 1 + max((at for at, (_, kind) in enumerate(pairs) if kind != "short"), default=-1)
+    first = first if len(pairs) - first < 4 else len(pairs) - 1  # more of them are a menu
+    return [
+        line for at, (line, kind) in enumerate(pairs) if kind == "short" and (
+            NUMBERED.match(line) or (at >= first and (not first or len(line) > 5)))]
 
 
 def hide_private(text: str) -> str:

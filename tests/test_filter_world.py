@@ -345,6 +345,12 @@ def test_a_title_stays_however_it_looks(judge, title):
     assert judge.verdict(f"{title}\n{LETTER}")[0].startswith(title)
 
 
+def test_a_title_above_a_byline_and_below_a_menu_stays(judge):
+    head = "站名 / 生活 / 交通 / 文教\n榕樹倒下以後 鄰居自己清路\n記者陳怡君／臺北報導"
+    kept = judge.verdict(f"{head}\n{LETTER}")[0]
+    assert kept.split("\n")[0] == "榕樹倒下以後 鄰居自己清路"
+
+
 def test_a_list_of_chapters_is_no_verse(judge):
     names = "\n".join(f"第{at}章　他在那裡的{word}" for at, word in enumerate(LETTER[:40]))
     assert judge.verdict(names)[2]
