@@ -42,7 +42,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
@@ -158,13 +158,23 @@ class Arguments:
     overwrite: bool = option(False, "Build anew even if --output_dir holds a finished run.")
 
 
+def refuse_twice(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Refuse a list given in two places: argparse would drop the first without a word."""
+    given = [word.partition("=")[0].replace("-", "_") for word in argv]
+    for setting in fields(Arguments):
+        if "list[" in str(setting.type) and given.count(f"__{setting.name}") > 1:
+            name = f"--{setting.name}"
+            parser.error(f"{name} is given twice; give it once, with all values: {name} A B")
+
+
 def parse_args(argv: list[str] | None) -> Arguments:
     """Read the command line (None: sys.argv; in a notebook nothing); exit code 2 if it is wrong."""
     parser = HfArgumentParser(
         Arguments, description=__doc__, formatter_class=HelpFormatter,
         usage="%(prog)s [options]", allow_abbrev=False)
-    if argv is None and "__file__" not in globals():
-        argv = []  # a notebook's sys.argv is Jupyter's own
+    if argv is None:  # a notebook's sys.argv is Jupyter's own
+        argv = sys.argv[1:] if "__file__" in globals() else []
+    refuse_twice(parser, argv)
     args, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
