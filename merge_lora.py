@@ -166,7 +166,7 @@ class Arguments:
 
 def refuse_twice(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     """Refuse a list given in two places: argparse would drop the first without a word."""
-    given = [word.partition("=")[0].replace("-", "_") for word in argv]
+    given = [str(word).partition("=")[0].replace("-", "_") for word in argv]
     for setting in fields(Arguments):
         if "list[" in str(setting.type) and given.count(f"__{setting.name}") > 1:
             name = f"--{setting.name}"
@@ -386,8 +386,8 @@ def read_tensors(folder: Path, shown: str, file: str = "model.safetensors") -> d
     from huggingface_hub import parse_local_safetensors_file_metadata
     from safetensors import SafetensorError, safe_open
     paths, tensors = weight_files(folder, file), {}
-    wrong = pickled(folder) or f"no {file} there, nor its index that can be read; {AGAIN}"
-    refuse((not paths, f"{shown}: {wrong}"))
+    wrong = f"no {file} there, nor its index that can be read; {AGAIN}"
+    refuse((not paths, f"{shown}: {pickled(folder) or wrong}"))
     for path in paths:
         try:
             safe_open(path, "np")  # checks the header against the file's size

@@ -84,9 +84,15 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in file.items()}
 
 
+def command(adapter: Path | str, options: tuple) -> list[str]:
+    """The command line; another --adapter among the options takes the place of the first."""
+    first = [] if "--adapter" in options else ["--adapter", str(adapter)]
+    return [*first, "--output_dir", "merged", *map(str, options)]
+
+
 def merge(adapter: Path, *options: object) -> dict[str, torch.Tensor]:
     """Run the script; return what it wrote to ./merged."""
-    merge_lora.main(["--adapter", str(adapter), "--output_dir", "merged", *map(str, options)])
+    merge_lora.main(command(adapter, options))
     return read(Path("merged"))
 
 
@@ -103,7 +109,7 @@ def assert_same_bits(ours: dict[str, torch.Tensor], model) -> None:
 def refusal(capsys, adapter: Path | str, *options: object, code: int = 2) -> str:
     """Run the script, which must refuse; return its error line."""
     with pytest.raises(SystemExit) as stop:
-        merge_lora.main(["--adapter", str(adapter), "--output_dir", "merged", *map(str, options)])
+        merge_lora.main(command(adapter, options))
     assert stop.value.code == code
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert not Path(".merged.partial").exists()
@@ -571,6 +577,8 @@ def test_mixed_number_formats_stay_as_they_are(tmp_path):
 def test_a_second_merge_replaces_the_first(tmp_path):
     base = make_base(tmp_path / "base")
     merge(make_adapter(base, tmp_path / "adapter"))
+    record = json.loads(Path("merged/run.json").read_text())
+    edit(Path("merged/run.json"), written=[*record["written"], "stale"])
     Path("merged", "stale").touch()
     adapter = make_adapter(base, tmp_path / "other", r=2)
     assert_same_bits(merge(adapter), peft_merge(base, adapter))
@@ -883,6 +891,8 @@ def test_missing_models_say_what_to_run(pair, capsys, tmp_path):
 def test_unfinished_training_points_to_its_last_checkpoint(pair, capsys):
     for step in (9, 10):
         shutil.copytree(pair[1], Path("pt") / f"checkpoint-{step}")
+        (Path("pt") / f"checkpoint-{step}" / "run.json").write_text("{}")
+    shutil.copytree(pair[1], "pt/checkpoint-11")  # still being written: it has no run.json
     assert "training is not finished; pass --adapter pt/checkpoint-10" in refusal(capsys, "pt")
     assert merge(Path("pt/checkpoint-9"))
 
