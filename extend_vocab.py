@@ -43,7 +43,7 @@ import urllib.request
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
@@ -216,7 +216,7 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
-    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
         return
@@ -232,6 +232,44 @@ def user_errors() -> Iterator[None]:
         message, code = f"error: {error}", 1
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+class ForgivingStream:
+    """A stream whose write errors are ignored: the terminal may be closed, the same Ctrl-C may have
+    ended `tee`, or a signal may come in the middle of writing (RuntimeError)."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, RuntimeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, RuntimeError):
+            self.stream.flush()
+
+
+@contextmanager
+def ignore_write_errors() -> Iterator[None]:
+    """Let no run end because nobody reads what it prints."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    out, err = ForgivingStream(sys.stdout), ForgivingStream(sys.stderr)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
+    finally:
+        for name in ("stdout", "stderr"):
+            try:
+                getattr(sys, name).flush()
+            except OSError:  # it would fail again when Python ends
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def refuse(*findings: tuple[Any, str]) -> None:
@@ -1189,6 +1227,7 @@ def build_aside(output: Path, nbytes: float = 0) -> Iterator[Path]:
 # --- Main ----------------------------------------------------------------------------------------
 
 
+@ignore_write_errors()
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
     """Read base and corpus, make the tokenizer, prove it, grow the model, report."""

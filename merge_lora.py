@@ -43,7 +43,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import version
@@ -226,7 +226,7 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
-    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
         return
@@ -242,6 +242,44 @@ def user_errors() -> Iterator[None]:
         message, code = f"error: {error}", 1
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+class ForgivingStream:
+    """A stream whose write errors are ignored: the terminal may be closed, the same Ctrl-C may have
+    ended `tee`, or a signal may come in the middle of writing (RuntimeError)."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, RuntimeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, RuntimeError):
+            self.stream.flush()
+
+
+@contextmanager
+def ignore_write_errors() -> Iterator[None]:
+    """Let no run end because nobody reads what it prints."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    out, err = ForgivingStream(sys.stdout), ForgivingStream(sys.stderr)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
+    finally:
+        for name in ("stdout", "stderr"):
+            try:
+                getattr(sys, name).flush()
+            except OSError:  # it would fail again when Python ends
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def refuse(*findings: tuple[Any, str]) -> None:
@@ -655,8 +693,8 @@ def all_pieces(model: Model) -> dict[str, int]:
 
 
 def read_chat(args: Arguments, base: Model) -> tuple[Model | None, list[int]]:
-    """The chat model, which must be the base, trained further; and the ids of the pieces that the
-    two have in common."""
+    """The chat model, which must be the base, trained further, without tokens of its own; and the
+    ids of the pieces that the two have in common."""
     import torch
     if not args.chat_model:
         return None, []
@@ -691,10 +729,10 @@ def read_chat(args: Arguments, base: Model) -> tuple[Model | None, list[int]]:
         (alike < 0.5,  # of two unrelated models it is near 0
          f"{chat.shown}: {name} has a cosine of {alike:.2f} to the base's; expected above 0.5: it "
          f"was not trained from this base; {other}"),
-        (not any(changed), f"{chat.shown}: it is the base itself; {other}"),
         (own, f"{chat.shown}: its template or generation_config.json needs "
          f"{', '.join(own[:3])}, which the base has not; expected a chat model without tokens of "
-         f"its own, as Llama 2's; {other}"))
+         f"its own, as Llama 2's; {other}"),
+        (not any(changed), f"{chat.shown}: it is the base itself; {other}"))
     return chat, shared
 
 
@@ -1427,6 +1465,7 @@ def push(folder: Path, repository: str, dry_run: bool) -> None:
 # --- Main ----------------------------------------------------------------------------------------
 
 
+@ignore_write_errors()
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
     """Find both models, plan every tensor, write them aside, put them in place, report."""
