@@ -25,7 +25,7 @@ With a tenth of English mixed in; and a run that goes on from a trained adapter:
 Several GPUs, a copy of the model on each (DDP), or a part of it on each (FSDP; docs/clusters.md):
     torchrun --shutdown_timeout 600 --nproc_per_node 4 train_pt.py --lora_rank 32
     accelerate launch --config_file fsdp.yaml train_pt.py --lora_rank 32
-Cost: not measured on a GPU yet; from the shapes, --plan says 14.8 GB for 8 x 2,048 tokens.
+Cost: for 8 x 2,048 tokens --plan says 13.8 GB; an H200 took 14.06 before Liger's kernels.
 
 Every option of transformers.TrainingArguments is accepted too; --help_trainer lists them.
 """
@@ -55,6 +55,7 @@ from importlib.metadata import version
 from inspect import unwrap
 from itertools import islice
 from pathlib import Path
+from string import ascii_uppercase
 from types import new_class
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
@@ -83,13 +84,6 @@ UNSUPPORTED = {
     "dataloader_num_workers": "expected 0; a batch is only looked up, and workers die of the "
     "signal on which a run saves",
     "label_smoothing_factor": "expected 0; no logits leave the loss that could be smoothed"}
-RENAMED = {  # by Transformers 5
-    "warmup_ratio": "--warmup_steps 0.1 is a tenth of all steps",
-    "evaluation_strategy": "--eval_strategy", "no_cuda": "--use_cpu",
-    "per_gpu_train_batch_size": "--per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
-    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
-    "overwrite_output_dir": "--resume_from_checkpoint none, which moves the run so far aside"}
 PART, BATCH = 1 << 16, 1 << 20  # characters: of a long text's parts, given to the tokenizer at once
 SURROGATES = re.compile("[\ud800-\udfff]")
 # What a file system without locks answers.
@@ -170,6 +164,10 @@ class Arguments(Settings):
     picture: str = option("pictures/trainloss.png", "The loss chart, redrawn as it runs.")
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
     sample_tokens: int = option(64, "Length of the sample written at each evaluation; 0: none.")
+    probes: bool = option(
+        True, "At each evaluation measure also the share of sentences whose wording of Taiwan the "
+        "model prefers, and of tasks with examples in the context that it solves; it reads as many "
+        "tokens as 10 sequences of 2,048 have.")
     plan: bool = option(
         False, "Print sizes, steps and a GPU's memory; train nothing. It needs no weights, and "
         "without a text it leaves the steps out.")
@@ -181,7 +179,7 @@ class Arguments(Settings):
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
     use_liger_kernel: bool | None = field(default=None, metadata={
-        "help": "Norm, rope and SwiGLU as one kernel each; None: on a GPU with liger-kernel.",
+        "help": "Norm, rope, SwiGLU as one kernel each; None: in a plan, and where it can be.",
         "nargs": "?", "const": True})
     adapter: str | None = option(
         None, "Start from this adapter of train_pt.py, with a new optimizer and schedule.")
@@ -196,11 +194,10 @@ class Arguments(Settings):
     report_to: str = option("none", "Also log to: wandb, tensorboard, ... or none.")
 
     def __post_init__(self):
-        for name in ("model_name_or_path", "output_dir", "picture", "cache_dir",
-                     "resume_from_checkpoint"):
-            setattr(self, name, os.path.expanduser(getattr(self, name)))
+        for name, value in vars(self).items():
+            if isinstance(value, str):
+                setattr(self, name, os.path.expanduser(value))
         self.dataset = [os.path.expanduser(path) for path in self.dataset]
-        self.adapter = self.adapter and os.path.expanduser(self.adapter)
 
 
 def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
@@ -242,47 +239,46 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     asked, unknown = trainer_parser.parse_known_args(rest)
     # Before TrainingArguments is built: a half-made DeepSpeed configuration would stay in
     # Transformers' global state and break every later model of this process.
-    if refusal := unsupported(vars(asked), unknown):
-        parser.error(refusal)
+    for name, reason in UNSUPPORTED.items():
+        if value := getattr(asked, name):
+            parser.error(f"--{name} {value}: {reason}")
+    if unknown:
+        parser.error(f"unknown option: {' '.join(unknown)}; --help and --help_trainer list them")
     try:
         training, _ = trainer_parser.parse_args_into_dataclasses(rest, **parse)
         training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     except (ValueError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        parser.error("--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel")
-    if args.use_liger_kernel and training.use_cpu:
-        parser.error("--use_liger_kernel: its kernels run on a GPU, and none is in use")
+    liger_is_here = is_liger_kernel_available()
     if args.use_liger_kernel is None:
-        args.use_liger_kernel = not training.use_cpu and is_liger_kernel_available()
-    version = fsdp_version(training)
-    if version == 1:
-        parser.error("fsdp_version 1: expected 2; set it in accelerate's configuration")
-    if version and any(word in args.optim for word in ("8bit", "bnb", "paged")):
-        parser.error(f"--optim {args.optim}: bitsandbytes' optimizers cannot be sharded; use "
-                     "--optim adamw_torch with FSDP")
-    if missing := set(training.report_to) - set(get_available_reporting_integrations()):
-        parser.error(f"--report_to {', '.join(missing)}: unknown or not installed; pip install it")
-    if training.train_sampling_strategy != "random":
-        parser.error(f"--train_sampling_strategy {training.train_sampling_strategy}: expected "
-                     "random; all sequences are of one length")
-    if training.max_steps == 0:
-        parser.error("--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")
-    if refusal := refused_schedule(training):
-        parser.error(refusal)
+        args.use_liger_kernel = args.plan or (liger_is_here and not training.use_cpu)
+    liger = args.use_liger_kernel and not args.plan
+    version, strategy = fsdp_version(training), training.train_sampling_strategy
+    blockwise = any(word in args.optim for word in ("8bit", "bnb", "paged"))
+    missing = set(training.report_to) - set(get_available_reporting_integrations())
+    for wrong, message in (
+        (liger and not liger_is_here,
+         "--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel"),
+        (liger and training.use_cpu,
+         "--use_liger_kernel: its kernels run on a GPU, and none is in use"),
+        (version == 1, "fsdp_version 1: expected 2; set it in accelerate's configuration"),
+        (version and blockwise, f"--optim {args.optim}: bitsandbytes' optimizers cannot be "
+         "sharded; use --optim adamw_torch with FSDP"),
+        (missing, f"--report_to {', '.join(missing)}: unknown or not installed; pip install it"),
+        (strategy != "random", f"--train_sampling_strategy {strategy}: expected random; all "
+         "sequences are of one length"),
+        (training.max_steps == 0,
+         "--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")):
+        if wrong:
+            parser.error(message)
+    settings = training.to_dict()
+    try:
+        learning_rate_schedule(settings, training.max_steps if training.max_steps > 0 else 10**6)
+    except (ValueError, TypeError, KeyError) as error:
+        kwargs = json.dumps(settings["lr_scheduler_kwargs"] or {})
+        parser.error(f"--lr_scheduler_type {settings['lr_scheduler_type']} --lr_scheduler_kwargs "
+                     f"{kwargs}: {' '.join(str(error).split())[:200]}; pass what it needs")
     return args, training
-
-
-def unsupported(asked: dict[str, Any], unknown: list[str]) -> str | None:
-    """What to say of an option that this script refuses, or that nobody knows."""
-    for name, reason in UNSUPPORTED.items():
-        if asked[name]:
-            return f"--{name} {asked[name]}: {reason}"
-    for word in unknown:
-        name = word.partition("=")[0].removeprefix("--")
-        if word.startswith("--") and name in RENAMED:
-            return f"unknown option: {word}; Transformers 5 took it away; use {RENAMED[name]}"
-    return f"unknown option: {' '.join(unknown)}; --help lists the options" if unknown else None
 
 
 def learning_rate_schedule(settings: dict[str, Any], steps: int) -> Any:
@@ -291,28 +287,12 @@ def learning_rate_schedule(settings: dict[str, Any], steps: int) -> Any:
     import torch
     from transformers import get_scheduler
     parameter = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.SGD([parameter], lr=settings["learning_rate"])
+    optimizer = torch.optim.SGD([parameter], lr=abs(settings["learning_rate"]))  # check looks at it
     warmup = settings["warmup_steps"]
     warmup = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
     kwargs = dict(settings["lr_scheduler_kwargs"] or {})
     return get_scheduler(
         settings["lr_scheduler_type"], optimizer, warmup, steps, scheduler_specific_kwargs=kwargs)
-
-
-def refused_schedule(training: Any) -> str | None:
-    """What the learning rate schedule lacks: it is built once, for a single number."""
-    if not training.learning_rate > 0:
-        return None  # check refuses it
-    settings = training.to_dict()
-    steps = training.max_steps if training.max_steps > 0 else 10**6
-    kwargs = json.dumps(settings["lr_scheduler_kwargs"] or {})
-    try:
-        learning_rate_schedule(settings, steps)
-    except (ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        return (f"--lr_scheduler_type {settings['lr_scheduler_type']} --lr_scheduler_kwargs "
-                f"{kwargs}: {reason}; pass what it needs")
-    return None
 
 
 def fsdp_version(training: Any) -> int:
@@ -668,40 +648,30 @@ def dataset_key(files: list[Path], base: Path, sums: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def known_sums(cache: Path) -> dict[str, str]:
-    """The sums of texts that are kept with the tokens."""
-    try:
-        known = json.loads((cache / "sums.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def text_sums(files: list[Path], known: dict[str, str]) -> dict[str, str]:
+def text_sums(files: list[Path], cache: Path) -> dict[str, str]:
     """The sha256 of each file, by its path, size and times: while these stay the same, a file whose
-    sum is known is not read again."""
-    sums = {}
+    sum is kept in the cache is not read again."""
+    sums, known = {}, {}
+    with suppress(OSError, ValueError):
+        known = dict(json.loads((cache / "sums.json").read_text()))
     for path in files:
         stat = path.stat()
         seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
         sums[seen] = known.get(seen) or file_sum(path)
+    if sums.keys() - known.keys() and cache.is_dir():  # a refused run must not make it
+        with suppress(OSError):  # another process writes the same
+            write_json(cache / "sums.json", known | sums)
     return sums
 
 
-def tokenize(
-    files: list[Path], tokenizer: Any, cached: Path, sums: dict[str, str] | None = None
-) -> Corpus:
+def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
     """Tokenise every document, once: the next run finds the result in the cache, and one that
-    starts meanwhile waits for it. The tokenizer works on all cores. `sums` of the files are kept
-    with the tokens."""
+    starts meanwhile waits for it. The tokenizer works on all cores."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     if not cached.exists():
         with lock_cache(cached.parent):
             if not cached.exists():  # another run has not made it meanwhile
                 write_tokens(files, tokenizer, cached, dtype)
-    known = known_sums(cached.parent)
-    if sums and sums.keys() - known.keys():
-        write_json(cached.with_name("sums.json"), known | sums)
     sizes = np.load(cached / "documents.npy")
     return Corpus(np.memmap(cached / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
 
@@ -942,6 +912,58 @@ class Collate:
         return batch | {"cuts": all_cut_points(batch["position_ids"], self.group_size, self.flash)}
 
 
+# --- Probes --------------------------------------------------------------------------------------
+#
+# What no held-out text shows: whose wording the model prefers, and whether it still learns from
+# examples in its context. A probe is pairs of a prompt and the answer that should follow.
+
+
+def wording_pairs() -> list[tuple[str, str]]:
+    """The sentences of data/probes/wording.txt, each in Taiwan's wording and then in the other's,
+    behind an empty prompt; none where the file is missing."""
+    here = Path(__file__).parent if "__file__" in globals() else Path()
+    path = here / "data" / "probes" / "wording.txt"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    pairs = re.findall(r"^(.*){(.+)\|(.+)}(.*)$", text, re.MULTILINE)
+    return [("", before + word + after) for before, *words, after in pairs for word in words]
+
+
+def in_context_tasks(task: str, count: int = 32) -> list[tuple[str, str]]:
+    """Examples and a question, with its answer: `copy` three letters, `reverse` them (4 examples,
+    of other letters), or `map` a letter to the one that stood beside it (8 examples)."""
+    draw, found = np.random.default_rng(0), []
+    for _ in range(count):
+        letters = draw.permutation(list(ascii_uppercase))  # of which any tokenizer has each
+        if task == "map":
+            lines = list(zip(letters[:8], letters[8:16], strict=True))
+            lines.append(lines[draw.integers(8)])
+        else:
+            words = letters[:15].reshape(5, 3)
+            lines = [(" ".join(w), " ".join(w if task == "copy" else w[::-1])) for w in words]
+        answer = f" {lines[-1][1]}"
+        prompt = "\n".join(f"{given} = {wanted}" for given, wanted in lines)
+        found.append((prompt.removesuffix(answer), answer))
+    return found
+
+
+def probe_rows(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[tuple[list[int], int]]:
+    """Prompt and answer as tokens behind BOS, and the place where the answer begins."""
+    rows, bos = [], [tokenizer.bos_token_id or 0]
+    for prompt, answer in pairs:
+        texts = [prompt, prompt + answer]
+        alone, both = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        same = [one == other for one, other in zip(alone, both, strict=False)]
+        rows.append((bos + both, 1 + [*same, False].index(False)))
+    return rows
+
+
+def all_probes(tokenizer: Any) -> dict[str, list[tuple[list[int], int]]]:
+    """The rows of each probe, by its name in metrics, chart and card."""
+    probes = {f"in_context_{task}": in_context_tasks(task) for task in ("copy", "reverse", "map")}
+    probes = {"taiwan_wording": wording_pairs()} | probes
+    return {name: probe_rows(tokenizer, pairs) for name, pairs in probes.items() if pairs}
+
+
 # --- Model ---------------------------------------------------------------------------------------
 
 
@@ -1156,13 +1178,6 @@ def use_liger_kernels(llama: Any) -> None:
             module.forward = partial(mlp, module)
 
 
-def checkpoint_norm(norm: Any) -> None:
-    """Recompute a norm in the backward pass. It would keep 6 bytes for each number, most of them in
-    fp32; its input is kept anyway."""
-    from torch.utils.checkpoint import checkpoint
-    norm.forward = partial(checkpoint, norm.forward, use_reentrant=False, preserve_rng_state=False)
-
-
 def build_model(args: Arguments, training: Any, folder: Path, first_new: int) -> tuple[Any, Any]:
     """The base in NF4 with LoRA on its linear layers, trainable rows and norms; and its head.
     (PEFT's prepare_model_for_kbit_training would turn embeddings, norms and the residual stream to
@@ -1170,8 +1185,8 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
     import torch
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
+    from torch.utils.checkpoint import checkpoint
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
-    from transformers.utils import is_liger_kernel_available
     register_attention()
     # PEFT asks for activation checkpointing under its former name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
@@ -1207,14 +1222,12 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
             norm.weight = torch.nn.Parameter(norm.weight.detach().float())
             # The stream stays in 16 bits: flash kernels refuse fp32.
             norm.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
-    missing = not training.use_cpu and not is_liger_kernel_available()
-    if missing and training.process_index == 0:
-        print("note: liger-kernel is not installed; pip install liger-kernel trains faster")
     if args.use_liger_kernel:
         use_liger_kernels(llama)
-    elif args.activation_checkpointing:
+    elif args.activation_checkpointing:  # a norm would keep 6 bytes a number, most of them in fp32
         for norm in norms:
-            checkpoint_norm(norm)
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            norm.forward = partial(checkpoint, norm.forward, **again)
     if args.activation_checkpointing:
         options = json.loads(args.activation_checkpointing_kwargs or "{}")
         offload = options.pop("offload", False) and torch.cuda.is_available()
@@ -1231,16 +1244,6 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
             module.reshard()
     trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     return {n.replace(".default.", ".").replace(".trained", rows): p for n, p in trained}
-
-
-def quantization_metadata(nf4: dict | None, device: str) -> dict[str, Any]:
-    """How the base was held that the adapter learnt on, in bitsandbytes' words: a merge must round
-    the base in the same way, and the adapter's file may travel without its run.json."""
-    nf4 = nf4 or {}
-    return {
-        "load_in_4bit": bool(nf4), "bnb_4bit_quant_type": nf4.get("quant_type"),
-        "bnb_4bit_use_double_quant": nf4.get("double_quant"),
-        "bnb_4bit_compute_dtype": nf4.get("compute_dtype"), "device": device}
 
 
 def save_adapter(model: Any, folder: Path, base: str, quantization: dict | None = None) -> None:
@@ -1340,7 +1343,9 @@ class PackedTraining:
             with suppress(LeaveTraining):
                 super().train(resume_from_checkpoint)
             with suppress(LeaveTraining):  # a run that was stopped in its last evaluation
-                if not (self.stopping() or self.is_measured()):
+                measured = [row["step"] for row in self.state.log_history if "eval_loss" in row]
+                open_end = self.eval_dataset is not None and self.state.global_step not in measured
+                if open_end and not self.stopping():
                     self.evaluate()
             if self.stopping():
                 self.save_last_step()
@@ -1396,6 +1401,8 @@ class PackedTraining:
             try:
                 for blocks in self.eval_dataset.values():
                     self.held_out_loss(blocks, batches=1)
+                for rows in self.report.probes.values():
+                    self.answer_scores(rows[:1])
                 self.report.sample(self, tokens=1)
             except torch.OutOfMemoryError as error:
                 raise UserError(
@@ -1460,9 +1467,45 @@ class PackedTraining:
             self.give_up(self.state.global_step, f"the loss of the text held out is {total}")
         return total, max(1, int(predicted))
 
+    def answer_scores(self, rows: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """Of each row's answer: its log probability, and whether each of its tokens is the
+        likeliest, so that greedy decoding would write it."""
+        import torch
+        from accelerate.utils import send_to_device
+        scores, longest = [], max(len(ids) for ids, _ in rows)
+        size = max(1, LOSS_CHUNK // longest)
+        self.model.eval()
+        for start in range(0, len(rows), size):
+            if self.stopping():
+                raise LeaveTraining
+            part = rows[start : start + size]
+            filled = [np.array(ids + [0] * (longest - len(ids))) for ids, _ in part]
+            position = np.arange(longest)
+            batch = self.data_collator([{"input_ids": f, "position_ids": position} for f in filled])
+            with torch.no_grad(), self.accelerator.autocast():
+                logits = self.model(**send_to_device(batch, self.args.device)).logits  # (B, T, V)
+            for (ids, begin), row in zip(part, logits, strict=True):
+                answer = torch.tensor(ids[begin:], device=row.device)
+                predicted = row[begin - 1 : len(ids) - 1].float().log_softmax(-1)
+                total = predicted.gather(1, answer[:, None]).sum().item()
+                scores.append((total, bool((predicted.argmax(-1) == answer).all())))
+        return scores
+
+    def probe(self) -> dict[str, float]:
+        """The share of pairs whose sentence in Taiwan's wording, as a whole, is the likelier (a tie
+        counts half: tokenizers cut the two into different numbers of tokens, so a mean per token
+        would not compare them), and of tasks that are solved."""
+        metrics = {}
+        for name, rows in self.report.probes.items():
+            likelihoods, solved = np.array(self.answer_scores(rows)).T
+            if name == "taiwan_wording":
+                solved = np.sign(likelihoods[::2] - likelihoods[1::2]) / 2 + 0.5
+            metrics[f"eval_{name}"] = float(solved.mean())
+        return metrics
+
     def evaluate(self, *args, **kwargs) -> dict[str, Any]:
         """Loss per token and bits per character of the documents held out, of the first source
-        under the plain names; and a sample."""
+        under the plain names; the probes; and a sample."""
         from tqdm import tqdm
         metrics = {}
         for name, blocks in self.eval_dataset.items():
@@ -1472,7 +1515,8 @@ class PackedTraining:
             of = f"_{name}" if metrics else ""
             metrics[f"eval_loss{of}"] = total / predicted
             metrics[f"eval_bits_per_character{of}"] = bits
-        metrics |= self.report.sample(self)  # every process, for FSDP needs all to write one
+        metrics |= self.probe()  # every process, for FSDP needs all; the sample too
+        metrics |= self.report.sample(self)
         if self.is_world_process_zero():
             bits = [f"{metrics[name]:.3f}" for name in metrics if "bits_per_character" in name]
             tqdm.write(f"{', '.join(bits)} bits per character; it writes: "
@@ -1482,18 +1526,10 @@ class PackedTraining:
         self.control = told(self.args, self.state, self.control, metrics)
         return metrics
 
-    def is_measured(self) -> bool:
-        """Whether the last step was evaluated, if there is something to evaluate on."""
-        measured = [row["step"] for row in self.state.log_history if "eval_loss" in row]
-        return self.eval_dataset is None or self.state.global_step in measured
-
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's optimizer; parameters with a learning rate of their own in own groups."""
         optimizer = super().create_optimizer(model)
-        rates = learning_rates(self.report.args, model or self.model)
-        if not rates:
-            return optimizer
-        groups = []
+        rates, groups = learning_rates(self.report.args, model or self.model), []
         for group in optimizer.param_groups:
             kinds: dict[float, list] = {}
             for parameter in group["params"]:
@@ -1513,7 +1549,13 @@ class PackedTraining:
         if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
             self.give_up(self.state.global_step, "weights are no longer finite")
         record, model = self.report.record, self.accelerator.unwrap_model(self.model)
-        held = quantization_metadata(record["quantization"], self.args.device.type)
+        # In bitsandbytes' words: a merge must round the base in the same way, and the adapter's
+        # file may travel without its run.json.
+        nf4 = record["quantization"] or {}
+        held = {
+            "load_in_4bit": bool(nf4), "bnb_4bit_quant_type": nf4.get("quant_type"),
+            "bnb_4bit_use_double_quant": nf4.get("double_quant"),
+            "bnb_4bit_compute_dtype": nf4.get("compute_dtype"), "device": self.args.device.type}
         base = record["base"]["model_name_or_path"]
         save_adapter(model, Path(output_dir or self.args.output_dir), base, held)
 
@@ -1532,11 +1574,17 @@ class PackedTraining:
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 finalize_checkpoint(folder, self.report.record)
-                self.remove_old_checkpoints()
+                for old in {*checkpoints(output)[self.keep :]} - {self.best_checkpoint()}:
+                    shutil.rmtree(old)
         except Exception as error:  # torch and safetensors name a full disk each in their own way
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise told_with_a_remedy(error, folder) from error
+            full = shutil.disk_usage(output).free < 1 << 26 or "No space left" in str(error)
+            if not (full or isinstance(error, OSError)):
+                raise
+            last = next(iter(checkpoints(output)), "none")
+            raise OSError(errno.ENOSPC, f"{folder} cannot be written ({error}); the last good "
+                          f"checkpoint is {last}; make room and run the same command") from error
         self.accelerator.wait_for_everyone()
         self.saved_step = step
 
@@ -1555,35 +1603,15 @@ class PackedTraining:
         best = max if self.args.greater_is_better else min
         return kept[best(found, key=found.get)] if found else None
 
-    def remove_old_checkpoints(self) -> None:
-        best = self.best_checkpoint()
-        for old in checkpoints(Path(self.args.output_dir))[self.keep :]:
-            if old != best:
-                shutil.rmtree(old)
-
 
 def learning_rates(args: Arguments, model: Any) -> dict[Any, float]:
     """The parameters that learn at a rate of their own, with that rate."""
     lora_b = args.loraplus_lr_ratio and args.loraplus_lr_ratio * args.learning_rate
     parts = {".trained": args.embedding_learning_rate, "norm.weight": args.norm_learning_rate,
              ".lora_B.": lora_b}
-    rates = {}
-    for name, parameter in model.named_parameters():
-        for part, rate in parts.items():
-            if part in name and rate is not None:
-                rates[parameter] = rate
-    return rates
-
-
-def told_with_a_remedy(error: Exception, folder: Path) -> Exception:
-    """What to say of a checkpoint that could not be written; the error itself if the disk has
-    nothing to do with it."""
-    full = shutil.disk_usage(folder.parent).free < 1 << 26 or "No space left" in str(error)
-    if not (full or isinstance(error, OSError)):
-        return error
-    last = next(iter(checkpoints(folder.parent)), "none")
-    return OSError(errno.ENOSPC, f"{folder} cannot be written ({error}); the last good checkpoint "
-                   f"is {last}; make room and run the same command")
+    return {
+        parameter: rate for name, parameter in model.named_parameters()
+        for part, rate in parts.items() if part in name and rate is not None}
 
 
 def build_trainer(
@@ -1611,14 +1639,12 @@ def build_trainer(
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if trainer.accelerator.ddp_handler:  # no second copy of the gradients in DDP's buckets
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
-    logging.getLogger("transformers.trainer_utils").addFilter(is_news)
+    # Trainer compares the command line with a checkpoint's; changed_settings does for us, and how
+    # often to log, save and evaluate may change in a run.
+    differ = "The following arguments do not match"
+    trainer_log = logging.getLogger("transformers.trainer_utils")
+    trainer_log.addFilter(lambda record: differ not in record.getMessage())
     return trainer
-
-
-def is_news(record: logging.LogRecord) -> bool:
-    """Whether it is not Trainer's comparison of the command line with a checkpoint. other_settings
-    makes ours; how often to log, save and evaluate may change in a run."""
-    return "The following arguments do not match" not in record.getMessage()
 
 
 class ForgivingStream:
@@ -1784,10 +1810,10 @@ def describe_run(
     """What run.json holds from the start: with other settings or inputs it is another run."""
     settings = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
     settings |= {n: v for n, v in training.to_dict().items() if TRAINER_SETTINGS.match(n)}
-    settings |= {"processes": training.world_size, "fsdp": fsdp_version(training)}
-    settings |= {"held_out": args.eval_strategy != "no"}  # else those documents are trained on
-    settings |= {"first_new_row": first_new, "model": fingerprint(folder)}
-    settings |= {"dataset": " ".join(keys)}
+    settings |= {
+        "processes": training.world_size, "fsdp": fsdp_version(training),
+        "held_out": args.eval_strategy != "no",  # else those documents are trained on
+        "first_new_row": first_new, "model": fingerprint(folder), "dataset": " ".join(keys)}
     compute = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     nf4 = {"quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": compute}
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
@@ -1799,22 +1825,17 @@ def describe_run(
         "settings": json.loads(json.dumps(settings, default=str))}
 
 
-def changed_settings(record: dict, old: dict) -> list[str]:
-    """The settings that are not as in an older record; none if it is the same run."""
+def changed_settings(record: dict, old: dict) -> dict[str, str]:
+    """The settings that are not as in an older record, and in words how each differs; none if it is
+    the same run."""
     new, before = record["settings"], old["settings"]
     # A setting that an older version did not know was at its default.
     was = {setting.name: setting.default for setting in fields(Settings)} | before
-    return [name for name in sorted(new | before) if new.get(name) != was.get(name)]
-
-
-def other_settings(record: dict, old: dict, changed: list[str]) -> str:
-    """How the settings differ, in words."""
-    new, before = record["settings"], old["settings"]
     words = {"dataset": "the text or the tokenizer changed", "model": "the base changed",
              "adapter": "--adapter changed",
              "held_out": "--eval_strategy no trains on the documents held out too"}
-    return "; ".join(
-        words.get(n, f"{n} was {before.get(n)}, now {new.get(n)}") for n in changed)
+    return {n: words.get(n, f"{n} was {was.get(n)}, now {new.get(n)}")
+            for n in sorted(new | before) if new.get(n) != was.get(n)}
 
 
 def move_aside(folder: Path, what: str, run: Path) -> Path:
@@ -1827,19 +1848,6 @@ def move_aside(folder: Path, what: str, run: Path) -> Path:
     return aside
 
 
-def recorded_run(output: Path) -> dict:
-    """The run.json of the run in output_dir; empty where none has begun."""
-    begun = {".lock", "run.json.building", ".DS_Store"}  # of a start that failed, or of macOS
-    names = ["a file"] if output.is_file() else []
-    if output.is_dir():
-        names = sorted({path.name for path in output.iterdir()} - begun)
-    old = read_record(output)
-    foreign = old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys()
-    refuse((names and foreign, f"--output_dir {output}: holds something else "
-            f"({', '.join(names[:3])}); choose another folder"))
-    return old
-
-
 def open_run(args: Arguments, record: dict) -> str | None:
     """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to
     mix two runs. Moved aside are a finished run with other settings, the run so far for
@@ -1850,15 +1858,22 @@ def open_run(args: Arguments, record: dict) -> str | None:
         refuse((not is_whole(named), f"--resume_from_checkpoint {wanted}: not a whole checkpoint; "
                 "use auto"))
         refuse_other(record, read_record(named), f"--resume_from_checkpoint {wanted}: of a run")
-    if old := recorded_run(output):
+    begun = {".lock", "run.json.building", ".DS_Store"}  # of a start that failed, or of macOS
+    held = output.iterdir() if output.is_dir() else [output] if output.exists() else []
+    names = sorted({path.name for path in held} - begun)
+    old = read_record(output)
+    foreign = old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys()
+    refuse((names and foreign, f"--output_dir {output}: holds something else "
+            f"({', '.join(names[:3])}); choose another folder"))
+    if old:
         changed = changed_settings(record, old)
-        other = other_settings(record, old, changed)
         if old["results"] is None:
             refuse_other(record, old, f"--output_dir {output}: an unfinished run")
         elif not changed:
             return "done"
         if old["results"] and not SCHEDULE.issuperset(changed):
-            aside = move_aside(output, f"a finished run with other settings ({other})", output)
+            what = f"a finished run with other settings ({'; '.join(changed.values())})"
+            aside = move_aside(output, what, output)
             print(f"a new run begins; to train that adapter further instead: --adapter {aside}")
         elif wanted == "none":
             move_aside(output, "the run so far", output)
@@ -1872,8 +1887,8 @@ def refuse_other(record: dict, old: dict, what: str) -> None:
     """Refuse to go on where more than the schedule differs."""
     changed = changed_settings(record, old)
     refuse((not SCHEDULE.issuperset(changed), f"{what} with other settings "
-            f"({other_settings(record, old, changed)}); give the same to go on, or begin a run in "
-            "another --output_dir, from this adapter with --adapter"))
+            f"({'; '.join(changed.values())}); give the same to go on, or begin a run in another "
+            "--output_dir, from this adapter with --adapter"))
 
 
 def move_later_aside(output: Path, step: int) -> None:
@@ -1897,11 +1912,10 @@ def check_schedule(
             if folder != asked and training.process_index == 0:
                 move_later_aside(output, step_of(folder))
             return str(folder)
-    old = read_record(asked)
-    other = other_settings(record, old, changed_settings(record, old))
+    other = changed_settings(record, read_record(asked)).values()
     raise UserError(
-        f"{asked}: cannot go on to step {steps} ({other}): its learning rates would have been "
-        "others, or it is past that step. A run with --lr_scheduler_type constant, "
+        f"{asked}: cannot go on to step {steps} ({'; '.join(other)}): its learning rates would "
+        "have been others, or it is past that step. A run with --lr_scheduler_type constant, "
         "constant_with_warmup or, before its decay, warmup_stable_decay can be prolonged; to train "
         f"this adapter further under another schedule: --adapter {asked} --output_dir ANOTHER")
 
@@ -1912,14 +1926,12 @@ def same_schedule_so_far(record: dict, checkpoint: Path, steps: int) -> bool:
     new, old = record["settings"], read_record(checkpoint)["settings"]
     if steps == state["max_steps"] and all(new.get(n) == old.get(n) for n in SCHEDULE):
         return True
-    rates = []
-    for settings, total in ((new, steps), (old, state["max_steps"])):
-        schedule = learning_rate_schedule(settings, total)
-        if not hasattr(schedule, "lr_lambdas"):
-            return False
-        rate = schedule.lr_lambdas[0]
-        rates.append([rate(step) for step in range(state["global_step"] + 1)])
-    return rates[0] == rates[1] and state["global_step"] <= steps
+    now, then = learning_rate_schedule(new, steps), learning_rate_schedule(old, state["max_steps"])
+    if not (hasattr(now, "lr_lambdas") and hasattr(then, "lr_lambdas")):
+        return False
+    rate, was = now.lr_lambdas[0], then.lr_lambdas[0]
+    so_far = range(state["global_step"] + 1)
+    return all(rate(step) == was(step) for step in so_far) and state["global_step"] <= steps
 
 
 def check_adapter(args: Arguments, record: dict) -> None:
@@ -1983,31 +1995,41 @@ def moment_bytes(optim: str) -> float:
     return 2 + 8 / 256 if "8bit" in optim else 8
 
 
+def sizes(config: Any, args: Arguments, first_new: int) -> tuple[int, int, int]:
+    """Numbers in all linear layers, in their LoRA matrices; rows of a matrix that are trained."""
+    D, M, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv = config.num_key_value_heads * D // config.num_attention_heads
+    shapes = [(D, D), (D, kv), (D, kv), (D, D), (D, M), (D, M), (M, D)]
+    rows = {"new": config.vocab_size - first_new, "all": config.vocab_size, "none": 0}
+    weights, lora = sum(a * b for a, b in shapes), args.lora_rank * sum(a + b for a, b in shapes)
+    return L * weights, L * lora, rows[args.train_embeddings]
+
+
 def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block: int) -> dict:
     """Bytes on the GPU at the peak: derived from the shapes, and held against a trace of every
     allocation (benchmarks/bench_plan.py)."""
     D, M, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     V, tokens = config.vocab_size, batch * block
-    kv = config.num_key_value_heads * D // config.num_attention_heads
-    shapes = [(D, D), (D, kv), (D, kv), (D, D), (D, M), (D, M), (M, D)]
-    weights = L * sum(a * b for a, b in shapes)
-    lora = L * sum(a + b for a, b in shapes) * args.lora_rank
-    rows = {"new": V - first_new, "all": V, "none": 0}[args.train_embeddings]
+    weights, lora, rows = sizes(config, args, first_new)
     state = 4 + 4 + moment_bytes(args.optim)  # fp32 weight and gradient
     offload = json.loads(args.activation_checkpointing_kwargs or "{}").get("offload")
     # Of each token a layer holds 9 rows of D numbers in 16 bits: what attention reads and writes,
     # the inputs of projections and of the second norm, the gradient. In the MLP six rows of M
     # numbers meet: gate, up, silu(gate), the gradient of their product, the two it splits into.
-    layer, inputs = tokens * (18 * D + 12 * M), (1 if offload else L) * tokens * D * 2
-    kept = 0 if args.activation_checkpointing else tokens * (26 * D + 8 * M)
-    if kept:  # then the norms are not recomputed either: fp32 and 16 bits each
-        layer, inputs = tokens * (28 * D + 12 * M), (L - 1) * kept
+    # Liger's SwiGLU makes no silu(gate) and writes the last two over gate and up; then a layer's
+    # weight in 16 bits counts.
+    liger = args.use_liger_kernel
+    mlp = tokens * 6 * M + 2 * D * M if liger else tokens * 12 * M
+    layer, inputs, kept = tokens * 18 * D + mlp, (1 if offload else L) * tokens * D * 2, 0
+    if not args.activation_checkpointing:  # then the norms' fp32 and 16 bits stay too
+        kept = tokens * (18 * D + 6 * M + (0 if liger else 8 * D + 2 * M))
+        layer, inputs = layer + tokens * (0 if liger else 10 * D), (L - 1) * kept
     if args.quantization == "none":  # PEFT's plain layers cast each input to fp32 and back
         layer += tokens * (6 * D + 4 * M)
-    # Hidden states and gradients, LoRA's 16-bit copies, the trained rows' gradient and copy, and a
-    # chunk of logits with its slope, or the slope with its share of that gradient.
+    # Hidden states and gradients, the trained rows' gradient and copy, and a chunk of logits with
+    # its slope, or the slope with its share of that gradient.
     chunk = LOSS_CHUNK * V * 2 + max(LOSS_CHUNK * V * 4, rows * D * 2)
-    loss = kept + tokens * D * 8 + lora * 2 + rows * D * 6 + chunk
+    loss = kept + tokens * D * 8 + rows * D * 6 + chunk
     return {
         "frozen linear layers": weights * (4.127 / 8 if args.quantization == "nf4" else 2),
         "frozen rows of embedding and head": 2 * (V - rows) * D * 2,
@@ -2028,10 +2050,7 @@ def step_seconds(config: Any, args: Arguments, first_new: int) -> float:
     to a count of what every kernel computes and moves (benchmarks/bench_plan.py)."""
     D, M, L, V = (getattr(config, name) for name in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"))
-    kv = config.num_key_value_heads * D // config.num_attention_heads
-    weights = L * (2 * D * D + 2 * D * kv + 3 * D * M)
-    lora = L * (11 * D + 2 * kv + 3 * M) * args.lora_rank
-    rows = {"new": V - first_new, "all": V, "none": 0}[args.train_embeddings]
+    weights, lora, rows = sizes(config, args, first_new)
     tokens = args.per_device_train_batch_size * args.block_size
     # Each weight works forward, again in recomputation (but for the layer's last product) and
     # backward; attention counts as 1,000 keys a token, for it runs at a quarter of the rate.
@@ -2062,7 +2081,9 @@ def print_plan(
     for line in lines:
         print(line)
     batch, block = training.per_device_train_batch_size, args.block_size
-    print(f"memory on a GPU, estimated from the shapes, at batch {batch} x {block} tokens:")
+    liger = "with" if args.use_liger_kernel else "without"
+    print(f"memory on a GPU {liger} liger-kernel, estimated from the shapes, at batch {batch} "
+          f"x {block} tokens:")
     for name, size in items(batch, block).items():
         print(f"{name:>36}: {size / 1e9:7.2f} GB")
     if args.plan_gpu:
@@ -2081,8 +2102,8 @@ def print_plan(
     blocks = range(256, config.max_position_embeddings + 1, 256)
     longest = max((b for b in blocks if items(batch, b)["in all"] <= room), default=0)
     widest = max((b for b in range(1, 257) if items(b, block)["in all"] <= room), default=0)
-    print(f"on {size / 1e9:.0f} GB: at batch {batch} the largest block is {longest}; "
-          f"at block {block} the largest batch is {widest}")
+    print(f"on {size / 1e9:.0f} GB: at batch {batch} the longest sequence is {longest} tokens; "
+          f"at {block} tokens the largest batch is {widest}")
 
 
 # --- Report --------------------------------------------------------------------------------------
@@ -2118,12 +2139,21 @@ documents held out {eval_loss}, that is {eval_bits_per_character} bits per chara
 """
 
 
+# The chart: what each panel is of, and what stands in it, a line's label as the group.
+PANELS = {
+    "loss (nats per token)": "loss|eval_loss_?(.*)",
+    "bits per character": "eval_bits_per_character_?(.*)",
+    "probes (share right)": "eval_(taiwan_wording|in_context_.+)",
+    "learning rate": "learning_(rate)"}
+
+
 class Report:
     """metrics.jsonl, the chart, the samples and the model card of a run."""
 
     def __init__(self, args: Arguments, record: dict, tokenizer: Any, facts: dict, source: Any):
         self.args, self.record, self.tokenizer, self.facts = args, record, tokenizer, facts
         self.prompt = source[0]["input_ids"][:32].tolist()
+        self.probes = all_probes(tokenizer) if args.probes else {}
         self.output, self.drawn = Path(args.output_dir), -math.inf
 
     def begin(self, blocks: Mixture, *lines: str) -> None:
@@ -2160,26 +2190,35 @@ class Report:
             print(f"warning: metrics or chart not written ({error})", flush=True)
 
     def draw(self, history: list[dict], *copies: Path) -> None:
-        """Train and eval loss over steps and tokens, the learning rate below."""
+        """The PANELS of which there is something to see, over steps and tokens."""
         from matplotlib.figure import Figure
-        train, held = ([row for row in history if n in row] for n in ("loss", "eval_loss"))
+        train = [row for row in history if "loss" in row]
         if not train or not train[-1]["tokens_seen"]:
             return
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        axes.plot([r["step"] for r in train], [r["loss"] for r in train], label="train")
-        for name in (n for n in (held[-1] if held else {}) if n.startswith("eval_loss")):
-            label = f"held out {name[10:]}".strip()
-            axes.plot([r["step"] for r in held], [r[name] for r in held], "o-", label=label)
-        title = f"{self.facts['steps']} steps, blocks of {self.args.block_size} tokens"
-        axes.set(ylabel="loss (nats per token)", title=title)
+        panels = {}
+        for title, pattern in PANELS.items():
+            found = (re.fullmatch(pattern, name) for row in history for name in row)
+            if lines := {match[0]: match[1] for match in found if match}:
+                panels[title] = lines
+        figure = Figure(figsize=(8, 1 + 2 * len(panels)), layout="constrained")
+        all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
+            for name, label in lines.items():
+                rows = [row for row in history if name in row]
+                steps, values = [r["step"] for r in rows], [r[name] for r in rows]
+                look = {"marker": "o"} if name.startswith("eval_") else {"color": "gray"}
+                label = "train" if label is None else label.replace("_", " ") or "held out"
+                axes.plot(steps, values, label=label, **look)
+            axes.set(ylabel=title)
+            if title != "learning rate":
+                axes.legend()
+            axes.grid(alpha=0.3)
+        all_axes[-1].set(xlabel="step")
+        all_axes[0].set_title(
+            f"{self.facts['steps']} steps, sequences of {self.args.block_size} tokens")
         millions = train[-1]["tokens_seen"] / train[-1]["step"] / 1e6
-        top = axes.secondary_xaxis("top", (lambda x: x * millions, lambda x: x / millions))
+        top = all_axes[0].secondary_xaxis("top", (lambda x: x * millions, lambda x: x / millions))
         top.set_xlabel("million tokens seen")
-        axes.legend()
-        axes.grid(alpha=0.3)
-        below.plot([r["step"] for r in train], [r["learning_rate"] for r in train], color="gray")
-        below.set(xlabel="step", ylabel="learning rate")
         for picture in (*copies, Path(self.args.picture)):
             picture.parent.mkdir(parents=True, exist_ok=True)
             building = picture.with_name("building." + picture.name)
@@ -2247,8 +2286,8 @@ class Report:
 
 def table_of_evaluations(held: list[dict]) -> str:
     """Each evaluation's figures, a row each, in Markdown."""
-    columns = [name for name in (held[-1] if held else {})
-               if name.startswith(("eval_loss", "eval_bits_per_character"))]
+    columns = [name for name in (held[-1] if held else {}) if name.startswith("eval_")
+               and all(isinstance(row.get(name), float) for row in held)]
     titles = ["epoch", "step", *(name[5:].replace("_", " ") for name in columns)]
     rows = [titles, ["---"] * len(titles)]
     for row in held:
@@ -2331,6 +2370,7 @@ def unusable(file: Path) -> str | None:
 def slow_device(training: Any, folder: Path) -> str | None:
     """What to say of a device on which the run will take longer than it need."""
     import torch
+    from transformers.utils import is_liger_kernel_available
     size = sum(path.stat().st_size for path in folder.glob("[!.]*.safetensors"))
     if training.use_cpu and size > LARGE_FOR_A_CPU:
         return (f"no GPU in use, so {size / 1e9:.1f} GB of weights train on the CPU, slowly; if "
@@ -2338,19 +2378,8 @@ def slow_device(training: Any, folder: Path) -> str | None:
     if training.bf16 and not training.use_cpu and torch.cuda.get_device_capability() < (8, 0):
         return (f"--bf16 true: {torch.cuda.get_device_name()} has no units for bfloat16; it has "
                 "some for float16: --bf16 false --fp16 true")
-    return None
-
-
-def nothing_held_out(args: Arguments, held_out: dict, files: list[list[Path]]) -> str | None:
-    """What to say where an evaluation is asked for and a text has too few documents for one."""
-    if args.eval_fraction == 0 or args.eval_strategy == "no":
-        return None
-    for name, dataset, found in zip(source_names(args.dataset), args.dataset, files, strict=False):
-        if name not in held_out:
-            txt = any(path.suffix == ".txt" for path in found)
-            remedy = "; a .txt is one document: one a row, as JSON Lines, would be many"
-            return (f"--dataset {dataset}: too few documents to hold one out, so nothing of it is "
-                    f"evaluated{remedy if txt else ''}")
+    if not (training.use_cpu or is_liger_kernel_available()):
+        return "liger-kernel is not installed; pip install liger-kernel trains faster"
     return None
 
 
@@ -2359,7 +2388,15 @@ def first_lines(
 ) -> list[str]:
     """What to say of the sources and the device before the first step."""
     notes = [None if args.plan else slow_device(training, folder)]  # a plan: of another machine
-    notes.append(nothing_held_out(args, held_out, files))
+    evaluated = args.eval_fraction > 0 and args.eval_strategy != "no"
+    for name, dataset, found in zip(source_names(args.dataset), args.dataset, files, strict=False):
+        if evaluated and name not in held_out:
+            remedy = "; a .txt is one document: one a row, as JSON Lines, would be many"
+            notes.append(
+                f"--dataset {dataset}: too few documents to hold one out, so nothing of it is "
+                f"evaluated{remedy if found[0].suffix == '.txt' else ''}")
+    if args.probes and held_out and not wording_pairs():
+        notes.append("data/probes/wording.txt is not here, so Taiwan's wording is not probed")
     return describe_sources(args, training, blocks) + [f"note: {note}" for note in notes if note]
 
 
@@ -2374,17 +2411,16 @@ def main(argv: list[str] | None = None) -> None:
         return print_plan(args, training, config, first_new, {})
     files = [text_files(path) for path in args.dataset]
     files += [text_files(path, "--eval_dataset") for path in eval_texts(args).values()]
-    known = known_sums(Path(args.cache_dir))
-    sums = [text_sums(found, known) for found in files]
-    keys = [dataset_key(found, folder, of) for found, of in zip(files, sums, strict=True)]
+    cache = Path(args.cache_dir)
+    keys = [dataset_key(found, folder, text_sums(found, cache)) for found in files]
     record = describe_run(args, training, folder, first_new, keys[: len(args.dataset)])
     check_adapter(args, record)
     with training.main_process_first():  # of several processes one moves and tokenises
         checkpoint = None if args.plan else open_run(args, record)
         if checkpoint == "done":
             return print(f"already done: {args.output_dir} holds this very run, finished")
-        corpora = [tokenize(found, tokenizer, Path(args.cache_dir) / key[:16], of)
-                   for found, key, of in zip(files, keys, sums, strict=True)]
+        corpora = [tokenize(found, tokenizer, cache / key[:16])
+                   for found, key in zip(files, keys, strict=True)]
     blocks, held_out = pack_sources(corpora, args, training, tokenizer.eos_token_id or 0)
     facts = count(corpora, blocks, held_out, training)
     lines = first_lines(args, training, folder, blocks, held_out, files)

@@ -577,17 +577,19 @@ def command_words(batch: int, block: int, rows: str = "new", offload: bool = Fal
 
 
 def measured(shape: str, rows: str, offload: bool, detail: int, options: list[str]) -> dict:
-    """Trace one shape without Liger's kernels, which take room away, and again to see what lives
-    at the peak; then with them. Print it."""
+    """Trace one shape as where liger-kernel is installed, and again to see what lives at the peak;
+    then without it. Print it."""
     batch, block = map(int, shape.split("x"))
     words = command_words(batch, block, rows, offload) + options
-    first = trace(words, Memory(None), with_liger=False)
-    second = trace(words, Memory(first.peak_at), with_liger=False)
-    less = trace(words, Memory(None)).peak
+    first = trace(words, Memory(None))
+    second = trace(words, Memory(first.peak_at))
     assert second.peak_at == first.peak_at, "two traces of the same differ"
+    without = trace(words, Memory(None), with_liger=False)
     config = SimpleNamespace(**SIZES)
-    planned = script.memory_items(config, first.args, LLAMA_2_PIECES, batch, block)
-    total = sum(planned.values())
+    planned, other = (
+        script.memory_items(config, account.args, LLAMA_2_PIECES, batch, block)
+        for account in (first, without))
+    total, total_without = sum(planned.values()), sum(other.values())
     title = f"{shape}, --train_embeddings {rows}{', offload' if offload else ''}"
     print(f"\n{title}: {first.peak / 1e9:.2f} GB, traced; the peak is in {first.moment}")
     kinds, groups = Counter({"workspace of that kernel": second.workspace}), Counter()
@@ -598,14 +600,15 @@ def measured(shape: str, rows: str, offload: bool, detail: int, options: list[st
     for name, size in [*kinds.most_common(), ("--plan", total), *planned.items()]:
         note = f"  {total / first.peak - 1:+.1%}" if name == "--plan" else ""
         print(f"{name:>40}: {size / 1e9:7.2f} GB{note}")
-    print(f"with Liger's kernels: {less / 1e9:.2f} GB")
+    off = f"{total_without / without.peak - 1:+.1%}; the peak is in {without.moment}"
+    print(f"without Liger: {without.peak / 1e9:.2f} GB, --plan {total_without / 1e9:.2f} GB {off}")
     print("peaks: " + ", ".join(f"{phase} {n / 1e9:.2f}" for phase, n in first.phases.items()))
     for name, size in groups.most_common(detail):
         print(f"{size / 1e9:11.2f} GB  {name}")
     return {
         "shape": shape, "offload": offload, "train_embeddings": rows,
-        "traced_gb": first.peak / 1e9, "with_liger_gb": less / 1e9, "plan_gb": total / 1e9,
-        "moment": first.moment,
+        "traced_gb": first.peak / 1e9, "plan_gb": total / 1e9, "moment": first.moment,
+        "without_liger_gb": without.peak / 1e9, "plan_without_liger_gb": total_without / 1e9,
         "at_the_peak_gb": {name: size / 1e9 for name, size in kinds.most_common()}}
 
 

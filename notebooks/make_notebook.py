@@ -41,13 +41,13 @@ INTRO = """\
 - 每支腳本整份貼在一格（收合著，點開就能讀），下一格用 `main([...])` 執行它，選項和命令列一樣。每支\
 腳本都定義自己的 `main`，所以要回頭重跑某一步時，先執行它的腳本格，再執行呼叫格。
 
-迷你 Llama 只有不到三百萬個權重、語料只有五萬多字，它寫出來的句子只證明整條路是通的。
+迷你 Llama 只有不到三百萬個權重、語料只有五萬多字，它寫出來的句子只證明整個流程跑得通。
 
 ---
 
-Four scripts, one road: filter web pages into clean Taiwan Traditional Chinese, extend a Llama's
-vocabulary, continue its pretraining, merge the result into weights to use. This notebook walks it
-from end to end on the project's own sample of some 200 pages and a tiny Llama.
+Four scripts, one pipeline: filter web pages into clean Taiwan Traditional Chinese, extend a
+Llama's vocabulary, continue its pretraining, and merge the result into usable weights. This
+notebook runs all of it on the project's own sample of some 200 pages and a tiny Llama.
 
 - **How long**: about three minutes on two CPU cores; on Colab a few minutes more, to install.
 - **No GPU and no Llama 2 licence are needed.** Nothing but packages is downloaded: the scripts and
@@ -59,7 +59,7 @@ from end to end on the project's own sample of some 200 pages and a tiny Llama.
   step, run its script's cell first, then the call.
 
 The tiny Llama has under three million weights and the corpus 55,000 characters: what it writes
-proves only that the road is open."""
+proves only that the pipeline runs end to end."""
 
 INSTALL_TEXT = """\
 ## 準備 · Getting ready
@@ -145,7 +145,7 @@ if "WORK" not in globals():
     WORK = Path("luojiu").resolve()
 WORK.mkdir(exist_ok=True)
 os.chdir(WORK)
-if not Path("data/filter").exists():
+if not Path("data/probes").exists():
     with tarfile.open(fileobj=io.BytesIO(base64.b64decode(ARCHIVE)), mode="r:xz") as tar:
         tar.extractall("data", filter="data")
 sys.path.insert(0, "data/sample")
@@ -294,12 +294,12 @@ merged model about 14 GB each, more than a free Drive's 15 GB; training is made 
 
 
 def pack_sample() -> str:
-    """Return in base64 the sample (the pages, what packs them, the tiny Llama's maker) and the word
-    lists of filter_cc.py."""
+    """Return in base64 the sample (the pages, what packs them, the tiny Llama's maker) and the
+    lists of filter_cc.py and train_pt.py."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:xz", preset=9) as tar:
         folder = ROOT / "data"
-        chosen = ("sample/*.py", "sample/pages/*.txt", "filter/*.txt")
+        chosen = ("sample/*.py", "sample/pages/*.txt", "filter/*.txt", "probes/*.txt")
         for path in sorted(path for pattern in chosen for path in folder.glob(pattern)):
             entry = tarfile.TarInfo(str(path.relative_to(folder)))  # no date, no owner
             entry.size = path.stat().st_size

@@ -56,11 +56,12 @@ def test_the_plan_agrees_with_the_account_of_every_tensor():
     for row in table["memory"]["results"]:
         batch, block = map(int, row["shape"].split("x"))
         options = json.dumps({"offload": row["offload"]})
-        args = train_pt.Arguments(
-            optim="adamw_8bit", activation_checkpointing=True,
-            activation_checkpointing_kwargs=options)
-        predicted = sum(train_pt.memory_items(llama, args, 32_000, batch, block).values()) / 1e9
-        assert predicted == pytest.approx(row["traced_gb"], rel=0.01), row
+        for liger, traced in ((True, "traced_gb"), (False, "without_liger_gb")):
+            args = train_pt.Arguments(
+                optim="adamw_8bit", activation_checkpointing=True, use_liger_kernel=liger,
+                activation_checkpointing_kwargs=options)
+            items = train_pt.memory_items(llama, args, 32_000, batch, block)
+            assert sum(items.values()) / 1e9 == pytest.approx(row[traced], rel=0.01), (liger, row)
 
 
 @pytest.fixture(scope="module")

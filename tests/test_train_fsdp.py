@@ -91,7 +91,7 @@ def train_sharded(folder: Path, *runs: list[str], stop: bool = False) -> None:
 # Rows that two processes cannot share evenly.
 BRIEF = ["--max_steps", "5", "--bf16", "false", "--base_vocab_size", "801"]
 RUNS = {
-    "none": [*BRIEF, "--quantization", "none"],
+    "none": [*BRIEF, "--quantization", "none", "--probes", "true"],
     "nf4": [*BRIEF, "--quantization", "nf4"],
     "whole": ["--max_steps", "8", "--save_total_limit", "5", "--lora_dropout", "0.3",
               "--activation_checkpointing", "true"],
@@ -133,6 +133,9 @@ def test_the_parts_train_as_one_process_does_with_the_same_global_batch(
     folder = str(parts / quantization)
     assert losses(folder, "loss") == pytest.approx(losses("one", "loss"), rel=1e-4)
     assert losses(folder, "eval_loss") == pytest.approx(losses("one", "eval_loss"), rel=1e-4)
+    probed = "eval_taiwan_wording"
+    assert losses(folder, probed) == pytest.approx(losses("one", probed), abs=0.01)
+    assert bool(losses(folder, probed)) == (quantization == "none")
     one, sharded = weights("one"), weights(folder)
     assert one.keys() == sharded.keys()
     for key in one:

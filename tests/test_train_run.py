@@ -216,9 +216,12 @@ def test_a_gpu_without_bfloat16_is_noted(capability, noted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     training = SimpleNamespace(use_cpu=False, bf16=True)
-    note = train_pt.slow_device(training, TINY)
-    assert note == ("--bf16 true: Tesla T4 has no units for bfloat16; it has some for float16: "
-                    "--bf16 false --fp16 true" if noted else None)
+    for here in (True, False):
+        monkeypatch.setattr("transformers.utils.is_liger_kernel_available", lambda here=here: here)
+        without = None if here else "liger-kernel is not installed; pip install liger-kernel trains"
+        note = train_pt.slow_device(training, TINY)
+        assert note == ("--bf16 true: Tesla T4 has no units for bfloat16; it has some for float16: "
+                        "--bf16 false --fp16 true" if noted else without and f"{without} faster")
 
 
 def test_what_would_fail_in_an_evaluation_fails_before_the_first_step(command, monkeypatch):
@@ -318,7 +321,7 @@ def test_the_plan_trains_nothing_and_says_what_fits(command, capsys):
     output = capsys.readouterr().out
     assert "documents: 24" in output
     assert "steps: 12" in output
-    assert "the largest block is 4096" in output
+    assert "the longest sequence is 4096 tokens" in output
     assert not Path("pt").exists()
 
 

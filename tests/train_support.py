@@ -46,6 +46,7 @@ def short_run(text: Path, *options: object, name: object = "pt") -> list[str]:
         "--logging_steps": 1,
         "--learning_rate": 0.01,
         "--sample_tokens": 4,
+        "--probes": "false",  # as long as the whole run; test_train_probes.py turns them on
     }
     return [str(w) for pair in words.items() for w in pair] + [str(o) for o in options]
 
