@@ -476,25 +476,18 @@ def file_sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def text_sums(files: list[Path], known: dict[str, str]) -> dict[str, str]:
-    """The sha256 of each file, by its path, size and times: while these stay the same, a file whose
-    sum is known is not read again."""
-    sums = {}
-    for path in files:
+def input_sums(base_folder: Path, files: dict[str, list[Path]], known: dict) -> dict[str, str]:
+    """What identifies everything that is read: a fingerprint of the base's weights, as the other
+    scripts take it (a sum of 13.5 GB would take as long as copying them), and a sum of each other
+    file. A file whose path, size and times are those of a known sum is not read again."""
+    papers = [path for name in ("tokenizer.model", "tokenizer_config.json", *PAPERS)
+              for path in sorted(base_folder.glob(name))]
+    sums = {"base": fingerprint(base_folder)}
+    for path in filter(Path.is_file, chain(papers, *files.values())):
         stat = path.stat()
         seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
         sums[seen] = known.get(seen) or file_sum(path)
     return sums
-
-
-def input_sums(base_folder: Path, files: dict[str, list[Path]], known: dict) -> dict[str, str]:
-    """What identifies everything that is read: a fingerprint of the base's weights, as the other
-    scripts take it (a sum of 13.5 GB would take as long as copying them), and a sum of each other
-    file."""
-    papers = [path for name in ("tokenizer.model", "tokenizer_config.json", *PAPERS)
-              for path in sorted(base_folder.glob(name))]
-    read = filter(Path.is_file, [*papers, *chain.from_iterable(files.values())])
-    return {"base": fingerprint(base_folder)} | text_sums([*read], known)
 
 
 def fetch_hongloumeng(path: Path) -> None:
