@@ -315,7 +315,7 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
-    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
         return
@@ -380,11 +380,23 @@ def pickled(folder: Path) -> str | None:
         f"dtype='auto').save_pretrained('{folder}')\"")
 
 
+def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
+    """The files that Transformers loads: the single one, else those of the index, in name order.
+    Empty if there is neither, or the index cannot be read."""
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file():
+        return [folder / name]
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return []
+
+
 def fingerprint(folder: Path) -> str:
     """Name a model's weights without reading gigabytes: the sha256 of config.json and, for every
-    *.safetensors in name order, its name, its header and both ends (1,024 bytes) of each tensor."""
+    weight file in name order, its name, its header and both ends (1,024 bytes) of each tensor."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("[!.]*.safetensors")):
+    for path in filter(Path.is_file, weight_files(folder)):
         with path.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
             digest.update(path.name.encode() + header)
@@ -1670,6 +1682,9 @@ class ForgivingStream:
 @contextmanager
 def ignore_write_errors() -> Iterator[None]:
     """Let no run end because nobody reads what it prints."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     out, err = ForgivingStream(sys.stdout), ForgivingStream(sys.stderr)
     try:
         with redirect_stdout(out), redirect_stderr(err):
