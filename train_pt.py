@@ -260,13 +260,9 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
             parser.error(f"--{name} {value}: {reason}")
     if unknown:
         parser.error(f"unknown option: {' '.join(unknown)}; --help and --help_trainer list them")
-    try:
+    with refusals_of_trainer():
         training, _ = trainer_parser.parse_args_into_dataclasses(rest, **parse)
-        training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
-        if not args.plan:
-            try_trainer(training)
-    except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
-        parser.error(" ".join(str(error).split()))
+    training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     if asked.greater_is_better is None and training.metric_for_best_model:  # by its kind
         name = training.metric_for_best_model.removeprefix("eval_")
         training.greater_is_better = name.startswith(SHARES)
@@ -313,7 +309,7 @@ def try_trainer(training: Any) -> None:
     from transformers import Trainer
     options, rows = copy(training), [{"labels": 0}]
     options.report_to = []
-    with TemporaryDirectory() as options.output_dir:  # Trainer makes its folder
+    with TemporaryDirectory() as options.output_dir, refusals_of_trainer():  # it makes its folder
         trainer = Trainer(torch.nn.Linear(1, 1), options, train_dataset=rows, eval_dataset=rows)
         trainer.create_optimizer()
         trainer.get_train_dataloader()
@@ -369,6 +365,15 @@ def user_errors() -> Iterator[None]:
         message, code = f"error: {error}", 1
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+@contextmanager
+def refusals_of_trainer() -> Iterator[None]:
+    """Turn what Transformers and Accelerate say of an option into one line."""
+    try:
+        yield
+    except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def refuse(*findings: tuple[Any, str]) -> None:
@@ -473,9 +478,7 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
         raise UserError(f"{option} {folder}: is not whole ({reason}); fetch it again") from error
     rows, positions = config.vocab_size, config.max_position_embeddings
     pieces = len(tokenizer or ())
-    made = read_record(folder)
-    extended = made.get("script") == "extend_vocab.py"
-    recorded = (made.get("results") or {}).get("base_vocab_size") if extended else None
+    recorded = (read_record(folder).get("results") or {}).get("base_vocab_size")
     first = min(args.base_vocab_size or recorded or LLAMA_2_PIECES, rows)
     model = f"{option} {folder}"
     widths = {name: getattr(config, name, 0) for name in ("hidden_size", "intermediate_size")}
@@ -2569,6 +2572,8 @@ def main(argv: list[str] | None = None) -> None:
     """Read, check, tokenise, pack, build, train, report."""
     args, training = parse_args(argv)
     check(args)
+    if not args.plan:
+        try_trainer(training)
     folder, config, tokenizer, first_new = load_base(args)
     if args.plan and not (tokenizer and all(Path(path).exists() for path in args.dataset)):
         return print_plan(args, training, config, first_new, {})
