@@ -108,7 +108,8 @@ def test_a_base_that_lacks_tensors_is_refused_before_it_loads(
      ({"num_hidden_layers": 5}, "model.layers.4.input_layernorm.weight is missing"),
      ({"num_key_value_heads": 1}, "k_proj.weight is"),
      ({"pad_token_id": 1000}, "config.json is not whole (Padding_idx"),
-     ({"num_attention_heads": 0}, "config.json is not whole")])
+     ({"num_attention_heads": 0}, "is not whole (integer modulo by zero)"),
+     ({"hidden_size": "wide"}, "is not whole (")])
 def test_a_configuration_that_the_weights_contradict(
     change, says, command, tmp_path, monkeypatch, capsys
 ):
@@ -184,7 +185,7 @@ def test_a_list_given_in_two_places_is_refused(option, text, capsys):
         (["--optim", "lomo"], "lomo"),
         (["--optim", "schedule_free_adamw"], "schedulefree"),
         (["--optim", "adamw_torch_4bit"], "torchao"),
-        (["--optim_args", "no_such=1"], "no_such"),
+        (["--optim_args", "no_such"], "values to unpack"),
         (["--ignore_data_skip", "true"], "--ignore_data_skip True: expected false"),
         (["--base_vocab_size", "5000"], "--base_vocab_size 5000: the model has only 1000 rows"),
         (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "64"],
