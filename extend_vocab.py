@@ -31,7 +31,9 @@ long as cp -r); 20 s of CPU and 1 GB for each 10 million characters of corpus.
 import argparse
 import errno
 import fcntl
+import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -41,14 +43,12 @@ import urllib.request
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from hashlib import sha256
 from importlib.metadata import version
 from io import BytesIO
 from itertools import accumulate, chain
-from math import log
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
@@ -65,6 +65,7 @@ HONGLOUMENG_URL = "https://www.gutenberg.org/cache/epub/24264/pg24264.txt"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
+PAPERS = ("generation_config.json", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 HELD_OUT = 50  # one document in so many is kept out of training, for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
@@ -77,7 +78,8 @@ PACKAGES = ("sentencepiece", "transformers", "tokenizers", "safetensors", "torch
 AGAIN = "copy or download it again"
 # Errors of a file system that has no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-FOREIGN = {".DS_Store", ".ipynb_checkpoints"}  # what a file manager or Jupyter leaves in a folder
+# What a file manager, Jupyter or a file system leaves in a folder.
+FOREIGN = {".DS_Store", ".ipynb_checkpoints", "lost+found"}
 
 # Characters without a glyph: controls, soft hyphen, zero-width, line and paragraph separators,
 # directions, variation selectors, tags. No new piece holds one.
@@ -158,13 +160,23 @@ class Arguments:
     overwrite: bool = option(False, "Build anew even if --output_dir holds a finished run.")
 
 
+def refuse_twice(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Refuse a list given in two places: argparse would drop the first without a word."""
+    given = [str(word).partition("=")[0].replace("-", "_") for word in argv]
+    for setting in fields(Arguments):
+        if "list[" in str(setting.type) and given.count(f"__{setting.name}") > 1:
+            name = f"--{setting.name}"
+            parser.error(f"{name} is given twice; give it once, with all values: {name} A B")
+
+
 def parse_args(argv: list[str] | None) -> Arguments:
     """Read the command line (None: sys.argv; in a notebook nothing); exit code 2 if it is wrong."""
     parser = HfArgumentParser(
         Arguments, description=__doc__, formatter_class=HelpFormatter,
         usage="%(prog)s [options]", allow_abbrev=False)
-    if argv is None and "__file__" not in globals():
-        argv = []  # a notebook's sys.argv is Jupyter's own
+    if argv is None:  # a notebook's sys.argv is Jupyter's own
+        argv = sys.argv[1:] if "__file__" in globals() else []
+    refuse_twice(parser, argv)
     args, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
@@ -204,7 +216,7 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
-    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
         return
@@ -220,6 +232,44 @@ def user_errors() -> Iterator[None]:
         message, code = f"error: {error}", 1
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+class ForgivingStream:
+    """A stream whose write errors are ignored: the terminal may be closed, the same Ctrl-C may have
+    ended `tee`, or a signal may come in the middle of writing (RuntimeError)."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, RuntimeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, RuntimeError):
+            self.stream.flush()
+
+
+@contextmanager
+def ignore_write_errors() -> Iterator[None]:
+    """Let no run end because nobody reads what it prints."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    out, err = ForgivingStream(sys.stdout), ForgivingStream(sys.stderr)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
+    finally:
+        for name in ("stdout", "stderr"):
+            try:
+                getattr(sys, name).flush()
+            except OSError:  # it would fail again when Python ends
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def refuse(*findings: tuple[Any, str]) -> None:
@@ -260,10 +310,39 @@ def find_model(name_or_path: str, option: str) -> Path:
     return Path(snapshot)
 
 
+def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
+    """The files that Transformers loads: the single one, else those of the index, in name order.
+    Empty if there is neither, or the index cannot be read."""
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file():
+        return [folder / name]
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return []
+
+
+def fingerprint(folder: Path) -> str:
+    """Name a model's weights without reading gigabytes: the sha256 of config.json and, for every
+    weight file in name order, its name, its header and both ends (1,024 bytes) of each tensor."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in filter(Path.is_file, weight_files(folder)):
+        with path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            digest.update(path.name.encode() + header)
+            tensors = json.loads(header)
+            tensors.pop("__metadata__", None)
+            for begin, end in sorted(t["data_offsets"] for t in tensors.values()):
+                for start in (begin, max(begin, end - 1024)):
+                    file.seek(8 + len(header) + start)
+                    digest.update(file.read(min(1024, end - begin)))
+    return digest.hexdigest()
+
+
 def load_json(path: Path, shown: str) -> dict:
     """A JSON object, or an error that names the option by which the file came."""
     with suppress(ValueError):  # not UTF-8, or not JSON
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(found, dict):
             return found
     raise UserError(f"{shown}: {path} is broken; expected a JSON object; {AGAIN}")
@@ -277,8 +356,8 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     try:
         base.ParseFromString((folder / "tokenizer.model").read_bytes())
     except Exception as error:
-        wrong = f"tokenizer.model is missing or not SentencePiece's ({error})"
-        raise UserError(f"{given}: {wrong}; {expected}") from error
+        wrong = f"tokenizer.model is missing or not SentencePiece's ({error}); if it was cloned, "
+        raise UserError(f"{given}: {wrong}run git lfs pull; {expected}") from error
     spec, normal, size = base.trainer_spec, base.normalizer_spec, len(base.pieces)
     rules = [spec.model_type == spec.BPE, min(spec.unk_id, spec.bos_id, spec.eos_id) >= 0]
     rules += [not normal.precompiled_charsmap, not normal.remove_extra_whitespaces]
@@ -292,17 +371,22 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
         (not size < args.vocab_size < 10**7, f"--vocab_size {args.vocab_size}: expected more than "
          f"the base's {size} and less than 10 million"))
     config, shards = load_json(folder / "config.json", given), find_shards(folder, given)
-    matrices = {name: found for inside in shards.values() for name, found in inside.items()}
+    tensors = {name: found for inside in shards.values() for name, found in inside.items()}
+    matrices = {name: tensors[name] for name in tensors.keys() & {EMBEDDING, HEAD}}
     rows = {EMBEDDING: 0} if config.get("tie_word_embeddings") else {EMBEDDING: 0, HEAD: 0}
-    rows |= {name: count for name, (count, _) in matrices.items()}
+    rows |= {name: shape[0] for name, (shape, _) in matrices.items()}
     rows["config.json"] = config.get("vocab_size")
     dtypes = {dtype for _, dtype in matrices.values()}
     refuse(
         (set(rows.values()) != {size},
          f"{given}: its tokenizer.model has {size} pieces, its rows are {rows}; expected the same "
          "number everywhere (no padding rows, no added tokens)"),
-        ("quantization_config" in config or not dtypes <= {"BF16", "F16", "F32"},
+        (config.get("quantization_config") or not dtypes <= {"BF16", "F16", "F32"},
          f"{given}: is quantised; expected weights in bf16, fp16 or fp32"))
+    if config.get("model_type") == "llama":  # a tied head and old buffers may be there too
+        found = {name: shape for name, (shape, _) in tensors.items() if "inv_freq" not in name}
+        tied = {HEAD: found.get(HEAD)} if HEAD in found and HEAD not in rows else {}
+        expect(found, llama_shapes(config, given) | tied, given, "by config.json", AGAIN)
     if args.init == "subtoken" and HEAD not in matrices:
         args.init = "mean_subtoken"  # one matrix has to serve both ends
     if args.init in TAUGHT:
@@ -317,6 +401,44 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
     return base, config, shards
 
 
+def expect(found: dict, expected: dict, shown: str, why: str, remedy: str) -> None:
+    """Refuse a model whose tensors are not those expected; the first of them by name is shown."""
+    names = sorted(found.keys() | expected.keys())
+    if wrong := [name for name in names if found.get(name) != expected.get(name)]:
+        has, due = found.get(wrong[0], "missing"), expected.get(wrong[0], "no such tensor")
+        more = f" ({len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+        raise UserError(f"{shown}: {wrong[0]} is {has}; expected {due} {why}{more}; {remedy}")
+
+
+def llama_shapes(config: dict, shown: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a Llama of this config has. (Transformers would tell too, from an empty
+    model, but importing its models takes as long as merging a gigabyte.)"""
+    sizes = {key: config.get(key) for key in (
+        "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",
+        "num_hidden_layers")}
+    for key, number in sizes.items():
+        if not isinstance(number, int) or number < 1:
+            wrong = f"config.json: {key} is {number}; expected a number above 0"
+            raise UserError(f"{shown}: {wrong}; {AGAIN}")
+    width, inner, rows, heads, layers = sizes.values()
+    size = config.get("head_dim") or width // heads
+    wide, narrow = heads * size, (config.get("num_key_value_heads") or heads) * size
+    matrices = {
+        "self_attn.q_proj": (wide, width), "self_attn.k_proj": (narrow, width),
+        "self_attn.v_proj": (narrow, width), "self_attn.o_proj": (width, wide),
+        "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner)}
+    layer = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
+    for name, shape in matrices.items():
+        layer[f"{name}.weight"] = shape
+        if config.get("attention_bias" if "attn" in name else "mlp_bias"):
+            layer[f"{name}.bias"] = shape[:1]
+    head = {} if config.get("tie_word_embeddings") else {HEAD: (rows, width)}
+    return {EMBEDDING: (rows, width), "model.norm.weight": (width,)} | head | {
+        f"model.layers.{i}.{name}": shape
+        for i in range(layers) for name, shape in layer.items()}
+
+
 def pickled(folder: Path) -> str | None:
     """Of a model whose weights are in .bin files: what is wrong, and the command that mends it."""
     names = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
@@ -326,27 +448,46 @@ def pickled(folder: Path) -> str | None:
         f"dtype='auto').save_pretrained('{folder}')\"")
 
 
-def find_shards(folder: Path, given: str) -> dict[Path, dict[str, tuple[int, str]]]:
-    """The model's safetensors files, each whole: rows and dtype of embedding and head in it."""
+def find_shards(folder: Path, given: str) -> dict[Path, dict[str, tuple[tuple, str]]]:
+    """The model's safetensors files, each whole: shape and dtype of every tensor in it."""
     from safetensors import SafetensorError, safe_open
-    index, names, shards = folder / INDEX, {"model.safetensors"}, {}
-    if index.is_file():
-        names = set(load_json(index, given).get("weight_map", {}).values())
-    for path in (folder / name for name in sorted(names)):
-        if not path.is_file():
-            wrong = pickled(folder) or f"{path.name} is missing; expected *.safetensors; {AGAIN}"
-            raise UserError(f"{given}: {wrong}")
+    paths, shards = weight_files(folder), {}
+    wrong = f"no model.safetensors there, nor its index that can be read; {AGAIN}"
+    refuse((not paths, f"{given}: {pickled(folder) or wrong}"))
+    for path in paths:
         try:
             with safe_open(path, "np") as file:  # it holds the header against the file's size
-                inside = {n: file.get_slice(n) for n in {EMBEDDING, HEAD}.intersection(file.keys())}
-                shards[path] = {n: (p.get_shape()[0], p.get_dtype()) for n, p in inside.items()}
+                inside = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                shards[path] = {
+                    n: (tuple(p.get_shape()), p.get_dtype()) for n, p in inside.items()}
         except (SafetensorError, OSError) as error:
-            wrong = f"{path.name} is cut short, locked or is not a safetensors file ({error})"
-            raise UserError(f"{given}: {wrong}; {AGAIN}") from error
+            wrong = f"is cut short, locked or is not a safetensors file ({error})"
+            wrong = wrong if path.is_file() else "is missing"
+            raise UserError(f"{given}: {path.name} {wrong}; {AGAIN}") from error
     return shards
 
 
 # --- The corpus ----------------------------------------------------------------------------------
+
+
+def file_sum(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def input_sums(base_folder: Path, files: dict[str, list[Path]], known: dict) -> dict[str, str]:
+    """What identifies everything that is read: a fingerprint of the base's weights, as the other
+    scripts take it (a sum of 13.5 GB would take as long as copying them), and a sum of each other
+    file. A file whose path, size and times are those of a known sum is not read again."""
+    papers = [path for name in ("tokenizer.model", "tokenizer_config.json", *PAPERS)
+              for path in sorted(base_folder.glob(name))]
+    sums = {"base": fingerprint(base_folder)}
+    for path in filter(Path.is_file, chain(papers, *files.values())):
+        stat = path.stat()
+        seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+        sums[seen] = known.get(seen) or file_sum(path)
+    return sums
 
 
 def fetch_hongloumeng(path: Path) -> None:
@@ -787,7 +928,7 @@ def distill(llama, rows, windows: list[list[int]], table: list[list[int]], state
     import torch
     peak, done = DISTILL_RATE * llama.get_input_embeddings().weight.float().std().item(), 0
     optimizer = torch.optim.Adam([rows.requires_grad_()], betas=(0.9, 0.95))
-    key = sha256(repr([llama.name_or_path, windows, table]).encode()).hexdigest()
+    key = hashlib.sha256(repr([llama.name_or_path, windows, table]).encode()).hexdigest()
     if state.is_file() and (saved := torch.load(state, map_location="cpu"))["key"] == key:
         done = saved["done"]
         optimizer.load_state_dict(saved["optimizer"])
@@ -844,21 +985,19 @@ def taught_rows(
 
 def resize_model(folder: Path, base_folder: Path, shards: dict, rows_of, more: int) -> None:
     """Copy the base into the folder and append that many rows to embedding and head."""
-    needed, total = 1.3 * sum(path.stat().st_size for path in shards), 0
-    if needed > (free := shutil.disk_usage(folder).free):
-        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-    for path, matrices in tqdm(shards.items(), "writing", unit=" files"):
+    total = 0
+    for path, tensors in tqdm(shards.items(), "writing", unit=" files"):
         target = folder / path.name
-        if matrices:
+        if tensors.keys() & {EMBEDDING, HEAD}:
             grow_shard(path, target, rows_of, more)
         else:
             shutil.copyfile(path, target)
         with target.open("rb") as file:
             total += target.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    for name in ("generation_config.json", "*.jinja", "LICENSE*", "USE_POLICY*"):
+    for name in PAPERS:
         for path in filter(Path.is_file, base_folder.glob(name)):
             shutil.copyfile(path, folder / path.name)
-    if (base_folder / INDEX).is_file():
+    if base_folder / "model.safetensors" not in shards:
         index = load_json(base_folder / INDEX, f"--base_model {base_folder}")
         save_json(folder / INDEX, index | {"metadata": {"total_size": total}})
 
@@ -933,7 +1072,7 @@ def bits_per_character(llama, model, texts: list[str]) -> float:
             with torch.inference_mode():
                 logits = llama(input_ids=window).logits[0, :-1, : len(model.pieces)].float()
             nats += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
-    return nats / log(2) / sum(map(len, texts))
+    return nats / math.log(2) / sum(map(len, texts))
 
 
 def show(report: dict, text: str, model, picture: Path) -> None:
@@ -963,28 +1102,45 @@ def show(report: dict, text: str, model, picture: Path) -> None:
 # --- The output folder ---------------------------------------------------------------------------
 
 
-def already_done(output: Path, record: dict) -> bool:
-    """Whether the output folder holds this same run, finished. Any other content is refused."""
+def earlier_run(output: Path) -> dict:
+    """The run.json of the run in the output folder; empty if there is none. Any other content is
+    refused."""
     refuse_dead_link(output, "--output_dir")
-    if not output.exists():
-        return False
-    if output.is_dir() and all(path.name in FOREIGN for path in output.iterdir()):
-        return False
-    given, path, now = f"--output_dir {output}", output / "run.json", record["arguments"]
+    given, path = f"--output_dir {output}", output / "run.json"
+    if not output.exists() or (output.is_dir() and FOREIGN.issuperset(os.listdir(output))):
+        return {}
     then = load_json(path, given) if path.is_file() else {}
-    if then.get("script") != record["script"]:
+    if then.get("script") != "extend_vocab.py":
         raise UserError(f"{given}: extend_vocab.py did not make it; pass a new or empty folder")
+    return then
+
+
+def already_done(output: Path, record: dict, then: dict) -> bool:
+    """Whether the output folder holds this same run, finished. Another run is refused."""
+    given, now = f"--output_dir {output}", record["arguments"]
+    if not then:
+        return False
     if now["overwrite"]:
+        refuse_others(output, then, given)
         return False
     before = asdict(Arguments()) | (then.get("arguments") or {})
     before |= {name: now[name] for name in ("overwrite", "picture")}
     differing = [f"--{name}" for name in now if now[name] != before.get(name)]
-    differing += ["the files it reads"] if record["inputs"] != then.get("inputs") else []
+    sums, sums_then = record["inputs"], then.get("inputs") or {}  # the keys hold paths and times
+    differing += ["the files it reads"] if [*sums.values()] != [*sums_then.values()] else []
     if differing:
         wrong = f"it holds a run with other settings ({', '.join(differing)})"
         raise UserError(f"{given}: {wrong}; add --overwrite to replace it, or pass another folder")
     print(f"already done: {output} (--overwrite builds it anew)")
     return True
+
+
+def refuse_others(output: Path, record: dict, shown: str) -> None:
+    """Refuse to replace a folder that holds files besides those that run.json lists."""
+    names = {*os.listdir(output)}
+    others = sorted(names - {*record.get("written", names)} - FOREIGN)
+    refuse((others, f"{shown}: {', '.join(others[:3])} there, {len(others)} in all, is not of the "
+            "earlier run and would be lost; move it away, or pass another folder"))
 
 
 def save_json(path: Path, content: dict) -> None:
@@ -1008,10 +1164,13 @@ def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") ->
 
 
 @contextmanager
-def build_aside(output: Path) -> Iterator[Path]:
+def build_aside(output: Path, nbytes: float = 0) -> Iterator[Path]:
     """A hidden folder beside the output, which takes its place when all is well and is removed when
-    not. A lock keeps a second run out; what a killed run left, the next one takes over."""
+    not. A lock keeps a second run out; what a killed run left, the next one takes over. Refused are
+    an output that cannot be renamed, and a disk without room for nbytes."""
     shown, output = f"--output_dir {output}", output.resolve()  # beside what a link leads to
+    fixed = f"{shown}: a mount or the current folder, which cannot be replaced; pass a folder in it"
+    refuse((Path.cwd().is_relative_to(output), fixed))
     partial, old = (output.with_name(f".{output.name}.{word}") for word in ("partial", "old"))
 
     def tidy() -> None:
@@ -1035,6 +1194,13 @@ def build_aside(output: Path) -> Iterator[Path]:
             tidy()
             for path in partial.iterdir():
                 path.unlink()
+            if output.exists():  # try it now, not after the work
+                output.rename(old)
+                tidy()
+            if nbytes > (free := shutil.disk_usage(partial).free):
+                remedy = "make room or pass a folder on another disk"
+                found = f"{nbytes / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; {remedy}"
+                raise OSError(errno.ENOSPC, found)
             yield partial
             for path in partial.iterdir():
                 with path.open("r+b") as file:
@@ -1045,6 +1211,7 @@ def build_aside(output: Path) -> Iterator[Path]:
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise UserError(f"{shown}: {error.filename} is in the way; move it away") from error
         except OSError as error:
+            refuse((error.errno in (errno.EBUSY, errno.EXDEV), fixed))
             cause = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
             message = f"{shown}: {cause or error}; it is as it was before"
             raise OSError(error.errno, message) from error
@@ -1053,6 +1220,7 @@ def build_aside(output: Path) -> Iterator[Path]:
 # --- Main ----------------------------------------------------------------------------------------
 
 
+@ignore_write_errors()
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
     """Read base and corpus, make the tokenizer, prove it, grow the model, report."""
@@ -1063,22 +1231,21 @@ def main(argv: list[str] | None = None) -> None:
     files = {name: find_texts(name, "--corpus") for name in args.corpus}
     if args.eval_text is not None:
         files[args.eval_text] = find_texts(args.eval_text, "--eval_text")
-    read = [base_folder / "tokenizer.model", *shards, *chain.from_iterable(files.values())]
-    inputs = {str(path): path.stat().st_size for path in read}
-    record = {"script": "extend_vocab.py", "arguments": asdict(args), "inputs": inputs}
-    if already_done(output, record):
+    record, then = {"script": "extend_vocab.py", "arguments": asdict(args)}, earlier_run(output)
+    record["inputs"] = input_sums(base_folder, files, then.get("inputs") or {})
+    if already_done(output, record, then):
         return
 
-    train, report_texts = read_corpora(args, files)
-    candidates = train_pieces(train, args, args.vocab_size - len(base.pieces))
-    model, replaced = merge_pieces(base, candidates, args.vocab_size)
-    spelling = spellings(base, [piece.piece for piece in model.pieces][len(base.pieces) :])
-    std = config.get("initializer_range", 0.02)
-    report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
-    report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
-    report["replaced_pieces"] = len(replaced)
     state = output.resolve().with_name(f".{output.name}.distilled")
-    with build_aside(output) as folder:
+    with build_aside(output, 1.3 * sum(path.stat().st_size for path in shards)) as folder:
+        train, report_texts = read_corpora(args, files)
+        candidates = train_pieces(train, args, args.vocab_size - len(base.pieces))
+        model, replaced = merge_pieces(base, candidates, args.vocab_size)
+        spelling = spellings(base, [piece.piece for piece in model.pieces][len(base.pieces) :])
+        std = config.get("initializer_range", 0.02)
+        report = {"base_vocab_size": len(base.pieces), "vocab_size": len(model.pieces)}
+        report |= {"base": measure(base, report_texts), "extended": measure(model, report_texts)}
+        report["replaced_pieces"] = len(replaced)
         write_tokenizer(folder, base_folder, model)
         texts = report_texts + sample([text for _, text in train], REPORT_CHARS, args.seed)
         report["proof"] = prove(folder, base, model, texts, args.seed)
@@ -1094,6 +1261,7 @@ def main(argv: list[str] | None = None) -> None:
         texts = sample(report_texts, LOSS_CHARS, args.seed)
         add_bits(report, folder, base, model, texts, args.eval_loss)
         record |= {"versions": {name: version(name) for name in PACKAGES}, "results": report}
+        record["written"] = [*sorted(os.listdir(folder)), "run.json"]
         save_json(folder / "run.json", record)
         show(report, report_texts[0], model, Path(args.picture))
     state.unlink(missing_ok=True)

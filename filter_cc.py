@@ -49,7 +49,7 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import chain, groupby
@@ -117,7 +117,8 @@ RULES = {
     "like": "less like the text of --like than the share that --keep_best keeps",
     "target": "beyond the target size"}
 
-# The header of a text, in lower case, begins so; it names languages, and Chinese is not among them.
+# The header of a WET record, in lower case: how it begins, its type, and languages that it names
+# without Chinese.
 CONVERSION = b"warc/1.0\r\nwarc-type: conversion"
 RECORD_TYPE = re.compile(rb"\nwarc-type:[ \t]*([\w-]+)")
 FOREIGN = re.compile(rb"\nwarc-identified-content-language:(?!.*zho)")
@@ -279,13 +280,23 @@ class Arguments:
     picture: str = option("pictures/filter.png", "Where to draw what each rule left.")
 
 
+def refuse_twice(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Refuse a list given in two places: argparse would drop the first without a word."""
+    given = [str(word).partition("=")[0].replace("-", "_") for word in argv]
+    for setting in fields(Arguments):
+        if "list[" in str(setting.type) and given.count(f"__{setting.name}") > 1:
+            name = f"--{setting.name}"
+            parser.error(f"{name} is given twice; give it once, with all values: {name} A B")
+
+
 def parse_args(argv: list[str] | None) -> Arguments:
     """Read the command line (None: sys.argv; in a notebook nothing); exit code 2 if it is wrong."""
     parser = HfArgumentParser(
         Arguments, description=__doc__, formatter_class=HelpFormatter,
         usage="%(prog)s [options]", allow_abbrev=False)
-    if argv is None and "__file__" not in globals():
-        argv = []  # a notebook's sys.argv is Jupyter's own
+    if argv is None:  # a notebook's sys.argv is Jupyter's own
+        argv = sys.argv[1:] if "__file__" in globals() else []
+    refuse_twice(parser, argv)
     args, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
@@ -305,7 +316,7 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
-    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
         return
@@ -404,8 +415,9 @@ def gzip_records(
     stream, data: bytes, wanted: Callable, damage: Callable, tally: "Tally"
 ) -> Iterator[tuple]:
     """Cut records out of the gzip members in `data` and then `stream`. Magic bytes divide them, so
-    that damage ends with its member. One record each is the rule; any other member (many records,
-    a wrong length, damage, magic bytes that were none) is inflated into a file and looked through.
+    that damage ends with its member. A member should hold one record. Any other member (many
+    records, a wrong length, damage, magic bytes inside compressed data) is inflated into a file and
+    searched for records.
     """
     at, more, starts = 0, True, [*member_starts(data), len(data)]
 
@@ -556,7 +568,7 @@ class Tally:
         self.bytes[rule] += size
 
     def save(self, every: float = 0.0) -> None:
-        """Write the counts; with `every`, only if so many seconds passed since the last time."""
+        """Write the counts; with `every`, only if the last time is that many seconds ago."""
         if time.monotonic() - self.saved >= every:
             self.saved = time.monotonic()
             names = ("files", "read", "pages", "bytes", "damage", "others")
@@ -565,7 +577,7 @@ class Tally:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that no half of it is ever seen."""
+    """Write a file under a temporary name and rename it: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
@@ -573,8 +585,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def lost_unread(tally: Tally, damage: Callable) -> Callable:
-    """Return what a reader calls for damage that takes the place of a record or a row, which so
-    counts as read; `damage` alone is for one that was read."""
+    """Return a function that counts damage and one more record as read. Readers call it for a
+    record or row that they cannot read at all, and `damage` for one that they have read."""
     def lost(*what) -> None:
         tally.read += 1
         damage(*what)
@@ -1130,8 +1142,8 @@ class Words:
         return found
 
     def is_joint(self, text: str, at: int, word: str) -> bool:
-        """Whether a wrong conversion is none, since its wrong character belongs to the word beside:
-        要瞭 in 要瞭解, 併時 in 合併時."""
+        """Whether what looks like a wrong conversion is right, because the character belongs to the
+        neighbouring word: 要瞭 in 要瞭解, 併時 in 合併時."""
         if self.kinds[word] != "converted":
             return False
         wrong = at + self.wrong[word]
@@ -1139,7 +1151,7 @@ class Words:
 
 
 class Judge:
-    """The rules with their limits and tables; it travels to the workers whole."""
+    """The rules with their limits and tables. It is pickled for the workers."""
 
     def __init__(self, limits: Arguments):
         self.limits, self.scripts, self.words = limits, script_table(), Words(word_kinds())
@@ -1172,7 +1184,7 @@ class Judge:
         return "simplified" if counts.simplified > 20 * counts.traditional + 20 else None
 
     def refuse_certain(self, counts: Scripts) -> str | None:
-        """Return the rule that refuses a whole page whatever part of it is its article."""
+        """Return the rule that refuses a page even if only a part of it is the article."""
         han = sum(counts[1:5])
         if counts.simplified > 10 * counts.traditional:
             return "simplified"
@@ -1324,7 +1336,7 @@ def drop_links(lines: list[str], kinds: list[str]) -> None:
 
 
 def drop_islands(lines: list[str], kinds: list[str]) -> None:
-    """Turn what little stands alone among the menus below the article into furniture too."""
+    """Mark short prose that stands alone among the menus below the article as furniture."""
     runs, at = [], 0
     for furniture, run in groupby(kinds, lambda kind: kind in ("furniture", "table")):
         place = range(at, at := at + len(list(run)))
@@ -1400,7 +1412,9 @@ def block_lines(
     if plain and before_prose and not lead and len(lines) < 3:  # a title, however it looks
         return [line for line in lines if not ABOUT.match(line)]
     if plain and lead and (before_prose or article):
-        data = [line for line in lines if DATA.search(line) and not ABOUT.match(line)]
+        data = [  # code, numbers, sentences of another language
+            line for line in lines if not ABOUT.match(line) and (
+                DATA.search(line) or (line.endswith(CLOSING) and not HAN.search(line)))]
         if article or 2 * len(data) >= len(lines):
             return lines
     short = [line for line, kind in zip(lines, kinds, strict=True) if kind == "short"]
@@ -1449,7 +1463,7 @@ def code_points(text: str) -> np.ndarray:
 
 
 def distinct_share(hashes: np.ndarray) -> float:
-    """Return the share of hashes that are there for the first time."""
+    """Return the share of hashes that do not repeat an earlier one."""
     hashes = np.sort(hashes)
     return 1 - np.count_nonzero(hashes[1:] == hashes[:-1]) / max(1, len(hashes))
 
@@ -1460,7 +1474,7 @@ def is_language(line: str) -> bool:
 
 
 def most_frequent(hashes: np.ndarray) -> int:
-    """Return how often the most frequent hash is there, 0 if each is there once."""
+    """Return how often the most frequent hash occurs; 0 for three times or fewer."""
     hashes = np.sort(hashes)
     starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1], [True]]))
     most = int(np.diff(starts).max(initial=0))
@@ -1773,7 +1787,7 @@ def blocks() -> SimpleNamespace:
 
 
 class TaskLock:
-    """First step of every pipeline: wait until the task of a killed run has let go of its files."""
+    """First step of every pipeline: wait until the same task of a killed run has ended."""
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -2184,65 +2198,74 @@ def is_done(args: Arguments) -> bool:
     return True
 
 
-def publish(args: Arguments, work: Path, turn: int) -> dict:
-    """Put the finished corpus into the output folder, cut at the target size; return its counts."""
+def refuse_nothing(args: Arguments, work: Path, judged: Tally) -> None:
+    """Say so where no page could be read, and let the next run begin anew."""
+    if judged.pages:
+        return
+    tidy(work)
+    (work / "settings.json").unlink()
+    for completions in work.glob("logs/*/completions"):
+        shutil.rmtree(completions)
+    given = f"--crawl {args.crawl}" if args.crawl else f"--input {', '.join(args.input[:5])}"
+    remedy = f"see {work}/logs"
+    if judged.damage["row without a text"]:
+        remedy = "name that column with --text_column"
+    raise UserError(
+        f"{given}: no page could be read ({', '.join(judged.damage) or 'none there'}); expected"
+        f" WET, WARC, or rows with a column of text; {remedy}")
+
+
+def write_corpus(final: Path, output: Path, limit: float) -> tuple[int, int, int]:
+    """Put the finished pages into the output folder up to `limit` bytes of text; return the numbers
+    of pages, bytes and characters."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    judged = sum_tallies(work / "tally")
-    if not judged.pages:
-        given = f"--crawl {args.crawl}" if args.crawl else f"--input {', '.join(args.input[:5])}"
-        tidy(work)
-        (work / "settings.json").unlink()
-        for completions in work.glob("logs/*/completions"):  # the next run begins anew
-            shutil.rmtree(completions)
-        damage = ", ".join(judged.damage) or "none there"
-        remedy = f"see {work}/logs"
-        if judged.damage["row without a text"]:
-            remedy = "name that column with --text_column"
-        raise UserError(
-            f"{given}: no page could be read ({damage}); expected WET, WARC, or rows with a column"
-            f" of text; {remedy}")
-    output, place = Path(args.output_dir), work / f"dedup_{turn:02d}"
-    pages_left, bytes_left = judged.pages.total(), judged.bytes.total()
-    left_after = {"read": (pages_left, bytes_left)}
-    for rule in list(RULES)[:-3]:
-        pages_left, bytes_left = pages_left - judged.pages[rule], bytes_left - judged.bytes[rule]
-        left_after[rule] = (pages_left, bytes_left)
-    unique, final = sum_tallies(place / "tally"), place / "final"
-    left_after["duplicate"] = left_after["like"] = unique.pages["kept"], unique.bytes["kept"]
-    if args.like:
-        left_after["like"] = keep_most_like(args, final, final := place / "like")
-    left = parse_size(args.target_size) or math.inf
     pages = size = characters = 0
     for old in output.glob("*.parquet"):
         old.unlink()
     for path in sorted(final.glob("*.parquet")):
+        if size >= limit:
+            break
         table = pq.read_table(path)
         sizes = np.cumsum(pc.binary_length(table["text"].cast(pa.binary())).to_numpy())
-        table = table.slice(0, int(np.searchsorted(sizes, left - size)) + 1)
+        table = table.slice(0, int(np.searchsorted(sizes, limit - size)) + 1)
         if not len(table):
             continue
         pq.write_table(table, output / f".{path.name}", compression="zstd")
         os.replace(output / f".{path.name}", output / path.name)
         pages, size = pages + len(table), size + int(sizes[len(table) - 1])
         characters += pc.sum(pc.utf8_length(table["text"])).as_py()
-        if size >= left:
-            break
-    left_after["target"] = (pages, size)
-    refused = {rule: judged.pages[rule] for rule in list(RULES)[:-3] if rule != "lines"}
-    stages = [judged.pages["kept"], *(left_after[rule][0] for rule in list(RULES)[-3:])]
-    refused |= {rule: stages[at] - stages[at + 1] for at, rule in enumerate(list(RULES)[-3:])}
+    return pages, size, characters
+
+
+def publish(args: Arguments, work: Path, turn: int) -> dict:
+    """Put the finished corpus into the output folder, cut at the target size; return its counts."""
+    judged = sum_tallies(work / "tally")
+    refuse_nothing(args, work, judged)
+    output, place = Path(args.output_dir), work / f"dedup_{turn:02d}"
+    unique, final = sum_tallies(place / "tally"), place / "final"
+    later = {"duplicate": (unique.pages["kept"], unique.bytes["kept"])}
+    if args.like:
+        later["like"] = keep_most_like(args, final, final := place / "like")
+    limit = parse_size(args.target_size) or math.inf
+    *later["target"], characters = write_corpus(final, output, limit)
+    pages, size = judged.pages.total(), judged.bytes.total()
+    left_after, refused = {"read": {"pages": pages, "bytes": size}}, {}
+    for rule in RULES:
+        before = pages
+        pages, size = later.get(rule, (pages - judged.pages[rule], size - judged.bytes[rule]))
+        left_after[rule] = {"pages": pages, "bytes": size}
+        refused[rule] = before - pages
+    del refused["lines"]  # it takes lines from pages, no page
     account = {
         "read": judged.read, "kept": pages, "refused": refused,
         "damaged": dict(sorted(judged.damage.items())),
         "no_page": dict(sorted(judged.others.items()))}
     return {
-        "files": judged.files, "account": account,
-        "pages": pages, "characters": characters, "bytes": size,
-        "left_after": {rule: {"pages": p, "bytes": b} for rule, (p, b) in left_after.items()},
-        "damage": account["damaged"]}
+        "files": judged.files, "account": account, "pages": pages, "characters": characters,
+        "bytes": size, "left_after": left_after, "damage": account["damaged"]}
 
 
 def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:

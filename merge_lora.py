@@ -43,8 +43,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
@@ -100,6 +100,8 @@ PASSAGE = (
 # In the metadata of adapter_model.safetensors, train_pt.py records under this key how it held the
 # base: JSON with the names of BitsAndBytesConfig, and the device (cuda and cpu round differently).
 QUANTIZATION = "luojiu_quantization"
+# What a file manager, Jupyter or a file system leaves in a folder.
+FOREIGN = {".DS_Store", ".ipynb_checkpoints", "lost+found"}
 # Errors of a file system that has no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 AGAIN = "copy or download it again"
@@ -162,13 +164,23 @@ class Arguments:
         False, "With --push_to_hub: show the files and the model card, and upload nothing.")
 
 
+def refuse_twice(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Refuse a list given in two places: argparse would drop the first without a word."""
+    given = [str(word).partition("=")[0].replace("-", "_") for word in argv]
+    for setting in fields(Arguments):
+        if "list[" in str(setting.type) and given.count(f"__{setting.name}") > 1:
+            name = f"--{setting.name}"
+            parser.error(f"{name} is given twice; give it once, with all values: {name} A B")
+
+
 def parse_args(argv: list[str] | None) -> Arguments:
     """Read the command line (None: sys.argv; in a notebook nothing); exit code 2 if it is wrong."""
     parser = HfArgumentParser(
         Arguments, description=__doc__, formatter_class=HelpFormatter,
         usage="%(prog)s [options]", allow_abbrev=False)
-    if argv is None and "__file__" not in globals():
-        argv = []  # a notebook's sys.argv is Jupyter's own
+    if argv is None:  # a notebook's sys.argv is Jupyter's own
+        argv = sys.argv[1:] if "__file__" in globals() else []
+    refuse_twice(parser, argv)
     args, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
@@ -214,7 +226,7 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
-    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+    refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
         return
@@ -230,6 +242,44 @@ def user_errors() -> Iterator[None]:
         message, code = f"error: {error}", 1
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+class ForgivingStream:
+    """A stream whose write errors are ignored: the terminal may be closed, the same Ctrl-C may have
+    ended `tee`, or a signal may come in the middle of writing (RuntimeError)."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, RuntimeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, RuntimeError):
+            self.stream.flush()
+
+
+@contextmanager
+def ignore_write_errors() -> Iterator[None]:
+    """Let no run end because nobody reads what it prints."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    out, err = ForgivingStream(sys.stdout), ForgivingStream(sys.stderr)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
+    finally:
+        for name in ("stdout", "stderr"):
+            try:
+                getattr(sys, name).flush()
+            except OSError:  # it would fail again when Python ends
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def refuse(*findings: tuple[Any, str]) -> None:
@@ -270,11 +320,23 @@ def find_model(name_or_path: str, option: str) -> Path:
     return Path(snapshot)
 
 
+def weight_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
+    """The files that Transformers loads: the single one, else those of the index, in name order.
+    Empty if there is neither, or the index cannot be read."""
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file():
+        return [folder / name]
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        names = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return []
+
+
 def fingerprint(folder: Path) -> str:
     """Name a model's weights without reading gigabytes: the sha256 of config.json and, for every
-    *.safetensors in name order, its name, its header and both ends (1,024 bytes) of each tensor."""
+    weight file in name order, its name, its header and both ends (1,024 bytes) of each tensor."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("[!.]*.safetensors")):
+    for path in filter(Path.is_file, weight_files(folder)):
         with path.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
             digest.update(path.name.encode() + header)
@@ -290,7 +352,7 @@ def fingerprint(folder: Path) -> str:
 def load_json(path: Path, shown: str) -> dict:
     """A JSON object, or an error that names the option by which the file came."""
     with suppress(ValueError):  # not UTF-8, or not JSON
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(found, dict):
             return found
     raise UserError(f"{shown}: {path} is broken; expected a JSON object; {AGAIN}")
@@ -361,13 +423,10 @@ def read_tensors(folder: Path, shown: str, file: str = "model.safetensors") -> d
     the places from the headers and read the rows ourselves."""
     from huggingface_hub import parse_local_safetensors_file_metadata
     from safetensors import SafetensorError, safe_open
-    index, names, tensors = folder / f"{file}.index.json", {file}, {}
-    if not (folder / file).is_file():
-        if not index.is_file():
-            wrong = pickled(folder) or f"no {file} there, nor its index; {AGAIN}"
-            raise UserError(f"{shown}: {wrong}")
-        names = set(load_json(index, shown).get("weight_map", {}).values())
-    for path in (folder / name for name in sorted(names)):
+    paths, tensors = weight_files(folder, file), {}
+    wrong = f"no {file} there, nor its index that can be read; {AGAIN}"
+    refuse((not paths, f"{shown}: {pickled(folder) or wrong}"))
+    for path in paths:
         try:
             safe_open(path, "np")  # checks the header against the file's size
         except (OSError, SafetensorError) as error:
@@ -379,7 +438,8 @@ def read_tensors(folder: Path, shown: str, file: str = "model.safetensors") -> d
         for name, info in sorted(found.items(), key=lambda item: item[1].data_offsets):
             if info.dtype not in DTYPES:
                 wrong = f"{name} is stored as {info.dtype}; expected BF16, F16 or F32"
-                raise UserError(f"{shown}: {wrong}; pass the model as it was before quantisation")
+                remedy = "save it in one of these, or pass the model as it was before quantisation"
+                raise UserError(f"{shown}: {wrong}; {remedy}")
             start = data + info.data_offsets[0]
             tensors[name] = Stored(name, path, start, info.dtype, tuple(info.shape))
     return tensors
@@ -405,9 +465,11 @@ class Adapter(Model):
 
 
 def run_record(folder: Path, shown: str) -> dict:
-    """A folder's run.json; empty where there is none."""
+    """A folder's run.json; empty where there is none, or one of another program."""
     path = folder / "run.json"
-    return load_json(path, shown) if path.is_file() else {}
+    record = load_json(path, shown) if path.is_file() else {}
+    parts = ("arguments", "base", "files", "results", "settings", "versions")
+    return record if all(isinstance(record.get(part) or {}, dict) for part in parts) else {}
 
 
 def read_model(name: str, option: str) -> Model:
@@ -425,7 +487,8 @@ def read_model(name: str, option: str) -> Model:
         tensors.pop(HEAD, None)
     found = {name: tensor.shape for name, tensor in tensors.items()}
     rows = {name: (config.get("vocab_size"), *found[name][1:]) for name in found.keys() & ENDS}
-    expected = llama_shapes(config) if config.get("model_type") == "llama" else found | rows
+    llama = config.get("model_type") == "llama"
+    expected = llama_shapes(config, shown) if llama else found | rows
     expect(found, expected, shown, "by config.json", AGAIN)
     return Model(folder, shown, config, tensors, run_record(folder, shown))
 
@@ -439,11 +502,17 @@ def expect(found: dict, expected: dict, shown: str, why: str, remedy: str) -> No
         raise UserError(f"{shown}: {wrong[0]} is {has}; expected {due} {why}{more}; {remedy}")
 
 
-def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+def llama_shapes(config: dict, shown: str) -> dict[str, tuple[int, ...]]:
     """Every tensor that a Llama of this config has. (Transformers would tell too, from an empty
     model, but importing its models takes as long as merging a gigabyte.)"""
-    width, inner, rows = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
-    heads = config["num_attention_heads"]
+    sizes = {key: config.get(key) for key in (
+        "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",
+        "num_hidden_layers")}
+    for key, number in sizes.items():
+        if not isinstance(number, int) or number < 1:
+            wrong = f"config.json: {key} is {number}; expected a number above 0"
+            raise UserError(f"{shown}: {wrong}; {AGAIN}")
+    width, inner, rows, heads, layers = sizes.values()
     size = config.get("head_dim") or width // heads
     wide, narrow = heads * size, (config.get("num_key_value_heads") or heads) * size
     matrices = {
@@ -459,7 +528,7 @@ def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     head = {} if config.get("tie_word_embeddings") else {HEAD: (rows, width)}
     return {EMBEDDING: (rows, width), "model.norm.weight": (width,)} | head | {
         f"model.layers.{i}.{name}": shape
-        for i in range(config["num_hidden_layers"]) for name, shape in layer.items()}
+        for i in range(layers) for name, shape in layer.items()}
 
 
 def find_adapter(name: str) -> Path:
@@ -473,11 +542,12 @@ def find_adapter(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=wanted))
     config, weights = "adapter_config.json", "adapter_model.safetensors"
     missing = [file for file in (config, weights) if not (folder / file).is_file()]
-    steps = [path.parent.name[11:] for path in folder.glob(f"checkpoint-*/{config}")]
+    steps = [path.parent.name[11:] for path in folder.glob("checkpoint-*/run.json")]  # sealed
     last = max((int(step) for step in steps if step.isdecimal()), default=None)
     convert = ("import sys, torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v "
                "in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])")
     refuse(
+        (folder.is_file(), f"{shown}: a file; pass its folder, --adapter {folder.parent}"),
         (missing and last,
          f"{shown}: training is not finished; pass --adapter {folder}/checkpoint-{last}"),
         (missing == [weights] and (folder / "adapter_model.bin").is_file(),
@@ -498,9 +568,13 @@ def read_adapters(args: Arguments) -> list[Adapter]:
         if not base:
             raise UserError(f"{shown}: it names no base; pass --base_model")
         tensors = {}
+        check_seal(folder, record, lora, shown)
         for key, tensor in read_tensors(folder, shown, "adapter_model.safetensors").items():
             match = ADAPTER_NAME.fullmatch(key)
-            refuse((not match, f"{shown}: {key} {NOT_HERE}"))
+            raw = "_fsdp_wrapped_module." in key or ".default." in key
+            refuse((raw, f"{shown}: {key} is a name of the model in training; expected PEFT's own; "
+                    "save the adapter with PEFT's save_pretrained"),
+                   (not match, f"{shown}: {key} {NOT_HERE}"))
             tensors[f"{match[1]}.{KINDS[match[2]]}"] = tensor
         trained = read_quantization(folder, shown, record)
         adapters.append(Adapter(folder, shown, lora, tensors, record, base, trained))
@@ -515,16 +589,37 @@ def read_adapters(args: Arguments) -> list[Adapter]:
     return adapters
 
 
+def file_sum(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_seal(folder: Path, record: dict, lora: dict, shown: str) -> None:
+    """Hold the weights against the sum in run.json, where there is one, and warn where the settings
+    are no longer those of the training."""
+    name, sums = "adapter_model.safetensors", record.get("files") or {}
+    if name in sums and file_sum(folder / name) != sums[name]:
+        wrong = f"{name} is not as it was written: its sum differs from that in run.json"
+        raise UserError(f"{shown}: {wrong}; {AGAIN}, or pass an earlier checkpoint")
+    settings = record.get("settings") or {}
+    for key, option in (("r", "lora_rank"), ("lora_alpha", "lora_alpha")):
+        if settings.get(option) not in (None, lora.get(key)):
+            print(f"warning: {shown}: {key} is {lora.get(key)} in adapter_config.json, but it was "
+                  f"trained with {settings[option]}", file=sys.stderr)
+
+
 def check_kind(lora: dict, shown: str) -> None:
     """Refuse a kind of LoRA that this script does not know."""
     for key, value in ({"peft_type": None} | lora).items():
         known = key in KNOWN_FIELDS or not value
         if value not in KNOWN_VALUES[key] if key in KNOWN_VALUES else not known:
             raise UserError(f"{shown}: {key} = {value} {NOT_HERE}")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(lora.get(key), int | float):
-            wrong = f"adapter_config.json: {key} is {lora.get(key)}; expected a number"
-            raise UserError(f"{shown}: {wrong}; {AGAIN}")
+    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        for number in (lora.get(key), *(lora.get(patterns) or {}).values()):
+            if not isinstance(number, int | float) or (key == "r" and number < 1):
+                wrong = f"adapter_config.json: {key} is {number}; expected a number of 1 or more"
+                raise UserError(f"{shown}: {wrong}; {AGAIN}")
 
 
 def read_quantization(folder: Path, shown: str, record: dict) -> dict | None:
@@ -567,7 +662,8 @@ def find_base(args: Arguments, adapters: list[Adapter]) -> Model:
     held = fingerprint(base.folder)
     for trained_on in (adapter.record.get("base") or {} for adapter in adapters):
         if trained_on.get("fingerprint") not in (None, held):
-            wrong = f"the adapter is of another model, {trained_on['model_name_or_path']} as it was"
+            name = trained_on.get("model_name_or_path")
+            wrong = f"the adapter is of another model, {name} as it was"
             raise UserError(
                 f"{shown}: {wrong}; pass that one, or train again; if you know that this one "
                 "belongs to it, pass a copy of the adapter's folder without run.json")
@@ -582,7 +678,7 @@ def read_pieces(folder: Path, shown: str, names: Sequence[str] = TOKENIZERS) -> 
         if path.suffix == ".model":
             model = SentencePieceProcessor(str(path))
             return {model.id_to_piece(i): i for i in range(model.vocab_size())}, {}
-        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer = json.loads(path.read_text(encoding="utf-8-sig"))
         added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
         return tokenizer["model"]["vocab"], added
     except Exception as error:
@@ -590,9 +686,15 @@ def read_pieces(folder: Path, shown: str, names: Sequence[str] = TOKENIZERS) -> 
         raise UserError(f"{shown}: {wrong}; copy the tokenizer's files there") from error
 
 
+def all_pieces(model: Model) -> dict[str, int]:
+    """A model's pieces and added tokens, with their ids."""
+    pieces, added = read_pieces(model.folder, model.shown)
+    return pieces | added
+
+
 def read_chat(args: Arguments, base: Model) -> tuple[Model | None, list[int]]:
-    """The chat model, which must be the base, trained further; and the ids of the pieces that the
-    two have in common."""
+    """The chat model, which must be the base, trained further, without tokens of its own; and the
+    ids of the pieces that the two have in common."""
     import torch
     if not args.chat_model:
         return None, []
@@ -602,22 +704,52 @@ def read_chat(args: Arguments, base: Model) -> tuple[Model | None, list[int]]:
         | {key: model.config.get(key) for key in ("model_type", "num_attention_heads")}
         for model in (chat, base))
     expect(theirs, ours, chat.shown, "as in the base", other)
-    pieces, known = (
-        vocabulary | added for vocabulary, added in
-        (read_pieces(model.folder, model.shown) for model in (chat, base)))
+    differing = [f"{key} {it}, in the base {own}" for (key, it), own in zip(
+        arithmetic(chat).items(), arithmetic(base).values(), strict=True) if it != own]
+    if differing:
+        print(f"warning: {chat.shown}: it has {'; '.join(differing)}; the result keeps the base's",
+              file=sys.stderr)
+    pieces, added = read_pieces(chat.folder, chat.shown)
+    pieces, known = pieces | added, all_pieces(base)
     shared = sorted(i for piece, i in pieces.items() if known.get(piece) == i)
+    template, named = chat_template(chat) or "", generation_ids(chat)
+    own = [piece for piece, i in pieces.items() if known.get(piece) != i
+           and (i in named or (piece in added and piece in template))]
     name = next(n for n, tensor in base.tensors.items() if len(tensor.shape) == 2 and n not in ENDS)
     bounds = row_blocks(base.tensors[name].shape)[0]
     pair = (model.tensors[name].block(*bounds).float().view(-1) for model in (chat, base))
     alike = torch.cosine_similarity(*pair, 0)
+    changed = (
+        not torch.equal(chat.tensors[n].block(0, 1).float(), tensor.block(0, 1).float())
+        for n, tensor in base.tensors.items() if n not in ENDS)
     refuse(
         (len(shared) < 0.9 * len(pieces),
          f"{chat.shown}: {len(shared)} of its {len(pieces)} pieces have the same ids in the base; "
          f"expected nearly all; {other}"),
         (alike < 0.5,  # of two unrelated models it is near 0
          f"{chat.shown}: {name} has a cosine of {alike:.2f} to the base's; expected above 0.5: it "
-         f"was not trained from this base; {other}"))
+         f"was not trained from this base; {other}"),
+        (own, f"{chat.shown}: its template or generation_config.json needs "
+         f"{', '.join(own[:3])}, which the base has not; expected a chat model without tokens of "
+         f"its own, as Llama 2's; {other}"),
+        (not any(changed), f"{chat.shown}: it is the base itself; {other}"))
     return chat, shared
+
+
+def arithmetic(model: Model) -> dict:
+    """The numbers of a config, besides its shapes, by which a Llama computes."""
+    config = model.config
+    rope = config.get("rope_parameters") or config  # Transformers 4 has it at the top
+    return {"rope_theta": rope.get("rope_theta") or 10_000.0,
+            "rms_norm_eps": config.get("rms_norm_eps"), "hidden_act": config.get("hidden_act")}
+
+
+def generation_ids(model: Model) -> set[int]:
+    """The tokens that a model's generation config names."""
+    path = model.folder / "generation_config.json"
+    settings = load_json(path, model.shown) if path.is_file() else {}
+    ids = [value for key, value in settings.items() if key.endswith("_token_id")]
+    return {i for value in ids for i in (value if isinstance(value, list) else [value])}
 
 
 # --- Readers: where the rows of a merged tensor come from ----------------------------------------
@@ -985,7 +1117,13 @@ def write_weights(folder: Path, plan: dict[str, Part], limit: float) -> None:
         text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
         with (folder / file_name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + size)
+            try:
+                file.truncate(8 + len(text) + size)
+            except OSError as error:
+                if error.errno != errno.EFBIG:
+                    raise
+                wrong = f"this disk takes no file of {size / 1e9:.2g} GB"
+                raise UserError(f"--max_shard_size: {wrong}; pass a smaller one") from error
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         save_json(folder / "model.safetensors.index.json", index)
@@ -1031,7 +1169,7 @@ def copy_rest(adapter: Adapter, base: Model, chat: Model | None, folder: Path) -
     copy_files(adapter.folder, folder, "trainloss.png", *TOKENIZER)
     if chat:
         copy_files(chat.folder, folder, "generation_config.json", *TERMS)
-        copy_chat_template(chat, folder / "chat_template.jinja")
+        write_chat_template(chat, folder / "chat_template.jinja")
     if not (folder / "generation_config.json").is_file():
         ids = {key: value for key, value in base.config.items() if key.endswith("_token_id")}
         save_json(folder / "generation_config.json", ids)
@@ -1039,23 +1177,29 @@ def copy_rest(adapter: Adapter, base: Model, chat: Model | None, folder: Path) -
     return adapter.shown if own else base.shown
 
 
-def copy_chat_template(chat: Model, target: Path) -> None:
-    """The chat model's template, from a file of its own or from the tokenizer's settings."""
-    own, settings = chat.folder / target.name, chat.folder / "tokenizer_config.json"
+def chat_template(chat: Model) -> str | None:
+    """A chat model's template, from a file of its own or from the tokenizer's settings."""
+    own, settings = chat.folder / "chat_template.jinja", chat.folder / "tokenizer_config.json"
+    if own.is_file():
+        return own.read_bytes().decode()
     template = load_json(settings, chat.shown).get("chat_template") if settings.is_file() else None
     if isinstance(template, list):  # several, by name
         template = next((t["template"] for t in template if t["name"] == "default"), None)
-    if own.is_file():
-        shutil.copyfile(own, target)
-    elif template:
-        target.write_text(template, encoding="utf-8")
+    return template
+
+
+def write_chat_template(chat: Model, target: Path) -> None:
+    """Save the chat model's template; warn where it has none."""
+    if template := chat_template(chat):
+        target.write_bytes(template.encode())
     else:
         print(f"warning: {chat.shown}: it has no chat template; the merged model takes no "
               f"messages; add {target.name} to it", file=sys.stderr)
 
 
-def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
-    """Refuse a tokenizer whose files and the embedding disagree; return the number of tokens."""
+def check_tokenizer(folder: Path, rows: int, shown: str, base: Model) -> int:
+    """Refuse a tokenizer whose files disagree, or which does not fit the embedding or is not the
+    base's, piece by piece; return the number of tokens."""
     made, model = folder / "tokenizer.json", folder / "tokenizer.model"
     spelled = read_pieces(folder, shown, ["tokenizer.model"])[0] if model.is_file() else None
     if spelled and not made.is_file():
@@ -1067,14 +1211,21 @@ def check_tokenizer(folder: Path, rows: int, shown: str) -> int:
             raise UserError(f"{shown}: no tokenizer of its files ({reason}); {AGAIN}") from error
     pieces, added = read_pieces(folder, shown)
     tokens, count = max([len(pieces), *(i + 1 for i in added.values())]), len(pieces)
-    if (spelled and len(spelled) != count) or not rows - 512 <= tokens <= rows:  # rows are rounded
-        remedy = "copy the tokenizer of this model there"
-        if shown.startswith("--adapter"):
-            remedy += ", or remove its tokenizer's files to take those of the base"
-        raise UserError(
-            f"{shown}: tokenizer.model has {len(spelled) if spelled else 'no'} pieces, "
-            f"tokenizer.json {count} and with added tokens {tokens}, the embedding {rows} rows; "
-            f"{remedy}")
+    known, has = pieces | added, any((base.folder / name).is_file() for name in TOKENIZERS)
+    of_base = all_pieces(base) if has else {}
+    of_model = {piece: i for piece, i in (spelled or {}).items() if i not in added.values()}
+    remedy = "copy the tokenizer of this model there"
+    if shown.startswith("--adapter"):
+        remedy += ", or remove its tokenizer's files to take those of the base"
+    refuse(
+        ((spelled and len(spelled) != count) or not rows - 512 <= tokens <= rows,  # rounded up
+         f"{shown}: tokenizer.model has {len(spelled) if spelled else 'no'} pieces, "
+         f"tokenizer.json {count} and with added tokens {tokens}, the embedding {rows} rows; "
+         f"{remedy}"))
+    for where, theirs in (("tokenizer.model", of_model), ("the base's", of_base)):
+        moved = [piece for piece, i in theirs.items() if known.get(piece) != i]
+        refuse((moved, f"{shown}: its tokenizer.json lacks {len(moved)} pieces of {where} or gives "
+                f"them other ids, {', '.join(moved[:3])}; {remedy}"))
     return tokens
 
 
@@ -1089,10 +1240,12 @@ def write_papers(
         folder: Path, args: Arguments, adapter: Adapter, base: Model, facts: dict) -> None:
     """run.json and the model card: where the weights came from, and how to use them."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
+    written = {path.name for path in folder.iterdir()} | {"README.md", "config.json", "run.json"}
     save_json(folder / "run.json", {
         "script": "merge_lora.py", "arguments": asdict(args),
         "versions": {name: version(name) for name in packages}, "results": facts,
-        "base": {"model_name_or_path": adapter.base, "fingerprint": fingerprint(base.folder)}})
+        "base": {"model_name_or_path": adapter.base, "fingerprint": fingerprint(base.folder)},
+        "written": sorted(written)})
     card = model_card(folder, args, adapter, base, facts)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -1113,7 +1266,7 @@ def model_card(folder: Path, args: Arguments, adapter: Adapter, base: Model, fac
     from huggingface_hub import EvalResult, ModelCardData
     run, name = adapter.record, origin(adapter, base)
     results, settings = run.get("results") or {}, dict(run.get("settings") or {})
-    title = (args.push_to_hub or args.output_dir).rpartition("/")[2]
+    title = Path(args.push_to_hub or args.output_dir).resolve().name
     size = {key: results[key] for key in ("documents", "tokens") if key in results}
     texts = (run.get("arguments") or {}).get("dataset") or ["unknown"]
     texts = [texts] if isinstance(texts, str) else texts  # one text, from runs of older versions
@@ -1149,8 +1302,8 @@ def model_card(folder: Path, args: Arguments, adapter: Adapter, base: Model, fac
 # --- The output folder ---------------------------------------------------------------------------
 
 
-def check_output(output: Path, inputs: list[Path], nbytes: int) -> None:
-    """Refuse to replace a folder that this script did not make, or to start on too small a disk."""
+def check_output(output: Path, inputs: list[Path]) -> None:
+    """Refuse to replace a folder that this script did not make, or that holds other files."""
     shown = f"--output_dir {output}"
     if output.is_symlink() and not output.exists():
         wrong = f"a link to {os.readlink(output)}, which is not there"
@@ -1158,15 +1311,19 @@ def check_output(output: Path, inputs: list[Path], nbytes: int) -> None:
     for folder in inputs:
         if folder.resolve().is_relative_to(output.resolve()):
             raise UserError(f"{shown}: {folder}, which is read, lies in it; pass another folder")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        record = output / "run.json"
-        if not record.is_file() or load_json(record, shown).get("script") != "merge_lora.py":
+    if output.exists() and not (output.is_dir() and FOREIGN.issuperset(os.listdir(output))):
+        record = run_record(output, shown)
+        if record.get("script") != "merge_lora.py":
             raise UserError(f"{shown}: merge_lora.py did not make it; pass a new or empty folder")
-    nearest = next(folder for folder in output.resolve().parents if folder.exists())
-    needed, free = nbytes + (64 << 20), shutil.disk_usage(nearest).free  # 64 MB for what is small
-    if needed > free:
-        found = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
-        raise OSError(errno.ENOSPC, f"{shown}: {found}; make room or pass a folder on another disk")
+        refuse_others(output, record, shown)
+
+
+def refuse_others(output: Path, record: dict, shown: str) -> None:
+    """Refuse to replace a folder that holds files besides those that run.json lists."""
+    names = {*os.listdir(output)}
+    others = sorted(names - {*record.get("written", names)} - FOREIGN)
+    refuse((others, f"{shown}: {', '.join(others[:3])} there, {len(others)} in all, is not of the "
+            "earlier run and would be lost; move it away, or pass another folder"))
 
 
 def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") -> bool:
@@ -1185,10 +1342,13 @@ def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") ->
 
 
 @contextmanager
-def build_aside(output: Path) -> Iterator[Path]:
+def build_aside(output: Path, nbytes: float = 0) -> Iterator[Path]:
     """A hidden folder beside the output, which takes its place when all is well and is removed when
-    not. A lock keeps a second run out; what a killed run left, the next one takes over."""
+    not. A lock keeps a second run out; what a killed run left, the next one takes over. Refused are
+    an output that cannot be renamed, and a disk without room for nbytes."""
     shown, output = f"--output_dir {output}", output.resolve()  # beside what a link leads to
+    fixed = f"{shown}: a mount or the current folder, which cannot be replaced; pass a folder in it"
+    refuse((Path.cwd().is_relative_to(output), fixed))
     partial, old = (output.with_name(f".{output.name}.{word}") for word in ("partial", "old"))
 
     def tidy() -> None:
@@ -1212,6 +1372,13 @@ def build_aside(output: Path) -> Iterator[Path]:
             tidy()
             for path in partial.iterdir():
                 path.unlink()
+            if output.exists():  # try it now, not after the work
+                output.rename(old)
+                tidy()
+            if nbytes > (free := shutil.disk_usage(partial).free):
+                remedy = "make room or pass a folder on another disk"
+                found = f"{nbytes / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; {remedy}"
+                raise OSError(errno.ENOSPC, found)
             yield partial
             for path in partial.iterdir():
                 with path.open("r+b") as file:
@@ -1222,6 +1389,7 @@ def build_aside(output: Path) -> Iterator[Path]:
         except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise UserError(f"{shown}: {error.filename} is in the way; move it away") from error
         except OSError as error:
+            refuse((error.errno in (errno.EBUSY, errno.EXDEV), fixed))
             cause = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
             message = f"{shown}: {cause or error}; it is as it was before"
             raise OSError(error.errno, message) from error
@@ -1251,6 +1419,7 @@ def compare(args: Arguments, base: Path, adapter: Adapter, nf4: dict | None, tex
     tokenizer = AutoTokenizer.from_pretrained(args.output_dir)
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.verify_tokens]  # (1, T)
     characters = len(tokenizer.decode(ids[0], skip_special_tokens=True))
+    refuse((not characters, f"--verify {args.verify}: no character but special tokens in it"))
     options = {"dtype": "auto", "device_map": {"": device}}
 
     def log_probabilities(model: torch.nn.Module) -> torch.Tensor:  # (T - 1, V)
@@ -1296,6 +1465,7 @@ def push(folder: Path, repository: str, dry_run: bool) -> None:
 # --- Main ----------------------------------------------------------------------------------------
 
 
+@ignore_write_errors()
 @user_errors()
 def main(argv: list[str] | None = None) -> None:
     """Find both models, plan every tensor, write them aside, put them in place, report."""
@@ -1309,10 +1479,10 @@ def main(argv: list[str] | None = None) -> None:
     parts = make_plan(args, base, adapters, nf4, chat, shared)
     first, output, rows = adapters[0], Path(args.output_dir), base.config["vocab_size"]
     inputs, nbytes = [base, *adapters, *filter(None, [chat])], sum(p.nbytes for p in parts.values())
-    check_output(output, [source.folder for source in inputs], nbytes)
-    with build_aside(output) as folder:
+    check_output(output, [source.folder for source in inputs])
+    with build_aside(output, nbytes + (64 << 20)) as folder:  # 64 MB for what is small
         tokenizer_from = copy_rest(first, base, chat, folder)
-        tokens = check_tokenizer(folder, rows, tokenizer_from)
+        tokens = check_tokenizer(folder, rows, tokenizer_from, base)
         write_weights(folder, parts, args.max_shard_size * 1e9)
         facts = {
             "adapter": "mean of " * (len(adapters) > 1)

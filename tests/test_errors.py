@@ -188,7 +188,7 @@ def wrong_hands(tmp_path, monkeypatch):
         "note.md": "臺灣的山", "note.wet": "臺灣的山", "book.pdf": "%PDF", "empty.txt": "",
         "bad.parquet": "PAR1 is how it begins, and then nothing", "english.txt": "no Han\n",
         "untold.jsonl": '{"title": "山"}\n', "numbers.jsonl": '{"text": 5}\n',
-        "theirs/a.parquet": "PAR1", "unfinished/checkpoint-100/adapter_config.json": "{}",
+        "theirs/a.parquet": "PAR1", "unfinished/checkpoint-100/run.json": "{}",
         "nameless/adapter_config.json": "{}", "nameless/adapter_model.safetensors": "",
     }.items():
         (tmp_path / name).write_text(content, encoding="utf-8")

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -101,8 +102,10 @@ def extended(base, corpus, tmp_path_factory) -> Path:
 
 
 def options(base: Path, corpus: Path, *more: object) -> list[str]:
-    start = ["--base_model", base, "--corpus", corpus, "--vocab_size", NEW_SIZE]
-    return [str(word) for word in (*start, "--eval_loss", "no", *more)]
+    """A short run; another --corpus among the further options takes the place of the first."""
+    start = ["--base_model", base, "--vocab_size", NEW_SIZE, "--eval_loss", "no"]
+    start += [] if "--corpus" in more else ["--corpus", corpus]
+    return [str(word) for word in (*start, *more)]
 
 
 def proto(folder: Path) -> ModelProto:
@@ -709,7 +712,7 @@ def test_wrong_values(option, value, said, base, corpus, tmp_path, monkeypatch, 
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
     line = refusal(capsys, *options(base, corpus, option, value))
     assert line.startswith(f"error: {option} ") and said in line
-    assert not (tmp_path / "outputs").exists()
+    assert not [*tmp_path.glob("outputs/*")]
     assert (tmp_path / "data" / "mine").read_text() == "precious"
 
 
@@ -753,11 +756,30 @@ def spoil(folder: Path, how: str) -> None:
         shard.write_bytes(shard.read_bytes()[:-5])
     elif how == "not safetensors":
         shard.write_bytes(b"\x10\0\0\0\0\0\0\0{'not': json!}  ")
+    elif how == "a tensor missing":
+        tensors = load_file(shard)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, shard)
+    elif how == "another shape":
+        tensors = load_file(shard)
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+        save_file(tensors, shard)
+    elif how == "no size":
+        config["intermediate_size"] = None
+    elif how == "a bare model":
+        tensors = {name.removeprefix("model."): t for name, t in load_file(shard).items()}
+        save_file(tensors, shard)
+    elif how == "an index of nothing":
+        shard.unlink()
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": null}')
+    elif how == "a pointer":
+        tokenizer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n")
     elif how == "no head":
         tensors = load_file(shard)
         del tensors[script.HEAD]
         save_file(tensors, shard)
     elif how == "shard missing":
+        shard.unlink()
         index = {"weight_map": {script.EMBEDDING: "model-00002-of-00002.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif how == "config cut short":
@@ -780,6 +802,12 @@ def spoil(folder: Path, how: str) -> None:
         ("bin only", "convert them: python -c"),
         ("cut short", "is cut short"),
         ("not safetensors", "is not a safetensors file"),
+        ("a tensor missing", "layers.1.mlp.up_proj.weight is missing; expected (52, 36) by config"),
+        ("another shape", "model.norm.weight is (35,); expected (36,) by config.json"),
+        ("no size", "config.json: intermediate_size is None; expected a number above 0"),
+        ("a bare model", "expected the same number everywhere"),
+        ("an index of nothing", "no model.safetensors there, nor its index that can be read"),
+        ("a pointer", "if it was cloned, run git lfs pull"),
         ("no head", "expected the same number everywhere"),
         ("shard missing", "model-00002-of-00002.safetensors is missing"),
         ("config cut short", "config.json is broken")])
@@ -789,6 +817,13 @@ def test_bases_that_cannot_be_extended(how, said, base, corpus, tmp_path, capsys
     line = refusal(capsys, *options(tmp_path / "base", corpus))
     assert "--base_model" in line and said in line
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_base_that_says_it_is_not_quantised(base, corpus, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": None}
+    (tmp_path / "base" / "config.json").write_text("\ufeff" + json.dumps(config), encoding="utf-8")
+    script.main(options(tmp_path / "base", corpus))
 
 
 def test_a_failed_proof_writes_nothing(base, corpus, tmp_path, monkeypatch, capsys):
@@ -978,6 +1013,125 @@ def test_the_lock_ends_with_main(end, base, corpus, tmp_path, monkeypatch):
             script.main(options(base, corpus))
     with script.build_aside(tmp_path / "outputs" / "extended"):
         pass
+
+
+def test_other_content_of_the_same_size_is_another_run(base, corpus, tmp_path, capsys):
+    own, text = tmp_path / "base", tmp_path / "corpus.txt"
+    shutil.copytree(base, own)
+    shutil.copy(corpus, text)
+    run = [str(word) for word in options(own, text)]
+    script.main(run)
+    os.utime(text, (1, 1))  # the same bytes are the same run
+    os.utime(own / "model.safetensors", (1, 1))
+    capsys.readouterr()
+    script.main(run)
+    assert capsys.readouterr().out.startswith("already done")
+    content = text.read_bytes()
+    text.write_bytes(content[::-1] if len(content) % 2 else content[1:] + content[:1])
+    assert "the files it reads" in refusal(capsys, *run)
+    text.write_bytes(content)
+    tensors = load_file(own / "model.safetensors")
+    changed = {n: t * 2 if "up_proj" in n else t for n, t in tensors.items()}
+    for weights in (changed, tensors):
+        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+        if weights is changed:
+            assert "the files it reads" in refusal(capsys, *run)
+    capsys.readouterr()
+    script.main(run)
+    assert capsys.readouterr().out.startswith("already done")
+
+
+def test_a_known_sum_spares_a_second_reading(base, corpus, tmp_path, monkeypatch):
+    script.main(options(base, corpus))
+    monkeypatch.setattr(script, "file_sum", lambda path: pytest.fail(f"{path} is read again"))
+    script.main(options(base, corpus))
+
+
+def test_the_weights_are_those_that_transformers_loads(base, corpus, tmp_path):
+    """One file and, from an earlier model, an index with shards."""
+    own = tmp_path / "base"
+    shutil.copytree(base, own)
+    tensors = load_file(own / "model.safetensors")
+    save_file({n: t * 0 for n, t in tensors.items()}, own / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    (own / script.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert len(AutoModelForCausalLM.from_pretrained(own).model.norm.weight.unique()) == 1
+    script.main(options(own, corpus))
+    output = tmp_path / "outputs" / "extended"
+    assert sorted(path.name for path in output.glob("model*")) == ["model.safetensors"]
+    for name, tensor in weights(output).items():
+        assert torch.equal(tensor[: len(tensors[name])], tensors[name]), name
+
+
+def test_files_of_the_user_in_the_output_are_named_and_kept(base, corpus, tmp_path, capsys):
+    script.main(options(base, corpus))
+    (tmp_path / "outputs" / "extended" / "model-F16.gguf").write_text("mine")
+    line = refusal(capsys, *options(base, corpus, "--overwrite"))
+    assert "--output_dir outputs/extended: model-F16.gguf there, 1 in all, is not of the" in line
+    assert (tmp_path / "outputs" / "extended" / "model-F16.gguf").read_text() == "mine"
+    (tmp_path / "outputs" / "extended" / "model-F16.gguf").rename("model-F16.gguf")
+    script.main(options(base, corpus, "--overwrite"))
+
+
+@pytest.mark.parametrize("more", [["--corpus", "b"], ["--corpus=b"]])
+def test_a_list_given_twice_is_refused(more, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--corpus", "a", *more])
+    assert stop.value.code == 2 and "--corpus is given twice" in capsys.readouterr().err
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """An empty volume, as docker -v makes one."""
+    (tmp_path / "volume").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", "volume"]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a volume cannot be mounted here")
+    yield tmp_path / "volume"
+    subprocess.run(["umount", tmp_path / "volume"], check=True)
+
+
+def test_a_mount_is_refused_before_the_work(base, corpus, mount, monkeypatch, capsys):
+    monkeypatch.setattr(script, "read_corpora", lambda *_: pytest.fail("it works"))
+    line = refusal(capsys, *options(base, corpus, "--output_dir", "volume"))
+    assert line.startswith("error: --output_dir volume: a mount or the current folder, which can")
+    monkeypatch.undo()
+    monkeypatch.chdir(mount.parent)
+    script.main(options(base, corpus, "--output_dir", "volume/extended"))
+    assert [path.name for path in mount.iterdir()] == ["extended"]
+
+
+def test_the_current_folder_is_refused(base, corpus, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir("here")
+    line = refusal(capsys, *options(base, corpus, "--output_dir", "."))
+    assert line.startswith("error: --output_dir .: a mount or the current folder")
+
+
+def test_a_disk_too_small_is_seen_before_the_work(base, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+    monkeypatch.setattr(script, "read_corpora", lambda *_: pytest.fail("it works"))
+    assert "make room or pass a folder on" in refusal(capsys, *options(base, corpus), code=1)
+
+
+def test_nobody_need_read_what_is_printed(base, corpus, tmp_path):
+    program = [sys.executable, str(Path(script.__file__)), *options(base, corpus)]
+    line = f"(sleep 1; exec {' '.join(program)}) | true"
+    subprocess.run(["bash", "-o", "pipefail", "-c", line], check=True)
+    assert (tmp_path / "outputs" / "extended" / "run.json").is_file()
+
+
+def test_a_file_too_large_for_the_disk_is_one_line(base, corpus, tmp_path):
+    code = f"""if True:
+        import resource, sys
+        sys.path.insert(0, {str(Path(script.__file__).parent)!r})
+        import extend_vocab
+        extend_vocab.prove = lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (90000, 90000))
+        extend_vocab.main(sys.argv[1:])"""
+    command = [sys.executable, "-c", code, *options(base, corpus)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "too large" in done.stderr
 
 
 def test_two_runs_give_the_same_bytes(base, corpus, extended):

@@ -328,6 +328,7 @@ INSIDE = {  # lines of an article that look like furniture, and stand in a text 
     "a notice in a paragraph": (
         "外資今天又賣超，指數守在月線。量縮代表大家都在等。本文不構成任何投資建議。"
         "下週要看的是出口數字，還有那幾家代工廠怎麼說。"),
+    "another language": "他抬頭問了一句。\n\"Where is my umbrella?\"\nAray kita.\n沒有人回答。",
     "options of a question": "下列哪一項是原因？\n(A) 位於迎風面\n(B) 海拔比較高\n(C) 受洋流影響",
     "words apart": "第二幕　第一場，燈亮的時候她坐在窗邊。"}
 

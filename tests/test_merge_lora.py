@@ -84,9 +84,15 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in file.items()}
 
 
+def command(adapter: Path | str, options: tuple) -> list[str]:
+    """The command line; another --adapter among the options takes the place of the first."""
+    first = [] if "--adapter" in options else ["--adapter", str(adapter)]
+    return [*first, "--output_dir", "merged", *map(str, options)]
+
+
 def merge(adapter: Path, *options: object) -> dict[str, torch.Tensor]:
     """Run the script; return what it wrote to ./merged."""
-    merge_lora.main(["--adapter", str(adapter), "--output_dir", "merged", *map(str, options)])
+    merge_lora.main(command(adapter, options))
     return read(Path("merged"))
 
 
@@ -103,7 +109,7 @@ def assert_same_bits(ours: dict[str, torch.Tensor], model) -> None:
 def refusal(capsys, adapter: Path | str, *options: object, code: int = 2) -> str:
     """Run the script, which must refuse; return its error line."""
     with pytest.raises(SystemExit) as stop:
-        merge_lora.main(["--adapter", str(adapter), "--output_dir", "merged", *map(str, options)])
+        merge_lora.main(command(adapter, options))
     assert stop.value.code == code
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert not Path(".merged.partial").exists()
@@ -571,6 +577,8 @@ def test_mixed_number_formats_stay_as_they_are(tmp_path):
 def test_a_second_merge_replaces_the_first(tmp_path):
     base = make_base(tmp_path / "base")
     merge(make_adapter(base, tmp_path / "adapter"))
+    record = json.loads(Path("merged/run.json").read_text())
+    edit(Path("merged/run.json"), written=[*record["written"], "stale"])
     Path("merged", "stale").touch()
     adapter = make_adapter(base, tmp_path / "other", r=2)
     assert_same_bits(merge(adapter), peft_merge(base, adapter))
@@ -883,6 +891,8 @@ def test_missing_models_say_what_to_run(pair, capsys, tmp_path):
 def test_unfinished_training_points_to_its_last_checkpoint(pair, capsys):
     for step in (9, 10):
         shutil.copytree(pair[1], Path("pt") / f"checkpoint-{step}")
+        (Path("pt") / f"checkpoint-{step}" / "run.json").write_text("{}")
+    shutil.copytree(pair[1], "pt/checkpoint-11")  # still being written: it has no run.json
     assert "training is not finished; pass --adapter pt/checkpoint-10" in refusal(capsys, "pt")
     assert merge(Path("pt/checkpoint-9"))
 
@@ -1019,7 +1029,9 @@ def test_targets_are_those_of_peft(promise):
 
 
 @pytest.mark.parametrize(("field", "value", "words"), [
-    ("r", None, "r is None; expected a number"),
+    ("r", None, "r is None; expected a number"), ("r", 0, "r is 0; expected a number"),
+    ("rank_pattern", {"q_proj": "8"}, "r is 8; expected a number"),
+    ("alpha_pattern", {"q_proj": "8"}, "lora_alpha is 8; expected a number"),
     ("lora_alpha", "16", "lora_alpha is 16; expected a number"),
     ("target_modules", "(q_proj", "(q_proj is no pattern"),
     ("rank_pattern", {"*q_proj": 4}, "*q_proj)$ is no pattern")])
@@ -1209,6 +1221,296 @@ def test_a_merged_model_tells_what_was_new_in_it(pair):
     (adapter / "run.json").write_text('{"settings": {"first_new_row": 976}}')
     merge(adapter)
     assert json.loads(Path("merged/run.json").read_text())["results"]["base_vocab_size"] == 976
+
+
+# --- Adapters, bases and folders that are not what they seem -------------------------------------
+
+
+def seal(folder: Path, **record) -> None:
+    """A checkpoint's run.json, with the sum of every file."""
+    sums = {p.name: merge_lora.file_sum(p) for p in folder.iterdir() if p.name != "run.json"}
+    (folder / "run.json").write_text(json.dumps({"files": sums, **record}))
+
+
+def test_weights_that_differ_from_their_sum_are_refused(pair, capsys):
+    adapter = pair[1]
+    (adapter / "optimizer.pt").touch()
+    seal(adapter)
+    (adapter / "optimizer.pt").unlink()  # a file that no merge reads may be missing
+    assert merge(adapter)
+    path = adapter / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5000:-4000] = bytes(1000)
+    path.write_bytes(content)
+    line = refusal(capsys, adapter)
+    assert f"--adapter {adapter}: adapter_model.safetensors is not as it was written" in line
+    (adapter / "run.json").unlink()
+    assert merge(adapter)
+
+
+@pytest.mark.parametrize(("key", "option", "trained"), [
+    ("r", "lora_rank", 5), ("lora_alpha", "lora_alpha", 7)])
+def test_settings_edited_after_the_training_are_a_warning(pair, capsys, key, option, trained):
+    record = {"settings": {option: trained + 9}}
+    for settings, words in ((record, f"{key} is {trained} in adapter_config.json, but it was "
+                             f"trained with {trained + 9}"), ({"settings": {option: trained}}, "")):
+        (pair[1] / "run.json").write_text(json.dumps(settings))
+        merge(pair[1])
+        said = [x for x in capsys.readouterr().err.splitlines() if "trained with" in x]
+        assert [words in x for x in said] == [True] * bool(words)
+
+
+def test_files_that_the_model_does_not_name_do_not_count(pair):
+    base, adapter = pair
+    before, print_of_base = merge(adapter), merge_lora.fingerprint(base)
+    (base / "model-00099-of-00099.safetensors").touch()
+    (base / "consolidated.safetensors").write_bytes(b"not even safetensors")
+    assert merge_lora.fingerprint(base) == print_of_base
+    ours = merge(adapter)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in before.items())
+
+
+def test_the_single_file_comes_before_the_index(pair):
+    """As in Transformers; an index may be left from an earlier model."""
+    base, adapter = pair
+    tensors = {name: tensor + 1 for name, tensor in read(base).items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert (base / "model.safetensors.index.json").is_file()
+    print_of_base = merge_lora.fingerprint(base)
+    assert_same_bits(merge(adapter), peft_merge(base, adapter))
+    for path in (*base.glob("model-*"), base / "model.safetensors.index.json"):
+        path.unlink()
+    assert merge_lora.fingerprint(base) == print_of_base
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": null}', '{"weight_map": [1]}', "[]", "{"])
+def test_an_index_that_makes_no_sense(pair, capsys, content):
+    (pair[0] / "model.safetensors.index.json").write_text(content)
+    line = refusal(capsys, pair[1])
+    assert f"--base_model {pair[0]}: no model.safetensors there, nor its index that can" in line
+
+
+@pytest.mark.parametrize("value", [None, 0, "60"])
+@pytest.mark.parametrize("key", ["intermediate_size", "num_attention_heads", "num_hidden_layers"])
+def test_a_config_without_a_size_is_named(pair, capsys, key, value):
+    edit(pair[0] / "config.json", **{key: value})
+    line = refusal(capsys, pair[1])
+    assert f"--base_model {pair[0]}: config.json: {key} is {value}; expected a number" in line
+
+
+def test_json_that_begins_with_a_mark_of_byte_order(pair):
+    base, adapter = pair
+    before = merge(adapter)
+    shutil.copyfile("merged/tokenizer.json", base / "tokenizer.json")
+    (adapter / "run.json").write_text("{}")
+    for path in [*base.glob("*.json"), *adapter.glob("*.json")]:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    ours = merge(adapter)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("record", [
+    {"base": "llama", "status": "ok"}, {"results": "ok"}, {"settings": [1]}, {"arguments": "a b"},
+    {"files": ["a"]}, {"base": {"fingerprint": None}}])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_record_of_another_program_does_not_count(pair, record, place):
+    (pair[place] / "run.json").write_text(json.dumps(record))
+    assert merge(pair[1])
+
+
+def changed_tokenizer(source: Path, target: Path, change) -> None:
+    made = json.loads(source.read_text())
+    change(made["model"]["vocab"], made["added_tokens"])
+    target.write_text(json.dumps(made))
+
+
+def test_an_adapters_tokenizer_must_have_the_bases_pieces(pair, capsys):
+    """The base has 23 tokens that were added to its tokenizer; the adapter's lacks them."""
+    base, adapter = pair
+    merge(adapter)
+    (base / "tokenizer.model").unlink()
+
+    def extend(vocab: dict, added: list) -> None:
+        for i in range(977, 1000):
+            del vocab[next(piece for piece, number in vocab.items() if number == i)]
+            added.append({"id": i, "content": f"新{i}", "special": False})
+
+    def forget(vocab: dict, added: list) -> None:
+        extend(vocab, added)
+        del added[-23:]
+
+    def swap(vocab: dict, added: list) -> None:
+        extend(vocab, added)
+        ids = [i for i in vocab.values() if i >= 400]
+        vocab.update(zip([p for p, i in vocab.items() if i >= 400], ids[::-1], strict=True))
+
+    made = Path("merged/tokenizer.json")
+    changed_tokenizer(made, base / "tokenizer.json", extend)
+    merge(adapter, "--output_dir", "other")
+    for change, words in ((forget, "lacks 23 pieces of the base's"), (swap, "pieces of the base")):
+        changed_tokenizer(made, adapter / "tokenizer.json", change)
+        line = refusal(capsys, adapter)
+        assert f"--adapter {adapter}: its tokenizer.json" in line and words in line
+        assert "remove its tokenizer's files to take those of the base" in line
+    changed_tokenizer(made, adapter / "tokenizer.json", extend)
+    merge(adapter, "--output_dir", "other")
+
+
+def test_the_two_files_of_a_tokenizer_must_have_the_same_pieces(pair, capsys):
+    base, adapter = pair
+    merge(adapter)
+
+    def swap(vocab: dict, added: list) -> None:
+        pieces = {i: piece for piece, i in vocab.items()}
+        vocab[pieces[500]], vocab[pieces[501]] = 501, 500
+
+    changed_tokenizer(Path("merged/tokenizer.json"), base / "tokenizer.json", swap)
+    line = refusal(capsys, adapter)
+    assert "its tokenizer.json lacks 2 pieces of tokenizer.model or gives them other ids" in line
+
+
+def test_a_chat_model_with_tokens_of_its_own_is_refused(pair, tmp_path, capsys):
+    """Its <|im_end|> would be a word of the extended base."""
+    base, adapter = pair
+    merge(adapter)
+    chat = make_chat(base, tmp_path / "chat")
+    end = {"id": 1000, "content": "<|im_end|>", "special": True}
+    made = Path("merged/tokenizer.json")
+    changed_tokenizer(made, chat / "tokenizer.json", lambda vocab, added: added.append(end))
+    for name in ENDS:
+        edit_tensor_exactly(chat, name, lambda t: torch.cat([t, t[:1]]))
+    edit(chat / "config.json", vocab_size=1001)
+    assert merge(adapter, "--chat_model", chat)
+    template, settings = chat / "tokenizer_config.json", chat / "generation_config.json"
+    for path, key, value in ((template, "chat_template", "{{ messages }}<|im_end|>"),
+                             (settings, "eos_token_id", [2, 1000]),
+                             (settings, "pad_token_id", 1000)):
+        before = path.read_bytes()
+        edit(path, **{key: value})
+        line = refusal(capsys, adapter, "--chat_model", chat)
+        assert f"--chat_model {chat}: " in line and "needs <|im_end|>, which the base has" in line
+        path.write_bytes(before)
+
+
+def test_a_chat_model_that_is_the_base_is_refused(pair, capsys):
+    assert "it is the base itself" in refusal(capsys, pair[1], "--chat_model", pair[0])
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, "rope_theta 1000000.0, in"),
+    ({"rope_parameters": None, "rope_theta": 5e5}, "rope_theta 500000.0, in the base 10000.0"),
+    ({"rms_norm_eps": 1e-3}, "rms_norm_eps 0.001, in the base 1e-06"),
+    ({"hidden_act": "gelu"}, "hidden_act gelu, in the base silu"),
+    ({"rope_parameters": None, "rope_theta": 1e4}, None)])
+def test_a_chat_model_that_computes_differently_is_a_warning(
+        pair, tmp_path, capsys, change, words):
+    chat = make_chat(pair[0], tmp_path / "chat")
+    edit(chat / "config.json", **change)
+    merge(pair[1], "--chat_model", chat)
+    said = capsys.readouterr().err
+    assert words in said if words else "in the base" not in said
+
+
+def test_files_of_the_user_in_the_output_are_named_and_kept(pair, capsys):
+    adapter = pair[1]
+    merge(adapter)
+    for name in ("merged-7B-F16.gguf", "notes.md"):
+        Path("merged", name).write_text("mine")
+    line = refusal(capsys, adapter)
+    assert "--output_dir merged: merged-7B-F16.gguf, notes.md there, 2 in all" in line
+    assert Path("merged/merged-7B-F16.gguf").read_text() == "mine"
+    for name in ("merged-7B-F16.gguf", "notes.md"):
+        Path("merged", name).unlink()
+    Path("merged/.DS_Store").touch()
+    Path("merged/lost+found").mkdir()
+    assert merge(adapter)
+    assert merge(adapter, "--verify") and merge(adapter)  # run.json is written twice
+
+
+@pytest.mark.parametrize("second", [["--adapter", "b"], ["--adapter=b"]])
+def test_a_list_given_twice_is_refused(capsys, second):
+    with pytest.raises(SystemExit) as stop:
+        merge_lora.main(["--adapter", "a", *second])
+    assert stop.value.code == 2
+    assert "--adapter is given twice; give it once, with all values: --adapter A B" in (
+        capsys.readouterr().err)
+
+
+def test_an_output_that_cannot_be_renamed_is_refused_before_the_work(pair, capsys, monkeypatch):
+    """A mount (docker -v) gives EBUSY, a folder of an image's lower layer EXDEV."""
+    Path("merged").mkdir()
+    rename = Path.rename
+
+    def merging(*args):
+        raise AssertionError("it merges")
+
+    monkeypatch.setattr(merge_lora, "write_weights", merging)
+    for number in (errno.EBUSY, errno.EXDEV):
+        def busy(path, target, number=number):
+            if path.name == "merged":
+                raise OSError(number, os.strerror(number), str(path))
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", busy)
+        line = refusal(capsys, pair[1])
+        assert line.startswith("error: --output_dir merged: a mount or the current folder, which")
+    monkeypatch.chdir("merged")
+    line = refusal(capsys, pair[1], "--output_dir", ".")
+    assert line.startswith("error: --output_dir .: a mount or the current folder")
+
+
+@pytest.mark.parametrize("closed", ["| true", ">&-", "2>&-"])
+def test_nobody_need_read_what_is_printed(pair, closed):
+    """The pipe's reader is gone before the first line is printed."""
+    script = [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(pair[1]),
+              "--merge_into", "original", "--output_dir", "merged"]
+    line = f"(sleep 1; exec {' '.join(script)}) {closed}"
+    subprocess.run(["bash", "-o", "pipefail", "-c", line], check=True)
+    assert Path("merged/config.json").is_file()
+
+
+def test_a_shard_too_large_for_the_disk_names_the_option(pair):
+    code = f"""if True:
+        import resource, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import merge_lora
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        merge_lora.main(sys.argv[1:])"""
+    options = [sys.executable, "-c", code, "--adapter", str(pair[1]), "--output_dir", "merged"]
+    done = subprocess.run(options, capture_output=True, text=True, check=False)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and line.startswith("error: --max_shard_size: this disk takes no")
+    assert not list(Path().glob("*merged*"))
+    assert subprocess.run([*options, "--max_shard_size", "1.5e-4"], check=False).returncode == 0
+
+
+def test_the_title_of_a_card_is_the_folders_name(pair):
+    merge(pair[1], "--output_dir", "there/")
+    assert "\n# there\n" in Path("there/README.md").read_text()
+
+
+def test_an_adapters_file_points_to_its_folder(pair, capsys):
+    path = pair[1] / "adapter_model.safetensors"
+    assert f"{path}: a file; pass its folder, --adapter {pair[1]}" in refusal(capsys, path)
+
+
+@pytest.mark.parametrize(("place", "other"), [
+    ("layers.", "layers._fsdp_wrapped_module."), (".weight", ".default.weight")])
+def test_names_of_a_raw_state_dict(pair, capsys, place, other):
+    path = pair[1] / "adapter_model.safetensors"
+    save_file({name.replace(place, other): t for name, t in load_file(path).items()}, path)
+    assert "save the adapter with PEFT's save_pretrained" in refusal(capsys, pair[1])
+
+
+def test_an_adapter_in_float64_says_what_to_save(pair, capsys):
+    path = pair[1] / "adapter_model.safetensors"
+    save_file({name: t.double() for name, t in load_file(path).items()}, path)
+    assert "stored as F64; expected BF16, F16 or F32; save it in one" in refusal(capsys, pair[1])
+
+
+def test_a_text_of_special_tokens_alone_cannot_be_compared(pair, capsys):
+    Path("text").write_text("</s>")
+    assert "--verify text: no character but" in refusal(capsys, pair[1], "--verify", "text")
 
 
 # --- A full disk, a kill -------------------------------------------------------------------------

@@ -140,6 +140,46 @@ def before(given: str, head: str) -> Callable[[dict], float]:
     return found
 
 
+def at_share(share: float, kind: str, step: int = 240) -> list[float]:
+    """Bits per character of every seed with that share of English, from bench_quality.py."""
+    rows = [r for r in results()["quality"]["replay"]["results"] if r["english"] == share]
+    return [point[kind] for row in rows for point in row["points"] if point["step"] == step]
+
+
+def mixed(kind: str, *shares: float, step: int = 240) -> list[Callable[[dict], float]]:
+    return [lambda _, s=share: statistics.mean(at_share(s, kind, step)) for share in shares]
+
+
+def replay_row(percent: int) -> tuple:
+    """A row of the table of replay, the same in both languages."""
+    row = f"| {percent}% | " + " | ".join(["{:.2f}"] * 3) + " |"
+    kinds = ("modern", "novel", "english")
+    return row, row, *(mixed(kind, percent / 100)[0] for kind in kinds)
+
+
+def replay_spread(_: dict) -> float:
+    """The largest distance of two seeds with the same share of English."""
+    found = [at_share(share, kind) for share in (0, 0.05, 0.1, 0.25)
+             for kind in ("modern", "novel", "english")]
+    return max(max(bits) - min(bits) for bits in found)
+
+
+def at_rate(kind: str, *factors: float) -> list[Callable[[dict], float]]:
+    """Mean bits per character with other learning rates for the new rows."""
+    def found(factor: float) -> float:
+        rows = results()["quality"]["rates"]["results"]
+        return statistics.mean(
+            row["points"][-1][kind] for row in rows if row["rows_rate"] == factor)
+
+    return [lambda _, f=factor: found(f) for factor in factors]
+
+
+def modern_more(share: float) -> Callable[[dict], float]:
+    """How many bits more modern text takes with that share of English than without."""
+    return lambda _: statistics.mean(at_share(share, "modern")) - statistics.mean(
+        at_share(0, "modern"))
+
+
 TRIED_RULES = [
     (rule, rule) for rule in (
         "mean", "first", "last", "weighted", "multivariate", "mean_subtoken, scaled", "aligned")]
@@ -263,6 +303,21 @@ FIGURES: list[tuple] = [
      " all logits at once) takes {:.2f} GB and reads {:,.0f}", *BESIDE),
     # the real run
     ("PyTorch {}", "PyTorch {}", pinned("torch")),
+    # what English mixed in does
+    ("從 {:.2f} 升到 {:.2f}，摻 5% 的英文是 {:.2f}，10% 是 {:.2f}；中文依序是 {:.2f}、{:.2f}、"
+     "{:.2f}",
+     "from {:.2f} bits per character to {:.2f} in training, to {:.2f} with 5% of English mixed in"
+     " and to {:.2f} with 10%; Chinese ends at {:.2f}, {:.2f} and {:.2f}",
+     *mixed("english", 0, step=0), *mixed("english", 0, 0.05, 0.1),
+     *mixed("modern", 0, 0.05, 0.1)),
+    ("同一列的種子相差至多 {:.2f}", "the seeds of a row differ by {:.2f} at most", replay_spread),
+    ("（訓練前 {:.2f}）", "({:.2f} before training)", *mixed("english", 0, step=0)),
+    *(replay_row(percent) for percent in (0, 5, 10, 25)),
+    ("現代文字多 {:.2f} 到 {:.2f} 位元", "Modern text then takes {:.2f} to {:.2f} bits more",
+     modern_more(0.05), modern_more(0.25)),
+    ("0.1 倍時紅樓夢 {:.2f}、1 倍 {:.2f}、10 倍 {:.2f}，英文是 {:.2f}、{:.2f}、{:.2f}",
+     "紅樓夢 {:.2f} at 0.1, {:.2f} at 1 and {:.2f} at 10; English {:.2f}, {:.2f} and {:.2f}",
+     *at_rate("novel", 0.1, 1, 10), *at_rate("english", 0.1, 1, 10)),
     ("| 一步：32 個序列，每個 2,048 個 token" + " | {:.1f} 秒" * 3,
      "| a step: 32 sequences of 2,048 tokens" + " | {:.1f} s" * 3,
      *predicted("step_seconds", *WATTS)),
@@ -432,6 +487,8 @@ NOT_MEASURED = [
     "0.9、0.999", "0.9, 0.999",  # the card's Adam
     "3.2 節", "section 3.2",  # of LongLoRA's paper
     "0.4 GB",  # extend_vocab.py's bound
+    "摻 5% 就保住", "10% 與訓練前", "5% keeps", "10% about all",  # rows of the table above
+    "的 0.1 倍與 1 倍", "0.1 and 1 differ",
     "lm-eval 0.4.13",
     "Apache-2.0", "CC BY-SA 3.0", "CC BY-SA 4.0",
     "1% 是好頁", "1% good pages",  # the share of good pages in bench_filter.py's WET
