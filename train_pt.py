@@ -304,9 +304,11 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     return args, training
 
 
-def try_trainer(training: Any) -> None:
+def try_trainer(args: Arguments, training: Any) -> None:
     """Build what Trainer makes of its options, around a model of one weight: what it refuses is
-    refused before the real weights load."""
+    refused before the real weights load. A plan trains nothing."""
+    if args.plan:
+        return
     import torch
     from transformers import Trainer
     options, rows = copy(training), [{"labels": 0}]
@@ -1851,7 +1853,8 @@ def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") ->
 
 @contextmanager
 def lock_output_dir(output: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; refuse one that another run is writing."""
+    """Make a folder and keep other runs out of it; refuse one that another run is writing."""
+    output.mkdir(parents=True, exist_ok=True)
     with (output / ".lock").open("a") as file:
         if not take_lock(file, f"--output_dir {output}"):
             raise UserError(f"--output_dir {output}: another run is writing it; wait for it, or "
@@ -2573,8 +2576,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read, check, tokenise, pack, build, train, report."""
     args, training = parse_args(argv)
     check(args)
-    if not args.plan:
-        try_trainer(training)
+    try_trainer(args, training)
     folder, config, tokenizer, first_new = load_base(args)
     if args.plan and not (tokenizer and all(Path(path).exists() for path in args.dataset)):
         return print_plan(args, training, config, first_new, {})
@@ -2601,7 +2603,6 @@ def main(argv: list[str] | None = None) -> None:
     check_metric(training, held_out, report.probes)
     with ExitStack() as run:
         if training.process_index == 0:
-            report.output.mkdir(parents=True, exist_ok=True)
             run.enter_context(lock_output_dir(report.output))
             report.begin(training, blocks, *lines)
         model, _ = build_model(args, training, folder, first_new)
