@@ -48,7 +48,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial, wraps
 from importlib.metadata import version
@@ -56,6 +56,7 @@ from inspect import unwrap
 from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
+from tempfile import TemporaryDirectory
 from types import new_class
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
@@ -73,6 +74,7 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 LLAMA_2_PIECES = 32_000
 LARGE_FOR_A_CPU = 2e9  # bytes of weights
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 IGNORED = -100  # the label of a token that is not predicted
 # Options of the Trainer that a run cannot keep its promises with, by the value that turns them on.
 UNSUPPORTED = {
@@ -81,11 +83,16 @@ UNSUPPORTED = {
     "save_only_model": "expected false; without its optimizer a checkpoint cannot go on",
     "auto_find_batch_size": "expected false; --plan says which batch fits",
     "enable_jit_checkpoint": "expected false; SIGTERM already saves the last whole step",
+    "ignore_data_skip": "expected false; a resumed run would train on the same text twice",
     "dataloader_num_workers": "expected 0; a batch is only looked up, and workers die of the "
     "signal on which a run saves",
     "label_smoothing_factor": "expected 0; no logits leave the loss that could be smoothed"}
+NEEDS_PROCESSES = {"fsdp": "expected several processes: torchrun --nproc_per_node 4 train_pt.py"}
 PART, BATCH = 1 << 16, 1 << 20  # characters: of a long text's parts, given to the tokenizer at once
+SHARES = ("taiwan_wording", "in_context_")  # metrics of which more is better
 SURROGATES = re.compile("[\ud800-\udfff]")
+# What a file manager, Jupyter or a file system leaves in a folder.
+FOREIGN = {".DS_Store", ".ipynb_checkpoints", "lost+found"}
 # What a file system without locks answers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 1,024 x 61,388 x 4 bytes = 0.25 GB
@@ -200,6 +207,15 @@ class Arguments(Settings):
         self.dataset = [os.path.expanduser(path) for path in self.dataset]
 
 
+def refuse_twice(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Refuse a list given in two places: argparse would drop the first without a word."""
+    given = [str(word).partition("=")[0].replace("-", "_") for word in argv]
+    for setting in fields(Arguments):
+        if "list[" in str(setting.type) and given.count(f"__{setting.name}") > 1:
+            name = f"--{setting.name}"
+            parser.error(f"{name} is given twice; give it once, with all values: {name} A B")
+
+
 def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     """Read the command line (None: sys.argv) into our Arguments and transformers.TrainingArguments;
     an unknown option ends the program with exit code 2."""
@@ -207,8 +223,9 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     parse = {"return_remaining_strings": True, "look_for_args_file": False}
     parser = HfArgumentParser(Arguments, description=__doc__, **form)
     parser.add_argument("--help_trainer", action="store_true", help="List the Trainer's options.")
-    if argv is None and "__file__" not in globals():
-        argv = []  # a notebook's sys.argv is Jupyter's own
+    if argv is None:  # a notebook's sys.argv is Jupyter's own
+        argv = sys.argv[1:] if "__file__" in globals() else []
+    refuse_twice(parser, argv)
     args, extra, rest = parser.parse_args_into_dataclasses(argv, **parse)
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read when CUDA starts
@@ -237,18 +254,20 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         "ddp_find_unused_parameters": False, "logging_first_step": True, "save_strategy": "steps"}
     trainer_parser.set_defaults(**{name: value for name, value in ours.items() if name in known})
     asked, unknown = trainer_parser.parse_known_args(rest)
-    # Before TrainingArguments is built: a half-made DeepSpeed configuration would stay in
-    # Transformers' global state and break every later model of this process.
-    for name, reason in UNSUPPORTED.items():
+    # Before TrainingArguments is built: a half-made DeepSpeed or FSDP would stay in global state
+    # and break every later run of this process.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    for name, reason in (UNSUPPORTED | (NEEDS_PROCESSES if alone else {})).items():
         if value := getattr(asked, name):
             parser.error(f"--{name} {value}: {reason}")
     if unknown:
         parser.error(f"unknown option: {' '.join(unknown)}; --help and --help_trainer list them")
-    try:
+    with refusals_of_trainer():
         training, _ = trainer_parser.parse_args_into_dataclasses(rest, **parse)
-        training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
-    except (ValueError, ImportError) as error:
-        parser.error(" ".join(str(error).split()))
+    training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
+    if asked.greater_is_better is None and training.metric_for_best_model:  # by its kind
+        name = training.metric_for_best_model.removeprefix("eval_")
+        training.greater_is_better = name.startswith(SHARES)
     liger_is_here = is_liger_kernel_available()
     if args.use_liger_kernel is None:
         args.use_liger_kernel = args.plan or (liger_is_here and not training.use_cpu)
@@ -256,6 +275,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     version, strategy = fsdp_version(training), training.train_sampling_strategy
     blockwise = any(word in args.optim for word in ("8bit", "bnb", "paged"))
     missing = set(training.report_to) - set(get_available_reporting_integrations())
+    batches = training.accelerator_config
     for wrong, message in (
         (liger and not liger_is_here,
          "--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel"),
@@ -267,6 +287,9 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         (missing, f"--report_to {', '.join(missing)}: unknown or not installed; pip install it"),
         (strategy != "random", f"--train_sampling_strategy {strategy}: expected random; all "
          "sequences are of one length"),
+        (batches.dispatch_batches or batches.split_batches, "--accelerator_config: expected "
+         "neither dispatch_batches nor split_batches; each process looks up its own sequences"),
+        (training.weight_decay < 0, f"--weight_decay {training.weight_decay}: expected 0 or more"),
         (training.max_steps == 0,
          "--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")):
         if wrong:
@@ -279,6 +302,21 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         parser.error(f"--lr_scheduler_type {settings['lr_scheduler_type']} --lr_scheduler_kwargs "
                      f"{kwargs}: {' '.join(str(error).split())[:200]}; pass what it needs")
     return args, training
+
+
+def try_trainer(args: Arguments, training: Any) -> None:
+    """Build what Trainer makes of its options, around a model of one weight: what it refuses is
+    refused before the real weights load. A plan trains nothing."""
+    if args.plan:
+        return
+    import torch
+    from transformers import Trainer
+    options, rows = copy(training), [{"labels": 0}]
+    options.report_to = []
+    with TemporaryDirectory() as options.output_dir, refusals_of_trainer():  # it makes its folder
+        trainer = Trainer(torch.nn.Linear(1, 1), options, train_dataset=rows, eval_dataset=rows)
+        trainer.create_optimizer()
+        trainer.get_train_dataloader()
 
 
 def learning_rate_schedule(settings: dict[str, Any], steps: int) -> Any:
@@ -331,6 +369,15 @@ def user_errors() -> Iterator[None]:
         message, code = f"error: {error}", 1
     print(message, file=sys.stderr)
     raise SystemExit(code)
+
+
+@contextmanager
+def refusals_of_trainer() -> Iterator[None]:
+    """Turn what Transformers and Accelerate say of an option into one line."""
+    try:
+        yield
+    except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def refuse(*findings: tuple[Any, str]) -> None:
@@ -423,23 +470,16 @@ def find_shapes(name_or_path: str, option: str) -> Path:
 
 def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
     """Folder, configuration and tokenizer of the base, and the first of its rows that are new."""
-    from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoTokenizer
     option = "--model_name_or_path"
-    path = folder = (find_shapes if args.plan else find_model)(args.model_name_or_path, option)
-    index = folder / "model.safetensors.index.json"
+    folder = (find_shapes if args.plan else find_model)(args.model_name_or_path, option)
     try:
         config = AutoConfig.from_pretrained(folder)
         bare = args.plan and not any(folder.glob("tokenizer.*"))
         tokenizer = None if bare else AutoTokenizer.from_pretrained(folder)
-        shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ()
-        parts = {*folder.glob("[!.]*.safetensors"), *(folder / name for name in shards)}
-        for path in () if args.plan else parts:
-            safe_open(path, "np")  # it holds the header against the file's size
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # files of nonsense fail in many ways
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{option} {path}: is not whole ({reason}); fetch it again") from error
-    missing = not args.plan and not any(folder.glob("[!.]*.safetensors"))
+        raise UserError(f"{option} {folder}: is not whole ({reason}); fetch it again") from error
     rows, positions = config.vocab_size, config.max_position_embeddings
     pieces = len(tokenizer or ())
     recorded = (read_record(folder).get("results") or {}).get("base_vocab_size")
@@ -453,17 +493,47 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
         (config.tie_word_embeddings, f"{model}: embedding and head are tied; expected two"),
         (getattr(config, "quantization_config", None), f"{model}: it is quantised, and what is "
          "trained on it cannot be merged; pass the 16-bit model that it was made from"),
-        (missing, f"{model}: {pickled(folder) or 'no *.safetensors, so no weights in it'}"),
         (uneven and args.quantization == "nf4",
          f"{model}: {uneven}; nf4 expects a multiple of 64; use --quantization none"),
         (pieces > rows, f"{model}: the tokenizer has {pieces} pieces and the model only {rows} "
          "rows; run python extend_vocab.py, which makes both"),
+        ((args.base_vocab_size or 0) > rows, f"--base_vocab_size {args.base_vocab_size}: the model "
+         f"has only {rows} rows; leave the option out"),
         (args.block_size > positions, f"--block_size {args.block_size}: longer than the model's "
          f"{positions} positions; choose a smaller one, or set rope scaling in its config.json"),
         (args.train_embeddings == "none" and first < rows,
          f"--train_embeddings none: rows {first} to {rows - 1} of embedding and head are new "
          f"and would never be trained; use new, or --base_vocab_size {rows} if none is new"))
+    if not args.plan:
+        check_weights(folder, config, model)
     return folder, config, tokenizer, first
+
+
+def check_weights(folder: Path, config: Any, shown: str) -> None:
+    """Refuse weights that are not, by name and shape, those that config.json asks for: Transformers
+    would make up what is missing, and the result could never be merged."""
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+    paths, path, found = weight_files(folder), folder / "config.json", {}
+    refuse((not paths, f"{shown}: {pickled(folder) or 'no *.safetensors, so no weights in it'}"))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(deepcopy(config))
+        for path in paths:
+            with safe_open(path, "np") as file:  # it holds the header against the file's size
+                names = file.keys()
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{shown}: {path.name} is not whole ({reason}); fetch it again") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = sorted(name for name in found.keys() | expected.keys()
+                   if not name.endswith("inv_freq") and found.get(name) != expected.get(name))
+    for name in names[:1]:
+        has, due = found.get(name, "missing"), expected.get(name, "no such tensor")
+        raise UserError(f"{shown}: {name} is {has}; expected {due} by config.json ({len(names)} "
+                        "tensors differ); fetch it again")
 
 
 # --- S² attention --------------------------------------------------------------------------------
@@ -597,25 +667,54 @@ def register_attention() -> None:
 def text_files(dataset: str, option: str = "--dataset") -> list[Path]:
     """The files to read, in name order. Of a folder the top level alone: below it filter_cc.py
     keeps its work and the pages that it refused."""
-    root = Path(dataset).expanduser()
+    root = Path(dataset)
+    refuse_dead_link(root, option)
     if not root.exists():
         hint = "run python filter_cc.py first" if "cc_filtered" in dataset else "check the path"
         raise UserError(f"{option} {dataset}: there is no such file or folder; {hint}")
-    found = [root] if root.is_file() else sorted(p for p in root.iterdir() if p.is_file())
-    visible = (p for p in found if not p.name.startswith("."))  # ._page.txt is macOS's own
-    files = [p for p in visible if p.suffix in (".parquet", ".jsonl", ".txt")]
-    if not files:
-        raise UserError(f"{option} {dataset}: no .parquet, .jsonl or .txt in it; expected text")
-    return files
+    found = what_is_read(root)
+    others = [f"{path.name} ({why})" for path, why in found.items() if why]
+    held = f"; it holds {', '.join(others[:3])}" if others else ""
+    refuse((len(others) == len(found), f"{option} {dataset}: no text there{held}; expected "
+            f"{', '.join(TEXT_SUFFIXES)} or a folder of them"))
+    return [path for path, why in found.items() if not why]
+
+
+def what_is_read(root: Path) -> dict[Path, str | None]:
+    """The file itself, or those in a folder, each with the reason why it is not read."""
+    inside = root.is_dir()
+    return {path: reason_not_to_read(path, inside)
+            for path in (sorted(root.iterdir()) if inside else [root])}
+
+
+def refuse_dead_link(path: Path, option: str) -> None:
+    """Refuse a link whose target does not exist."""
+    if path.is_symlink() and not path.exists():
+        wrong = f"a link to {os.readlink(path)}, which is not there"
+        raise UserError(f"{option} {path}: {wrong}; make it or remove the link")
+
+
+def reason_not_to_read(file: Path, inside: bool) -> str | None:
+    """Why a file is not read; None: it is read. Hidden files inside a folder belong to other
+    programs."""
+    if inside and file.name.startswith("."):
+        return "hidden"
+    if file.is_dir():
+        return "a folder"
+    if not file.exists():
+        return "a link that leads nowhere" if file.is_symlink() else "missing"
+    if file.suffix.lower() not in TEXT_SUFFIXES:
+        return f"not {', '.join(TEXT_SUFFIXES)}"
+    return None if file.is_file() else "not a regular file"
 
 
 def read_texts(path: Path) -> Iterator[str]:
     """Every document of a file."""
-    row = 0
+    row, kind = 0, path.suffix.lower()
     try:
-        if path.suffix == ".txt":
+        if kind == ".txt":
             yield path.read_text(encoding="utf-8-sig")
-        elif path.suffix == ".jsonl":
+        elif kind == ".jsonl":
             with path.open(encoding="utf-8-sig") as lines:
                 for row, line in enumerate(lines, 1):  # noqa: B007 (the error below names it)
                     if line.strip():
@@ -656,7 +755,7 @@ def dataset_key(files: list[Path], base: Path, sums: dict[str, str]) -> str:
         if (base / name).is_file():
             digest.update(name.encode() + (base / name).read_bytes())
     for path, content in zip(files, sums.values(), strict=True):
-        digest.update(f"{path.suffix} {content}\n".encode())
+        digest.update(f"{path.suffix.lower()} {content}\n".encode())
     return digest.hexdigest()
 
 
@@ -680,12 +779,23 @@ def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
     """Tokenise every document, once: the next run finds the result in the cache, and one that
     starts meanwhile waits for it. The tokenizer works on all cores."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    if not cached.exists():
+    corpus = read_tokens(cached, dtype)
+    if not corpus:
         with lock_cache(cached.parent):
-            if not cached.exists():  # another run has not made it meanwhile
+            if not read_tokens(cached, dtype):  # another run has not made it meanwhile
                 write_tokens(files, tokenizer, cached, dtype)
-    sizes = np.load(cached / "documents.npy")
-    return Corpus(np.memmap(cached / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
+        corpus = read_tokens(cached, dtype)
+    return corpus
+
+
+def read_tokens(cached: Path, dtype: type) -> Corpus | None:
+    """What the cache holds; None where it is missing or damaged."""
+    try:
+        sizes = np.load(cached / "documents.npy")
+        corpus = Corpus(np.memmap(cached / "tokens.bin", dtype, "r"), sizes[:, 0], sizes[:, 1])
+    except (OSError, ValueError, EOFError, IndexError):
+        return None
+    return corpus if len(corpus.tokens) == corpus.lengths.sum() else None
 
 
 def cut_text(text: str) -> list[str]:
@@ -755,6 +865,7 @@ def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -
         if repaired:
             print(f"note: {repaired} lone surrogates in the text are U+FFFD now")
         np.save(building / "documents.npy", np.array(sizes))
+        shutil.rmtree(cached, ignore_errors=True)  # damaged
         building.rename(cached)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -868,9 +979,9 @@ def source_names(datasets: list[str]) -> list[str]:
 
 
 def eval_texts(args: Arguments) -> dict[str, str]:
-    """The texts of --eval_dataset by their names; none if nothing is evaluated."""
-    asked = args.eval_dataset or [] if args.eval_strategy != "no" else []
-    return {name: os.path.expanduser(path) for name, _, path in (t.partition("=") for t in asked)}
+    """The texts of --eval_dataset by their names."""
+    asked = (text.partition("=") for text in args.eval_dataset or [])
+    return {name: os.path.expanduser(path) for name, _, path in asked}
 
 
 def pack_sources(
@@ -893,6 +1004,8 @@ def pack_sources(
 
 def count(corpora: list[Corpus], blocks: Mixture, held_out: dict, training: Any) -> dict[str, int]:
     """The run in numbers."""
+    refuse((not steps_per_epoch(len(blocks), training), "--dataloader_drop_last true: "
+            f"{len(blocks)} sequences are less than a batch; expected more text, or leave it out"))
     return {
         "documents": sum(len(corpus.lengths) for corpus in corpora[: len(blocks.sources)]),
         "tokens": sum(source.total for source in blocks.sources), "sequences": len(blocks),
@@ -1198,7 +1311,7 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
     from torch.utils.checkpoint import checkpoint
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, set_seed
     register_attention()
     # PEFT asks for activation checkpointing under its former name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
@@ -1212,6 +1325,7 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
         quantization_config=nf4 if args.quantization == "nf4" else None,
         device_map={"": training.device})
     model.config.group_size = args.group_size
+    model.generation_config = GenerationConfig()  # the base's own would change or stop the samples
     for module in model.modules():
         # bitsandbytes repacks the weights at the first eval on a CPU with AVX512-BF16, and training
         # goes on with wrong gradients (seen with 0.50).
@@ -1293,7 +1407,8 @@ def load_adapter(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
     from torch.distributed.tensor import DTensor, distribute_tensor
     saved, tensors = load_file(folder / "adapter_model.safetensors"), adapter_tensors(model)
-    assert saved.keys() == tensors.keys(), "the checkpoint holds other parameters than the model"
+    refuse((saved.keys() != tensors.keys(), f"{folder}/adapter_model.safetensors: holds other "
+            "parameters than the model; copy it again"))
     for key, tensor in tensors.items():
         if isinstance(tensor, DTensor):  # FSDP: this process's part
             part = saved[key].to(tensor.device), tensor.device_mesh, tensor.placements
@@ -1350,8 +1465,6 @@ class PackedTraining:
         if resume_from_checkpoint:
             self.saved_step = step_of(Path(resume_from_checkpoint))
         try:
-            if self.is_world_process_zero():
-                self.report.join_wandb(self.args)
             with suppress(LeaveTraining):
                 super().train(resume_from_checkpoint)
             with suppress(LeaveTraining):  # a run that was stopped in its last evaluation
@@ -1363,11 +1476,6 @@ class PackedTraining:
                 self.save_last_step()
             elif best := self.best_checkpoint():
                 load_adapter(self.model, best)
-        except Exception as error:  # a package that we do not require names its own remedy
-            wandb = "--report_to wandb: " if type(error).__module__.startswith("wandb.") else ""
-            if not (wandb or (isinstance(error, ImportError) and not error.name)):
-                raise
-            raise UserError(wandb + " ".join(str(error).split())) from error
         finally:  # what is printed next stands below the progress bar
             for callback in self.callback_handler.callbacks:
                 if bar := getattr(callback, "training_bar", None):
@@ -1428,6 +1536,8 @@ class PackedTraining:
                   f"checkpoint takes {size / 1e9:.1f} GB")
 
     def give_up(self, step: int, reason: str) -> None:
+        refuse((step == 0, f"{reason} before the first step: the base or --adapter holds numbers "
+                "that are not finite; fetch it again"))
         raise UserError(
             f"step {step}: {reason}; the last checkpoint is from before. Try a lower "
             f"--learning_rate (now {self.args.learning_rate:g}), --warmup_steps 100 or a lower "
@@ -1743,7 +1853,8 @@ def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") ->
 
 @contextmanager
 def lock_output_dir(output: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; refuse one that another run is writing."""
+    """Make a folder and keep other runs out of it; refuse one that another run is writing."""
+    output.mkdir(parents=True, exist_ok=True)
     with (output / ".lock").open("a") as file:
         if not take_lock(file, f"--output_dir {output}"):
             raise UserError(f"--output_dir {output}: another run is writing it; wait for it, or "
@@ -1800,14 +1911,15 @@ def finalize_checkpoint(folder: Path, record: dict) -> None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.split("-")[1])
+    """The step of a checkpoint, whatever its folder is called."""
+    return json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
 
 
 def checkpoints(output: Path) -> list[Path]:
     """The sealed checkpoints of a run, the last first."""
     sealed = [path.parent for path in output.glob("checkpoint-*/run.json")]
-    return sorted((p for p in sealed if p.name[11:].isdigit()), key=step_of, reverse=True)
+    sealed = [path for path in sealed if path.name[11:].isdecimal()]
+    return sorted(sealed, key=lambda path: int(path.name[11:]), reverse=True)
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -1857,8 +1969,14 @@ def move_aside(folder: Path, what: str, run: Path) -> Path:
     """Make room for another of its name, unless a run is at work; nothing is deleted."""
     with lock_output_dir(run):
         pass
+    fixed = (f"--output_dir {folder}: holds {what}, and a mount or the current folder cannot be "
+             "moved aside; pass a folder in it")
+    refuse((Path.cwd().is_relative_to(folder.resolve()), fixed))
     aside = next(p for n in range(1, 10**6) if not (p := Path(f"{folder}.{n}")).exists())
-    folder.rename(aside)
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise UserError(fixed) if error.errno in (errno.EBUSY, errno.EXDEV) else error from error
     print(f"{folder} held {what}: moved to {aside}")
     return aside
 
@@ -1873,10 +1991,10 @@ def open_run(args: Arguments, record: dict) -> str | None:
         refuse((not is_whole(named), f"--resume_from_checkpoint {wanted}: not a whole checkpoint; "
                 "use auto"))
         refuse_other(record, read_record(named), f"--resume_from_checkpoint {wanted}: of a run")
-    begun = {".lock", "run.json.building", ".DS_Store"}  # of a start that failed, or of macOS
+    begun = {".lock", "run.json.building"} | FOREIGN  # of a start that failed
     held = output.iterdir() if output.is_dir() else [output] if output.exists() else []
     names = sorted({path.name for path in held} - begun)
-    old = read_record(output)
+    old = read_record(output) or next(map(read_record, checkpoints(output)), {})  # it was lost
     foreign = old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys()
     refuse((names and foreign, f"--output_dir {output}: holds something else "
             f"({', '.join(names[:3])}); choose another folder"))
@@ -1884,8 +2002,10 @@ def open_run(args: Arguments, record: dict) -> str | None:
         changed = changed_settings(record, old)
         if old["results"] is None:
             refuse_other(record, old, f"--output_dir {output}: an unfinished run")
-        elif not changed:
+        elif not changed and ("files" not in old or is_whole(output)):
             return "done"
+        elif not changed:
+            print(f"the adapter in {output} is not as it was written; it is made again")
         if old["results"] and not SCHEDULE.issuperset(changed):
             what = f"a finished run with other settings ({'; '.join(changed.values())})"
             aside = move_aside(output, what, output)
@@ -1895,7 +2015,10 @@ def open_run(args: Arguments, record: dict) -> str | None:
     if named:
         move_later_aside(output, step_of(named))
         return wanted
-    return last_whole_checkpoint(output)
+    last = last_whole_checkpoint(output)
+    if old and not last and output.is_dir():
+        print(f"no checkpoint in {output}: the run begins at its first step")
+    return last
 
 
 def refuse_other(record: dict, old: dict, what: str) -> None:
@@ -1967,6 +2090,9 @@ def check_adapter(args: Arguments, record: dict) -> None:
         refuse((new[name] != before[name], f"--adapter {args.adapter}: trained with {name} "
                 f"{before[name]}, not {new[name]}; give the same"))
     new["adapter"] = file_sum(weights)
+    written = (old.get("files") or {}).get(weights.name, new["adapter"])
+    refuse((new["adapter"] != written, f"--adapter {args.adapter}: {weights.name} is not as it was "
+            "written; copy it again, or pass a checkpoint"))
 
 
 def last_whole_checkpoint(output: Path) -> str | None:
@@ -2171,10 +2297,11 @@ class Report:
         self.probes = all_probes(tokenizer) if args.probes else {}
         self.output, self.drawn = Path(args.output_dir), -math.inf
 
-    def begin(self, blocks: Mixture, *lines: str) -> None:
+    def begin(self, training: Any, blocks: Mixture, *lines: str) -> None:
         """Write the record, and say what comes."""
         run = os.getenv("WANDB_RUN_ID") or read_record(self.output).get("wandb_run_id")
         self.record["wandb_run_id"] = run or uuid4().hex[:8]
+        self.join_wandb(training)
         write_json(self.output / "run.json", self.record)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (self.output / name).unlink(missing_ok=True)  # of a run that is prolonged
@@ -2189,7 +2316,11 @@ class Report:
             import wandb
             project = os.getenv("WANDB_PROJECT", "huggingface")
             known = {"id": self.record["wandb_run_id"], "name": training.run_name}
-            wandb.init(project=project, resume="allow", **known)
+            try:
+                wandb.init(project=project, resume="allow", **known)
+            except wandb.Error as error:  # it names its own remedy
+                reason = " ".join(str(error).split())
+                raise UserError(f"--report_to wandb: {reason}") from error
 
     def write(self, history: list[dict]) -> None:
         """Write the whole history, which goes with the checkpoints: a resumed run takes it up. A
@@ -2255,7 +2386,7 @@ class Report:
             ids = model.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True,
                 do_sample=True, top_p=0.9, max_new_tokens=tokens or self.args.sample_tokens,
-                pad_token_id=self.tokenizer.eos_token_id)
+                eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id)
         text = self.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
         share = traditional_share(text)
         return {"eval_sample": text} | ({} if share is None else {"eval_traditional": share})
@@ -2293,7 +2424,9 @@ class Report:
             held_out=table_of_evaluations(held),
             versions="\n".join(f"- {n} {v}" for n, v in self.record["versions"].items()))
         (self.output / "README.md").write_text(card, encoding="utf-8")
-        write_json(self.output / "run.json", self.record | {"results": results})
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        sums = {name: file_sum(self.output / name) for name in names}
+        write_json(self.output / "run.json", self.record | {"results": results, "files": sums})
         losses = f"loss {results['loss_first']:.3f} to {results['loss_last']:.3f}"
         chosen = f" (of step {adapter_step}, the best)" if best else ""
         print(f"{steps} steps, {losses}; wrote {self.output}{chosen}; next: python merge_lora.py")
@@ -2301,12 +2434,12 @@ class Report:
 
 def table_of_evaluations(held: list[dict]) -> str:
     """Each evaluation's figures, a row each, in Markdown."""
-    columns = [name for name in (held[-1] if held else {}) if name.startswith("eval_")
-               and all(isinstance(row.get(name), float) for row in held)]
+    columns = [name for name, value in (held[-1] if held else {}).items()
+               if name.startswith("eval_") and isinstance(value, float)]
     titles = ["epoch", "step", *(name[5:].replace("_", " ") for name in columns)]
     rows = [titles, ["---"] * len(titles)]
     for row in held:
-        figures = [f"{row[name]:.4f}" for name in columns]
+        figures = [f"{row[name]:.4f}" if name in row else "" for name in columns]
         rows.append([f"{row['epoch']:.2f}", str(row["step"]), *figures])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -2345,6 +2478,7 @@ def check(args: Arguments) -> None:
     texts, names = args.eval_dataset or [], source_names(args.dataset)
     names += [text.partition("=")[0] for text in texts]
     weights = args.dataset_weight
+    kwargs = {"offload", "use_reentrant", "preserve_rng_state"}
     places = [Path(path).resolve() for path in args.dataset]
     twice = [path for n, path in enumerate(args.dataset) if places[n] in places[:n]]
     refuse(
@@ -2358,13 +2492,17 @@ def check(args: Arguments) -> None:
         (weights and not all(0 < w <= 1000 * min(weights) for w in weights),
          f"--dataset_weight {shown(weights)}: expected numbers above 0, as in 9 1, the largest at "
          "most 1000 times the smallest"),
-        (Path(args.cache_dir).is_file(), f"--cache_dir {args.cache_dir}: expected a folder"),
+        (texts and args.eval_strategy == "no", f"--eval_dataset {' '.join(texts)}: with "
+         "--eval_strategy no nothing is evaluated; leave one of them out"),
         (Path(args.picture).suffix not in (".png", ".pdf", ".svg"),
          f"--picture {args.picture}: expected a file that ends in .png, .pdf or .svg"),
-        (unusable(Path(args.picture)), f"--picture {args.picture}: cannot be written there "
-         f"({unusable(Path(args.picture))}); choose another place"),
-        (not isinstance(parsed, dict), f"--activation_checkpointing_kwargs {options}: expected "
-         """a JSON object such as '{"offload": true}'"""))
+        (not isinstance(parsed, dict) or parsed.keys() - kwargs,
+         f"--activation_checkpointing_kwargs {options}: expected a JSON object such as "
+         f"""'{{"offload": true}}', of {', '.join(sorted(kwargs))} alone"""))
+    for name, file in {"output_dir": "run.json", "cache_dir": "sums.json", "picture": ""}.items():
+        path = Path(getattr(args, name))
+        refuse((wrong := unusable(path / file), f"--{name} {path}: cannot be written there "
+                f"({wrong}); choose another place"))
 
 
 def shown(numbers: list[float] | None) -> str:
@@ -2398,18 +2536,35 @@ def slow_device(training: Any, folder: Path) -> str | None:
     return None
 
 
+def check_metric(training: Any, held_out: dict, probes: dict) -> None:
+    """Refuse to choose the best by a figure that the evaluations do not have."""
+    wanted, known = training.metric_for_best_model, [*probes] if held_out else []
+    for name in held_out:
+        of = f"_{name}" if known[len(probes) :] else ""  # the first has the plain names
+        known += [f"loss{of}", f"bits_per_character{of}"]
+    refuse((wanted and wanted.removeprefix("eval_") not in known,
+            f"--metric_for_best_model {wanted}: expected a figure of the evaluations: "
+            f"{', '.join(known) or 'there are none'}"))
+
+
 def first_lines(
     args: Arguments, training: Any, folder: Path, blocks: Mixture, held_out: dict, files: list
 ) -> list[str]:
     """What to say of the sources and the device before the first step."""
     notes = [None if args.plan else slow_device(training, folder)]  # a plan: of another machine
+    named = [("--dataset", path) for path in args.dataset]
+    named += [("--eval_dataset", path) for path in eval_texts(args).values()]
+    for option, path in named:
+        others = [f"{file.name} ({why})" for file, why in what_is_read(Path(path)).items() if why]
+        more = f" and {len(others) - 9} more" if len(others) > 9 else ""
+        notes.append(others and f"{option} {path}: not read: {', '.join(others[:9])}{more}")
     evaluated = args.eval_fraction > 0 and args.eval_strategy != "no"
     for name, dataset, found in zip(source_names(args.dataset), args.dataset, files, strict=False):
         if evaluated and name not in held_out:
             remedy = "; a .txt is one document: one a row, as JSON Lines, would be many"
             notes.append(
                 f"--dataset {dataset}: too few documents to hold one out, so nothing of it is "
-                f"evaluated{remedy if found[0].suffix == '.txt' else ''}")
+                f"evaluated{remedy if found[0].suffix.lower() == '.txt' else ''}")
     if args.probes and held_out and not wording_pairs():
         notes.append("data/probes/wording.txt is not here, so Taiwan's wording is not probed")
     return describe_sources(args, training, blocks) + [f"note: {note}" for note in notes if note]
@@ -2421,6 +2576,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read, check, tokenise, pack, build, train, report."""
     args, training = parse_args(argv)
     check(args)
+    try_trainer(args, training)
     folder, config, tokenizer, first_new = load_base(args)
     if args.plan and not (tokenizer and all(Path(path).exists() for path in args.dataset)):
         return print_plan(args, training, config, first_new, {})
@@ -2444,11 +2600,11 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint:
         checkpoint = check_schedule(args, training, record, checkpoint, facts["steps"])
     report = Report(args, record, tokenizer, facts, next(iter(held_out.values()), blocks))
+    check_metric(training, held_out, report.probes)
     with ExitStack() as run:
         if training.process_index == 0:
-            report.output.mkdir(parents=True, exist_ok=True)
             run.enter_context(lock_output_dir(report.output))
-            report.begin(blocks, *lines)
+            report.begin(training, blocks, *lines)
         model, _ = build_model(args, training, folder, first_new)
         if args.adapter:
             load_adapter(model, Path(args.adapter))

@@ -248,7 +248,7 @@ ACCEPTED = {
         "learning_rate": ["zero"], "embedding_learning_rate": ["zero"],
         "norm_learning_rate": ["zero"], "sample_tokens": ["zero"], "lora_alpha": ["huge"],
         "per_device_train_batch_size": ["huge"], "per_device_eval_batch_size": ["huge"],
-        "gradient_accumulation_steps": ["huge"], "base_vocab_size": ["huge"],
+        "gradient_accumulation_steps": ["huge"],
         "save_total_limit": ["negative", "zero", "huge"],  # Transformers' way to say: keep all
         "eval_steps": ["huge"], "save_steps": ["huge"],
         "logging_steps": ["huge"]},

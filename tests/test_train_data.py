@@ -100,7 +100,7 @@ def test_parquet_jsonl_and_txt_are_read_alike_and_the_cache_is_used(tokenizer, t
         ("a.jsonl", b'{"body": "x"}\n', "cannot be read"),
         ("a.txt", b"\xff\xfe\xfa", "cannot be read"),
         ("a.parquet", b"no parquet at all", "cannot be read"),
-        ("a.csv", b"x", "no .parquet, .jsonl or .txt"),
+        ("a.csv", b"x", r"no text there; it holds a.csv \(not .txt, .jsonl, .parquet\)"),
         ("a.txt", b"", "holds no text"),
     ],
 )

@@ -148,12 +148,13 @@ def test_a_base_that_cannot_be_trained_is_refused(change, reason, command, tmp_p
 
 def test_a_missing_shard_is_told_before_any_work(command, tmp_path, capsys):
     base = copy_of_tiny(tmp_path / "base")
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (base / "model.safetensors").rename(base / "model-00001.safetensors")
+    index = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SystemExit) as stopped:
         train_pt.main(command("--model_name_or_path", base))
     assert stopped.value.code == 2
-    assert f"{base}/model-00002.safetensors: is not whole" in capsys.readouterr().err
+    assert f"{base}: model-00002.safetensors is not whole" in capsys.readouterr().err
     assert not Path("outputs").exists()
 
 

@@ -100,7 +100,8 @@ def english(tmp_path) -> Path:
 def mixed(command, text, english):
     """The options of a run on both sources."""
     def options(*more: object, name: str = "pt") -> list[str]:
-        sources = ["--dataset", text, english, "--dataset_weight", 3, 1]
+        weight = [] if "--dataset_weight" in more else ["--dataset_weight", 3, 1]
+        sources = ["--dataset", text, english, *weight]
         return command(*sources, "--lora_dropout", "0.3", *more, name=name)
     return options
 

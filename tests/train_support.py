@@ -48,7 +48,8 @@ def short_run(text: Path, *options: object, name: object = "pt") -> list[str]:
         "--sample_tokens": 4,
         "--probes": "false",  # as long as the whole run; test_train_probes.py turns them on
     }
-    return [str(w) for pair in words.items() for w in pair] + [str(o) for o in options]
+    given = [str(option) for option in options]
+    return [str(w) for pair in words.items() if pair[0] not in given for w in pair] + given
 
 
 @pytest.fixture
