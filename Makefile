@@ -39,7 +39,7 @@ demo: $(VENV)/installed
 	python -c "from transformers import pipeline; print(pipeline('text-generation', 'outputs/merged')('春天的', max_new_tokens=60)[0]['generated_text'])"
 
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile  # a worker a core, a thread a worker
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # a worker a core, a thread a worker
 
 lint: $(VENV)/installed-dev
 	ruff check .

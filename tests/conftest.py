@@ -14,6 +14,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Files of minutes begin first, so that no worker is left alone with one at the end.
+LONGEST = (
+    "test_notebook.py", "test_train_resume.py", "test_pipeline.py", "test_train_fsdp.py",
+    "test_merge_lora.py", "test_train_hands.py", "test_errors.py", "test_filter_cc.py",
+    "test_extend_vocab.py", "test_train_run.py", "test_gguf.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
