@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,14 @@ BLOCKS = [  # of Unicode: letters of all sorts, signs, control and private chara
     (0x20000, 0x2A6DF)]
 
 
+# A mark, so that the demo is not made for nothing.
+pytestmark = pytest.mark.skipif(
+    find_spec("llama_cpp") is None, reason="no llama_cpp; see requirements-gguf.txt")
+
+
 @pytest.fixture(scope="module")
 def gguf(demo) -> Path:
     """The demo's merged model in fp32, converted by the README's command."""
-    pytest.importorskip("llama_cpp", reason="no llama_cpp; see requirements-gguf.txt")
     places = [Path(os.getenv("LLAMA_CPP_PYTHON", "")), *ROOT.glob("outputs/llama_cpp_python-*")]
     found = [folder / CONVERTER for folder in places if (folder / CONVERTER).is_file()]
     if not found:
