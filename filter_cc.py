@@ -776,7 +776,8 @@ BLOCKS = frozenset([  # elements that begin a line
     "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul"])
 GUTTER = re.compile(r"(?i)\b(?:gutter|line-?num(?:ber)?s?|linenos?)\b")  # numbers of lines of code
 BESIDE = re.compile(  # names of elements, classes and ids beside an article
-    r"(?i)(?:^|\s)(?:site-|page-)?header\b|(?:^|[\s_-])(?:nav|aside|footer|menu|side(?:bar)?|comments?|respond|shar(?:e|ing)|"
+    r"(?i)(?:^|\s)(?:site-|page-)?header\b|"
+    r"(?:^|[\s_-])(?:nav|aside|footer|menu|side(?:bar)?|comments?|respond|shar(?:e|ing)|"
     r"social|related|recommend\w*|breadcrumbs?|tags?|pag(?:ination|er)|ads?|advert\w*|banner|"
     r"popular|widgets?|login|cookies?)(?:$|[\s_-])")
 TITLE = re.compile(r"(?i)h[1-6]\b|.* \S*(?:title|headline|subject)\b")
@@ -1418,12 +1419,10 @@ def block_lines(
                 DATA.search(line) or (line.endswith(CLOSING) and not HAN.search(line)))]
         if article or 2 * len(data) >= len(lines):
             return lines
-    short = [line for line, kind in zip(lines, kinds, strict=True) if kind == "short"]
-    if not short:
+    if "short" not in kinds:
         return []
-    verse = []
-    for furniture, run in groupby(
-            zip(lines, kinds, strict=True), lambda pair: pair[1] == "furniture"):
+    pairs, verse = list(zip(lines, kinds, strict=True)), []
+    for furniture, run in groupby(pairs, lambda pair: pair[1] == "furniture"):
         if furniture:
             continue
         run = list(run)
@@ -1437,7 +1436,6 @@ def block_lines(
         return verse
     if not before_prose:
         return []
-    pairs = list(zip(lines, kinds, strict=True))
     while pairs and pairs[-1][1] == "table" and ABOUT.match(pairs[-1][0]):  # a byline
         pairs.pop()
     first = 1 + max((at for at, (_, kind) in enumerate(pairs) if kind != "short"), default=-1)
@@ -2199,7 +2197,7 @@ def is_done(args: Arguments) -> bool:
         if not path.is_file() or path.stat().st_size != size:
             raise UserError(
                 f"--output_dir {args.output_dir}: {name} is gone or was changed after the run;"
-                f" expected the corpus of run.json; delete the folder and run again")
+                " expected the corpus of run.json; delete the folder and run again")
     return True
 
 
