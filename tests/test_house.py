@@ -43,8 +43,17 @@ def test_a_helper_that_scripts_share_stands_identically_in_each(name, scripts):
     assert len(copies) == 1, f"{name} differs between {', '.join(scripts)}"
 
 
-def test_what_has_no_locks_is_known_alike():
-    lines = {re.search("^NO_LOCKS = .+", (ROOT / s).read_text(), re.MULTILINE) for s in SCRIPTS}
+@pytest.mark.parametrize(
+    ("name", "scripts"),
+    [
+        ("NO_LOCKS", SCRIPTS),
+        ("FOREIGN", ["extend_vocab.py", "train_pt.py", "merge_lora.py"]),
+        ("TEXT_SUFFIXES", ["extend_vocab.py", "train_pt.py"]),
+        ("AGAIN", ["extend_vocab.py", "merge_lora.py"]),
+    ],
+)
+def test_a_constant_that_scripts_share_stands_identically_in_each(name, scripts):
+    lines = {re.search(f"^{name} = .+", (ROOT / s).read_text(), re.MULTILINE) for s in scripts}
     assert len({line.group() for line in lines}) == 1
 
 
