@@ -13,6 +13,8 @@ training    The same before, after 60 and after 240 steps of LoRA, new rows and 
             train_pt.py trains, on other articles and chapters than the base's.
 replay      English mixed into that text: bits per character of Chinese and of English.
 rates       Another learning rate for the new rows than for the rest.
+recipes     Other rates for everything, the norms and LoRA's B, rsLoRA, a constant rate; and the
+            mean of the last checkpoints' merged weights beside the last checkpoint.
 cost        Seconds and memory of extend_vocab.py with each start that it has.
 
 Results: benchmarks/results/quality.json, table by table, pictures/readme_init.png and
@@ -21,6 +23,7 @@ benchmark that was stopped goes on.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -59,6 +62,7 @@ STARTS = {
     "distilled": ("distilled", "distilled")}
 REPEATED = ("subtoken", "mean_subtoken", "shared")  # with every seed
 REPLAY_START, SHARES, FACTORS = "shared", (0, 0.05, 0.1, 0.25), (0.1, 1, 10)
+AVERAGED = (160, 200, 240)  # the checkpoints whose mean is measured
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import common  # noqa: E402
@@ -422,7 +426,31 @@ def stream_of(encode, share: float, seed: int):
     return mixed[torch.randperm(len(mixed), generator=order)]
 
 
-def train(rules: tuple, material: tuple, seed: int, share: float = 0.0, rows_rate: float = 1.0):
+@dataclasses.dataclass
+class Recipe:
+    """How a run differs from train_pt.py's defaults. Rates of parts are multiples of `rate`."""
+
+    share: float = 0.0  # of English
+    rate: float = TRAIN_RATE
+    rows_rate: float = 1.0
+    norms_rate: float = 1.0
+    lora_b_rate: float = 1.0  # LoRA+
+    use_rslora: bool = False
+    schedule: str = "cosine"
+    average: bool = False  # also measure the mean of AVERAGED
+
+
+RECIPES = {
+    "cosine": Recipe(average=True),
+    "constant": Recipe(schedule="constant", average=True),
+    "rate / 10": Recipe(rate=TRAIN_RATE / 10),
+    "rate / 10, rows at rate": Recipe(rate=TRAIN_RATE / 10, rows_rate=10),
+    "norms x 10": Recipe(norms_rate=10),
+    "LoRA+, B x 4": Recipe(lora_b_rate=4),
+    "rsLoRA": Recipe(use_rslora=True)}
+
+
+def train(rules: tuple, material: tuple, seed: int, recipe: Recipe) -> list[dict]:
     """Train as train_pt.py does: LoRA of rank 32 on every linear layer, the new rows and the norms;
     bits per character before the first step and at CHECKED."""
     import copy
@@ -437,26 +465,29 @@ def train(rules: tuple, material: tuple, seed: int, share: float = 0.0, rows_rat
     matrices = matrices_of(llama)
     new = [rows_by(rule, name, matrices[name], material, seed).float().clone().requires_grad_()
            for rule, name in zip(rules, names, strict=True)]
-    linear = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear")
+    linear = LoraConfig(
+        r=32, lora_alpha=64, target_modules="all-linear", use_rslora=recipe.use_rslora)
     adapted = get_peft_model(llama, linear)
     body = adapted.base_model.model.model
-    rest = []
-    for name, parameter in adapted.named_parameters():
-        parameter.requires_grad_("lora_" in name or "norm" in name)
-        rest += [parameter] if parameter.requires_grad else []
-    optimizer = torch.optim.AdamW(
-        [{"params": new, "factor": rows_rate}, {"params": rest, "factor": 1.0}],
-        betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    factors = {"lora_A": 1.0, "lora_B": recipe.lora_b_rate, "norm": recipe.norms_rate}
+    groups = [{"params": new, "factor": recipe.rows_rate}]
+    for part, factor in factors.items():
+        found = [weight for name, weight in adapted.named_parameters() if part in name]
+        groups.append({"params": found, "factor": factor})
+    trained = [weight.requires_grad_() for group in groups for weight in group["params"]]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     held = held_out(script.processor(extended))
 
-    def measure() -> dict:
-        embedding = torch.cat([matrices[script.EMBEDDING], new[0].detach()])
-        return bits_of_heads(adapted.base_model.model, embedding, {"": new[1].detach()}, held)[""]
+    def measure(model=adapted.base_model.model, rows=new) -> dict:
+        rows = [row.detach() for row in rows]
+        embedding = torch.cat([matrices[script.EMBEDDING], rows[0]])
+        return bits_of_heads(model, embedding, {"": rows[1]}, held)[""]
 
-    points, start = [{"step": 0, **measure()}], time.monotonic()
-    windows = stream_of(script.processor(extended).encode, share, seed)
+    points, merged, start = [{"step": 0, **measure()}], [], time.monotonic()
+    windows = stream_of(script.processor(extended).encode, recipe.share, seed)
     for step in range(1, TRAIN_STEPS + 1):
-        rate = TRAIN_RATE * min(step / 20, 0.5 + 0.5 * math.cos(math.pi * step / TRAIN_STEPS))
+        decay = 0.5 + 0.5 * math.cos(math.pi * step / TRAIN_STEPS)
+        rate = recipe.rate * min(step / 20, decay if recipe.schedule == "cosine" else 1)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         batch = windows[(step - 1) * TRAIN_ROWS : step * TRAIN_ROWS]
@@ -468,22 +499,32 @@ def train(rules: tuple, material: tuple, seed: int, share: float = 0.0, rows_rat
             loss = sampled_loss(states, head, len(extended.pieces), labels, generator)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([*new, *rest], 1)
+        torch.nn.utils.clip_grad_norm_(trained, 1)
         optimizer.step()
         if step in CHECKED:
             points.append({"step": step, "loss": loss.item(), **measure()})
             print(json.dumps(points[-1]), round(time.monotonic() - start), flush=True)
+        if recipe.average and step in AVERAGED:
+            whole = copy.deepcopy(adapted).merge_and_unload()
+            merged.append((whole.state_dict(), [row.detach().clone() for row in new]))
+    if recipe.average:
+        states, rows = zip(*merged, strict=True)
+        whole.load_state_dict(
+            {name: sum(state[name] for state in states) / len(states) for name in states[0]})
+        rows = [sum(found) / len(found) for found in zip(*rows, strict=True)]
+        points.append({"step": TRAIN_STEPS, "mean_of": AVERAGED, **measure(whole, rows)})
+        print(json.dumps(points[-1]), flush=True)
     return points
 
 
 
-def run(key: str, *given, **more) -> list[dict]:
+def run(key: str, rules: tuple, material: tuple, seed: int, **recipe) -> list[dict]:
     """The points of one training run, kept on disk: a benchmark that was stopped goes on."""
     path = WORK / "runs" / f"{key}.json"
     if not path.is_file():
         print(f"--- {key}", flush=True)
         path.parent.mkdir(exist_ok=True)
-        points = train(*given, **more)
+        points = train(rules, material, seed, Recipe(**recipe))
         path.write_text(json.dumps(points))
     return json.loads(path.read_text())
 
@@ -514,6 +555,16 @@ def rates() -> list[dict]:
             f"{REPLAY_START}, seed {seed}" + f", rows at {factor:g}" * (factor != 1),
             rules, material, seed, rows_rate=factor)}
         for seed in SEEDS for factor in FACTORS]
+
+
+def recipes() -> list[dict]:
+    """Each of RECIPES with every seed."""
+    material, rules = extension(), STARTS[REPLAY_START]
+    return [
+        {"recipe": name, "seed": seed, "points": run(
+            f"{REPLAY_START}, seed {seed}, recipe {name.replace('/', 'by')}",
+            rules, material, seed, **dataclasses.asdict(recipe))}
+        for seed in SEEDS for name, recipe in RECIPES.items()]
 
 
 def cost() -> list[dict]:
@@ -595,7 +646,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = {
-        "starts": starts, "training": training, "replay": replay, "rates": rates, "cost": cost}
+        "starts": starts, "training": training, "replay": replay, "rates": rates,
+        "recipes": recipes, "cost": cost}
     parser.add_argument("--only", nargs="+", choices=tables, help="these tables")
     parser.add_argument("--draw", action="store_true", help="only the picture, from the results")
     args = parser.parse_args()
