@@ -409,6 +409,7 @@ def test_wandb_takes_the_run_offline_and_goes_on_with_it(command, monkeypatch):
     while not any(b"bits_per_character" in log.read_bytes() for log in logs):
         assert time.time() < deadline, "nothing was logged"
         time.sleep(0.1)
+    wandb.teardown()  # it would stay offline for the tests that follow in this process
 
 
 def test_wandb_without_a_key_is_one_line_below_the_bar(command, tmp_path, run_script):
