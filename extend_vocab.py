@@ -216,6 +216,8 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
+    with suppress(AttributeError):  # no option of a notebook's stdout
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be UTF-8
     refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
@@ -1145,7 +1147,7 @@ def refuse_others(output: Path, record: dict, shown: str) -> None:
 
 def save_json(path: Path, content: dict) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", "utf-8", "backslashreplace")
 
 
 def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") -> bool:

@@ -48,7 +48,7 @@ import zlib
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import version
@@ -316,6 +316,8 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
+    with suppress(AttributeError):  # no option of a notebook's stdout
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be UTF-8
     refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
@@ -580,7 +582,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, "utf-8", "backslashreplace")
     os.replace(temporary, path)
 
 

@@ -226,6 +226,8 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
+    with suppress(AttributeError):  # no option of a notebook's stdout
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be UTF-8
     refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
@@ -1153,7 +1155,7 @@ def write_weights(folder: Path, plan: dict[str, Part], limit: float) -> None:
 
 def save_json(path: Path, content: dict) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", "utf-8", "backslashreplace")
 
 
 def copy_files(source: Path, folder: Path, *names: str) -> None:
@@ -1247,7 +1249,7 @@ def write_papers(
         "base": {"model_name_or_path": adapter.base, "fingerprint": fingerprint(base.folder)},
         "written": sorted(written)})
     card = model_card(folder, args, adapter, base, facts)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, "utf-8", "backslashreplace")
 
 
 def origin(adapter: Adapter, base: Model) -> str:

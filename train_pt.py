@@ -353,6 +353,8 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
+    with suppress(AttributeError):  # no option of a notebook's stdout
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be UTF-8
     refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
@@ -1884,14 +1886,15 @@ def lock_cache(cache: Path) -> Iterator[None]:
 def write_json(path: Path, content: Any) -> None:
     """Whole or not at all."""
     building = path.with_name(path.name + ".building")
-    building.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    building.write_text(text + "\n", "utf-8", "backslashreplace")
     building.replace(path)
 
 
 def read_record(folder: Path) -> dict:
     """A folder's run.json; empty where there is none."""
     try:
-        found = json.loads((folder / "run.json").read_text())
+        found = json.loads((folder / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("results") or {}, dict) else {}
@@ -2423,7 +2426,7 @@ class Report:
             hyperparameters="\n".join(f"- {n}: {v}" for n, v in self.record["settings"].items()),
             held_out=table_of_evaluations(held),
             versions="\n".join(f"- {n} {v}" for n, v in self.record["versions"].items()))
-        (self.output / "README.md").write_text(card, encoding="utf-8")
+        (self.output / "README.md").write_text(card, "utf-8", "backslashreplace")
         names = ("adapter_config.json", "adapter_model.safetensors")
         sums = {name: file_sum(self.output / name) for name in names}
         write_json(self.output / "run.json", self.record | {"results": results, "files": sums})
