@@ -50,6 +50,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import chain, groupby
@@ -300,7 +301,10 @@ def parse_args(argv: list[str] | None) -> Arguments:
     args, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
+        names = [f"--{setting.name}" for setting in fields(Arguments)]
+        near = get_close_matches(unknown[0].partition("=")[0], names, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        parser.error(f"unknown option: {' '.join(unknown)}; {hint}--help lists the options")
     return args
 
 
