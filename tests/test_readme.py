@@ -541,6 +541,7 @@ NOT_MEASURED = [
     "摻 5% 就保住", "10% 與訓練前", "5% keeps", "10% about all",  # rows of the table above
     "的 0.1 倍與 1 倍", "0.1 and 1 differ",
     "lm-eval 0.4.13", "vLLM 0.33.0",
+    "0.02% 到 0.07%", "0.02 to 0.07%",  # by hand, on the H200
     "Apache-2.0", "CC BY-SA 3.0", "CC BY-SA 4.0",
     "1% 是好頁", "1% good pages",  # the share of good pages in bench_filter.py's WET
     "Jaccard 0.8",  # from which on a pair is a near duplicate
