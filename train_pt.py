@@ -53,7 +53,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial, wraps
 from importlib.metadata import version
 from inspect import unwrap
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from string import ascii_uppercase
 from tempfile import TemporaryDirectory
@@ -666,46 +666,16 @@ def register_attention() -> None:
 
 def text_files(dataset: str, option: str = "--dataset") -> list[Path]:
     """The files to read, in name order. Of a folder the top level alone: below it filter_cc.py
-    keeps its work and the pages that it refused."""
+    keeps its work and the pages that it refused. Hidden files belong to other programs."""
     root = Path(dataset)
-    refuse_dead_link(root, option)
     if not root.exists():
         hint = "run python filter_cc.py first" if "cc_filtered" in dataset else "check the path"
         raise UserError(f"{option} {dataset}: there is no such file or folder; {hint}")
-    found = what_is_read(root)
-    others = [f"{path.name} ({why})" for path, why in found.items() if why]
-    held = f"; it holds {', '.join(others[:3])}" if others else ""
-    refuse((len(others) == len(found), f"{option} {dataset}: no text there{held}; expected "
-            f"{', '.join(TEXT_SUFFIXES)} or a folder of them"))
-    return [path for path, why in found.items() if not why]
-
-
-def what_is_read(root: Path) -> dict[Path, str | None]:
-    """The file itself, or those in a folder, each with the reason why it is not read."""
-    inside = root.is_dir()
-    return {path: reason_not_to_read(path, inside)
-            for path in (sorted(root.iterdir()) if inside else [root])}
-
-
-def refuse_dead_link(path: Path, option: str) -> None:
-    """Refuse a link whose target does not exist."""
-    if path.is_symlink() and not path.exists():
-        wrong = f"a link to {os.readlink(path)}, which is not there"
-        raise UserError(f"{option} {path}: {wrong}; make it or remove the link")
-
-
-def reason_not_to_read(file: Path, inside: bool) -> str | None:
-    """Why a file is not read; None: it is read. Hidden files inside a folder belong to other
-    programs."""
-    if inside and file.name.startswith("."):
-        return "hidden"
-    if file.is_dir():
-        return "a folder"
-    if not file.exists():
-        return "a link that leads nowhere" if file.is_symlink() else "missing"
-    if file.suffix.lower() not in TEXT_SUFFIXES:
-        return f"not {', '.join(TEXT_SUFFIXES)}"
-    return None if file.is_file() else "not a regular file"
+    inside = root.glob("[!.]*") if root.is_dir() else [root]
+    found = sorted(p for p in inside if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
+    refuse((not found, f"{option} {dataset}: no text there; expected {', '.join(TEXT_SUFFIXES)} or "
+            "a folder of them"))
+    return found
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -748,42 +718,23 @@ class Corpus:
     characters: np.ndarray  # (documents,)
 
 
-def dataset_key(files: list[Path], base: Path, sums: dict[str, str]) -> str:
+def dataset_key(files: list[Path], base: Path) -> str:
     """Changes when the text or the tokenizer does, and with nothing else: a copy has the same."""
     digest = hashlib.sha256(b"2")  # counts the ways in which we have cut text into tokens
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         if (base / name).is_file():
             digest.update(name.encode() + (base / name).read_bytes())
-    for path, content in zip(files, sums.values(), strict=True):
-        digest.update(f"{path.suffix.lower()} {content}\n".encode())
+    for path in files:
+        digest.update(f"{path.suffix.lower()} {file_sum(path)}\n".encode())
     return digest.hexdigest()
 
 
-def text_sums(files: list[Path], cache: Path) -> dict[str, str]:
-    """The sha256 of each file, by its path, size and times: while these stay the same, a file whose
-    sum is kept in the cache is not read again."""
-    sums, known = {}, {}
-    with suppress(OSError, ValueError):
-        known = dict(json.loads((cache / "sums.json").read_text()))
-    for path in files:
-        stat = path.stat()
-        seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-        sums[seen] = known.get(seen) or file_sum(path)
-    if sums.keys() - known.keys() and cache.is_dir():  # a refused run must not make it
-        with suppress(OSError):  # another process writes the same
-            write_json(cache / "sums.json", known | sums)
-    return sums
-
-
 def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
-    """Tokenise every document, once: the next run finds the result in the cache, and one that
-    starts meanwhile waits for it. The tokenizer works on all cores."""
+    """Tokenise every document, once: the next run finds the result in the cache."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     corpus = read_tokens(cached, dtype)
     if not corpus:
-        with lock_cache(cached.parent):
-            if not read_tokens(cached, dtype):  # another run has not made it meanwhile
-                write_tokens(files, tokenizer, cached, dtype)
+        write_tokens(files, tokenizer, cached, dtype)
         corpus = read_tokens(cached, dtype)
     return corpus
 
@@ -816,7 +767,7 @@ def batches_of_text(texts: Iterator[str]) -> Iterator[list[tuple[str, bool, bool
     characters at a time."""
     batch, size = [], 0
     for text in texts:
-        parts = cut_text(text)
+        parts = cut_text(SURROGATES.sub("\ufffd", text))
         for number, part in enumerate(parts):
             batch.append((part, number == 0, number == len(parts) - 1))
             size += len(part)
@@ -828,12 +779,8 @@ def batches_of_text(texts: Iterator[str]) -> Iterator[list[tuple[str, bool, bool
 
 
 def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -> None:
-    """Make tokenize's cache, aside first; it is written over what a killed run left there."""
+    """Make tokenize's cache, in a folder aside first. The tokenizer works on all cores."""
     from tqdm import tqdm
-    building, sizes, repaired = cached.with_name("building"), [], 0
-    building.mkdir(exist_ok=True)
-    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    bos, eos = ([] if piece is None else [piece] for piece in ends)
 
     def encode(texts: list[str]) -> list[list[int]]:  # <s> and </s> in a page are plain text
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -842,15 +789,20 @@ def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -
     # A Llama tokenizer sets a space before its text. A later part must not get one: it is encoded
     # behind a line break, and space and line break are taken off again.
     lead = encode(["\n"])[0]
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    bos, eos = ([] if piece is None else [piece] for piece in ends)
     texts = (text for file in files for text in read_texts(file) if text)
-    try:
+    batches = batches_of_text(tqdm(texts, desc="tokenising", unit=" documents"))
+    start = next(batches, None)  # read before a folder is made: a refused text leaves none behind
+    refuse((not start, f"--dataset {files[0]}: holds no text; expected some documents"))
+    sizes = []
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="building-", dir=cached.parent) as aside:
+        building = Path(aside, cached.name)
+        building.mkdir()
         with (building / "tokens.bin").open("wb") as out:
-            for batch in batches_of_text(tqdm(texts, desc="tokenising", unit=" documents")):
-                clean = [SURROGATES.subn("\ufffd", part) for part, _, _ in batch]
-                repaired += sum(count for _, count in clean)
-                pieces = encode([
-                    part if first else "\n" + part
-                    for (part, _), (_, first, _) in zip(clean, batch, strict=True)])
+            for batch in chain([start], batches):
+                pieces = encode([part if first else "\n" + part for part, first, _ in batch])
                 for (part, first, last), ids in zip(batch, pieces, strict=True):
                     if not first and ids[: len(lead)] == lead:
                         ids = ids[len(lead) :]
@@ -860,15 +812,10 @@ def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -
                         sizes.append([0, 0])
                     sizes[-1][0] += len(ids)
                     sizes[-1][1] += len(part)
-        if not sizes:
-            raise UserError(f"--dataset {files[0]}: holds no text; expected some documents")
-        if repaired:
-            print(f"note: {repaired} lone surrogates in the text are U+FFFD now")
         np.save(building / "documents.npy", np.array(sizes))
-        shutil.rmtree(cached, ignore_errors=True)  # damaged
-        building.rename(cached)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if not read_tokens(cached, dtype):  # else another run was faster
+            shutil.rmtree(cached, ignore_errors=True)  # damaged
+            building.rename(cached)
 
 
 class PackedBlocks:
@@ -1862,25 +1809,6 @@ def lock_output_dir(output: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def lock_cache(cache: Path) -> Iterator[None]:
-    """Wait until no other run tokenises into this folder; after an error it is as it was."""
-    new = [folder for folder in (cache, *cache.parents) if not folder.exists()]
-    cache.mkdir(parents=True, exist_ok=True)
-    try:
-        with (cache / ".lock").open("a") as file:
-            if not take_lock(file, f"--cache_dir {cache}"):
-                print(f"waiting for another run to leave {cache}", flush=True)
-                take_lock(file, f"--cache_dir {cache}", wait=True)
-            yield
-    except Exception:
-        (cache / ".lock").unlink(missing_ok=True)
-        for folder in new:
-            with suppress(OSError):  # it holds something
-                folder.rmdir()
-        raise
-
-
 def write_json(path: Path, content: Any) -> None:
     """Whole or not at all."""
     building = path.with_name(path.name + ".building")
@@ -2499,7 +2427,7 @@ def check(args: Arguments) -> None:
         (not isinstance(parsed, dict) or parsed.keys() - kwargs,
          f"--activation_checkpointing_kwargs {options}: expected a JSON object such as "
          f"""'{{"offload": true}}', of {', '.join(sorted(kwargs))} alone"""))
-    for name, file in {"output_dir": "run.json", "cache_dir": "sums.json", "picture": ""}.items():
+    for name, file in {"output_dir": "run.json", "cache_dir": "tokens", "picture": ""}.items():
         path = Path(getattr(args, name))
         refuse((wrong := unusable(path / file), f"--{name} {path}: cannot be written there "
                 f"({wrong}); choose another place"))
@@ -2554,8 +2482,8 @@ def first_lines(
     notes = [None if args.plan else slow_device(training, folder)]  # a plan: of another machine
     named = [("--dataset", path) for path in args.dataset]
     named += [("--eval_dataset", path) for path in eval_texts(args).values()]
-    for option, path in named:
-        others = [f"{file.name} ({why})" for file, why in what_is_read(Path(path)).items() if why]
+    for (option, path), found in zip(named, files, strict=True):
+        others = sorted(file.name for file in Path(path).glob("[!.]*") if file not in found)
         more = f" and {len(others) - 9} more" if len(others) > 9 else ""
         notes.append(others and f"{option} {path}: not read: {', '.join(others[:9])}{more}")
     evaluated = args.eval_fraction > 0 and args.eval_strategy != "no"
@@ -2582,15 +2510,14 @@ def main(argv: list[str] | None = None) -> None:
         return print_plan(args, training, config, first_new, {})
     files = [text_files(path) for path in args.dataset]
     files += [text_files(path, "--eval_dataset") for path in eval_texts(args).values()]
-    cache = Path(args.cache_dir)
-    keys = [dataset_key(found, folder, text_sums(found, cache)) for found in files]
+    keys = [dataset_key(found, folder) for found in files]
     record = describe_run(args, training, folder, first_new, keys[: len(args.dataset)])
     check_adapter(args, record)
     with training.main_process_first():  # of several processes one moves and tokenises
         checkpoint = None if args.plan else open_run(args, record)
         if checkpoint == "done":
             return print(f"already done: {args.output_dir} holds this very run, finished")
-        corpora = [tokenize(found, tokenizer, cache / key[:16])
+        corpora = [tokenize(found, tokenizer, Path(args.cache_dir, key[:16]))
                    for found, key in zip(files, keys, strict=True)]
     blocks, held_out = pack_sources(corpora, args, training, tokenizer.eos_token_id or 0)
     facts = count(corpora, blocks, held_out, training)

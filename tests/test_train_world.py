@@ -231,8 +231,7 @@ def test_files_that_are_not_read_are_named(command, text, tmp_path, capsys):
     (folder / "sub").mkdir()
     train_pt.main(command("--plan", "--dataset", folder, "--eval_dataset", f"all={folder}"))
     said = capsys.readouterr().out
-    not_read = ("c.json (not .txt, .jsonl, .parquet), d.jsonl.gz (not .txt, .jsonl, .parquet), "
-                "e.jsonl (a link that leads nowhere), sub (a folder)")
+    not_read = "c.json, d.jsonl.gz, e.jsonl, sub"
     assert f"note: --dataset {folder}: not read: {not_read}\n" in said
     assert f"note: --eval_dataset {folder}: not read: {not_read}\n" in said
     assert "documents: 48" in said, "b.JSONL is read"
@@ -242,9 +241,9 @@ def test_a_pipe_and_a_dead_link_are_refused(command, capsys):
     os.mkfifo("pipe.jsonl")
     Path("dead.jsonl").symlink_to("gone.jsonl")
     line = refusal(command("--dataset", "pipe.jsonl"), capsys)
-    assert "--dataset pipe.jsonl: no text there; it holds pipe.jsonl (not a regular file)" in line
+    assert "--dataset pipe.jsonl: no text there; expected .txt" in line
     line = refusal(command("--dataset", "dead.jsonl"), capsys)
-    assert "--dataset dead.jsonl: a link to gone.jsonl, which is not there" in line
+    assert "--dataset dead.jsonl: there is no such file or folder" in line
 
 
 @pytest.mark.parametrize("damage", [
@@ -261,7 +260,7 @@ def test_a_damaged_token_cache_is_made_again(damage, command):
     train_pt.main(command("--max_steps", "1", "--eval_strategy", "no", name="again"))
     assert same(weights("pt"), weights("again"))
     assert (cached / "tokens.bin").read_bytes() == whole
-    assert {path.name for path in cached.parent.iterdir()} == {cached.name, "sums.json", ".lock"}
+    assert [path.name for path in cached.parent.iterdir()] == [cached.name]
 
 
 # The run's folder.
