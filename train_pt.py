@@ -86,8 +86,8 @@ UNSUPPORTED = {
     "ignore_data_skip": "expected false; a resumed run would train on the same text twice",
     "dataloader_num_workers": "expected 0; a batch is only looked up, and workers die of the "
     "signal on which a run saves",
-    "label_smoothing_factor": "expected 0; no logits leave the loss that could be smoothed"}
-NEEDS_PROCESSES = {"fsdp": "expected several processes: torchrun --nproc_per_node 4 train_pt.py"}
+    "label_smoothing_factor": "expected 0; the logits that it smooths never leave the loss",
+    "accelerator_config": "expected none; each process looks up its own sequences"}
 PART, BATCH = 1 << 16, 1 << 20  # characters: of a long text's parts, given to the tokenizer at once
 SHARES = ("taiwan_wording", "in_context_")  # metrics of which more is better
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -218,7 +218,7 @@ def refuse_twice(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
 def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     """Read the command line (None: sys.argv) into our Arguments and transformers.TrainingArguments;
-    an unknown option ends the program with exit code 2."""
+    refuse what is unknown, and what the Trainer would take but a run would fail of."""
     form = {"formatter_class": HelpFormatter, "usage": "%(prog)s [options]", "allow_abbrev": False}
     parse = {"return_remaining_strings": True, "look_for_args_file": False}
     parser = HfArgumentParser(Arguments, description=__doc__, **form)
@@ -232,7 +232,6 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package we need not
     import torch
     from transformers import TrainingArguments
-    from transformers.integrations import get_available_reporting_integrations
     from transformers.utils import is_liger_kernel_available
     trainer_parser = HfArgumentParser(TrainingArguments, **form)
     if extra.help_trainer:
@@ -256,51 +255,30 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     asked, unknown = trainer_parser.parse_known_args(rest)
     # Before TrainingArguments is built: a half-made DeepSpeed or FSDP would stay in global state
     # and break every later run of this process.
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    for name, reason in (UNSUPPORTED | (NEEDS_PROCESSES if alone else {})).items():
-        if value := getattr(asked, name):
-            parser.error(f"--{name} {value}: {reason}")
-    if unknown:
-        parser.error(f"unknown option: {' '.join(unknown)}; --help and --help_trainer list them")
+    for name, reason in UNSUPPORTED.items():
+        refuse((value := getattr(asked, name), f"--{name} {value}: {reason}"))
+    refuse(
+        (asked.fsdp and os.environ.get("WORLD_SIZE", "1") == "1", f"--fsdp {asked.fsdp}: expected "
+         "several processes: torchrun --nproc_per_node 4 train_pt.py"),
+        (unknown, f"unknown option: {' '.join(unknown)}; --help and --help_trainer list them"))
     with refusals_of_trainer():
         training, _ = trainer_parser.parse_args_into_dataclasses(rest, **parse)
     training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     if asked.greater_is_better is None and training.metric_for_best_model:  # by its kind
         name = training.metric_for_best_model.removeprefix("eval_")
         training.greater_is_better = name.startswith(SHARES)
-    liger_is_here = is_liger_kernel_available()
+    liger_runs = is_liger_kernel_available() and not training.use_cpu
     if args.use_liger_kernel is None:
-        args.use_liger_kernel = args.plan or (liger_is_here and not training.use_cpu)
-    liger = args.use_liger_kernel and not args.plan
-    version, strategy = fsdp_version(training), training.train_sampling_strategy
-    blockwise = any(word in args.optim for word in ("8bit", "bnb", "paged"))
-    missing = set(training.report_to) - set(get_available_reporting_integrations())
-    batches = training.accelerator_config
-    for wrong, message in (
-        (liger and not liger_is_here,
-         "--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel"),
-        (liger and training.use_cpu,
-         "--use_liger_kernel: its kernels run on a GPU, and none is in use"),
-        (version == 1, "fsdp_version 1: expected 2; set it in accelerate's configuration"),
-        (version and blockwise, f"--optim {args.optim}: bitsandbytes' optimizers cannot be "
-         "sharded; use --optim adamw_torch with FSDP"),
-        (missing, f"--report_to {', '.join(missing)}: unknown or not installed; pip install it"),
-        (strategy != "random", f"--train_sampling_strategy {strategy}: expected random; all "
-         "sequences are of one length"),
-        (batches.dispatch_batches or batches.split_batches, "--accelerator_config: expected "
-         "neither dispatch_batches nor split_batches; each process looks up its own sequences"),
-        (training.weight_decay < 0, f"--weight_decay {training.weight_decay}: expected 0 or more"),
+        args.use_liger_kernel = args.plan or liger_runs
+    fsdp, blockwise = fsdp_version(training), ("8bit", "bnb", "paged")
+    refuse(
+        (args.use_liger_kernel and not (args.plan or liger_runs), "--use_liger_kernel: expected a "
+         "GPU and liger-kernel; pip install liger-kernel"),
+        (fsdp == 1, "fsdp_version 1: expected 2; set it in accelerate's configuration"),
+        (fsdp and any(word in args.optim for word in blockwise), f"--optim {args.optim}: "
+         "bitsandbytes' optimizers cannot be sharded; use --optim adamw_torch with FSDP"),
         (training.max_steps == 0,
-         "--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")):
-        if wrong:
-            parser.error(message)
-    settings = training.to_dict()
-    try:
-        learning_rate_schedule(settings, training.max_steps if training.max_steps > 0 else 10**6)
-    except (ValueError, TypeError, KeyError) as error:
-        kwargs = json.dumps(settings["lr_scheduler_kwargs"] or {})
-        parser.error(f"--lr_scheduler_type {settings['lr_scheduler_type']} --lr_scheduler_kwargs "
-                     f"{kwargs}: {' '.join(str(error).split())[:200]}; pass what it needs")
+         "--max_steps 0: expected a number of steps, or -1 for --num_train_epochs"))
     return args, training
 
 
@@ -312,11 +290,14 @@ def try_trainer(args: Arguments, training: Any) -> None:
     import torch
     from transformers import Trainer
     options, rows = copy(training), [{"labels": 0}]
-    options.report_to = []
     with TemporaryDirectory() as options.output_dir, refusals_of_trainer():  # it makes its folder
         trainer = Trainer(torch.nn.Linear(1, 1), options, train_dataset=rows, eval_dataset=rows)
         trainer.create_optimizer()
         trainer.get_train_dataloader()
+    kwargs = json.dumps(training.lr_scheduler_kwargs or {})
+    schedule = f"--lr_scheduler_type {args.lr_scheduler_type} --lr_scheduler_kwargs {kwargs}: "
+    with refusals_of_trainer(schedule):
+        learning_rate_schedule(training.to_dict(), max(training.max_steps, 1))
 
 
 def learning_rate_schedule(settings: dict[str, Any], steps: int) -> Any:
@@ -372,12 +353,12 @@ def user_errors() -> Iterator[None]:
 
 
 @contextmanager
-def refusals_of_trainer() -> Iterator[None]:
-    """Turn what Transformers and Accelerate say of an option into one line."""
+def refusals_of_trainer(option: str = "") -> Iterator[None]:
+    """Turn what another library says of an option into one line."""
     try:
         yield
-    except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except Exception as error:
+        raise UserError(option + " ".join(str(error).split())) from error
 
 
 def refuse(*findings: tuple[Any, str]) -> None:
@@ -2408,18 +2389,18 @@ def check(args: Arguments) -> None:
     weights = args.dataset_weight
     kwargs = {"offload", "use_reentrant", "preserve_rng_state"}
     places = [Path(path).resolve() for path in args.dataset]
-    twice = [path for n, path in enumerate(args.dataset) if places[n] in places[:n]]
+    shown = " ".join(f"{weight:g}" for weight in weights or ())
     refuse(
-        (twice, f"--dataset {' '.join(twice)}: named twice; expected each source once, and "
-         "--dataset_weight for its share"),
+        (len({*places}) < len(places), f"--dataset {' '.join(args.dataset)}: one is named twice; "
+         "expected each source once, and --dataset_weight for its share"),
         (not all(re.fullmatch(r"[\w-]+=.+", text) for text in texts) or len({*names}) < len(names),
          f"--eval_dataset {' '.join(texts)}: expected name=path, each name once and none of "
          f"{', '.join(source_names(args.dataset))}"),
-        (weights and len(weights) != len(places), f"--dataset_weight {shown(weights)}: expected a "
-         f"number for each --dataset, which are {len(places)}"),
+        (weights and len(weights) != len(places), f"--dataset_weight {shown}: expected a number "
+         f"for each --dataset, which are {len(places)}"),
         (weights and not all(0 < w <= 1000 * min(weights) for w in weights),
-         f"--dataset_weight {shown(weights)}: expected numbers above 0, as in 9 1, the largest at "
-         "most 1000 times the smallest"),
+         f"--dataset_weight {shown}: expected numbers above 0, as in 9 1, the largest at most 1000 "
+         "times the smallest"),
         (texts and args.eval_strategy == "no", f"--eval_dataset {' '.join(texts)}: with "
          "--eval_strategy no nothing is evaluated; leave one of them out"),
         (Path(args.picture).suffix not in (".png", ".pdf", ".svg"),
@@ -2431,11 +2412,6 @@ def check(args: Arguments) -> None:
         path = Path(getattr(args, name))
         refuse((wrong := unusable(path / file), f"--{name} {path}: cannot be written there "
                 f"({wrong}); choose another place"))
-
-
-def shown(numbers: list[float] | None) -> str:
-    """Numbers as they are typed."""
-    return " ".join(f"{number:g}" for number in numbers or ())
 
 
 def unusable(file: Path) -> str | None:

@@ -118,7 +118,7 @@ def copy_of_tiny(folder: Path, **changes) -> Path:
         (["--optim", "adam_of_tomorrow"], "adam_of_tomorrow"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1: expected 0"),
         (["--dataloader_num_workers", "2"], "--dataloader_num_workers 2: expected 0"),
-        (["--use_liger_kernel"], "liger-kernel is not installed; pip install liger-kernel"),
+        (["--use_liger_kernel"], "expected a GPU and liger-kernel; pip install liger-kernel"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(options, reason, command, capsys):
