@@ -100,8 +100,8 @@ LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 1,024 x 61,388 x 4 b
 SCHEDULE = {"max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs",
             "warmup_steps"}
 # What an adapter brings with it, and must be the same where training starts from it.
-OF_AN_ADAPTER = ("lora_rank", "lora_alpha", "use_rslora", "quantization", "train_embeddings",
-                 "train_norms", "first_new_row")
+OF_AN_ADAPTER = ("model", "lora_rank", "lora_alpha", "use_rslora", "quantization",
+                 "train_embeddings", "train_norms", "first_new_row")
 # The Trainer's options that change the result, beside our own Settings.
 TRAINER_SETTINGS = re.compile(
     "adam_|data(_seed|loader_drop)|fp16$|greater_is|load_best|lr_scheduler|max_(steps|grad)|"
@@ -191,7 +191,7 @@ class Arguments(Settings):
     adapter: str | None = option(
         None, "Start from this adapter of train_pt.py, with a new optimizer and schedule.")
     resume_from_checkpoint: str = option(
-        "auto", "A checkpoint's folder; auto: the last; none: anew, the run so far moved aside.")
+        "auto", "The folder of a checkpoint to go on from; auto: the last of output_dir.")
     per_device_eval_batch_size: int = option(8, "Sequences per device in evaluation.")
     eval_strategy: str = option("steps", "When to evaluate: steps, epoch or no.")
     eval_steps: float = option(0.1, "Steps between evaluations; under 1: a share of all steps.")
@@ -1442,26 +1442,21 @@ class PackedTraining:
             self._save_checkpoint(self.model_wrapped)
 
     def rehearse(self) -> None:
-        """Evaluate a batch, write a token and look at the disk before the first step: what is going
-        to fail fails now, not after hours."""
+        """Evaluate a batch and write a token before the first step: what is going to fail fails
+        now, not after hours."""
         import torch
-        if self.eval_dataset is not None:
-            try:
-                for blocks in self.eval_dataset.values():
-                    self.held_out_loss(blocks, batches=1)
-                for rows in self.report.probes.values():
-                    self.answer_scores(rows[:1])
-                self.report.sample(self, tokens=1)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"--per_device_eval_batch_size {self.args.per_device_eval_batch_size}: an "
-                    "evaluation runs out of memory; choose a smaller one") from error
-        numbers = sum(p.numel() for p in adapter_tensors(self.model).values())
-        size = numbers * (4 + moment_bytes(self.args.optim))
-        free = shutil.disk_usage(self.args.output_dir).free
-        if self.is_world_process_zero() and free < (min(self.keep, 2) + 1) * size:
-            print(f"note: {self.args.output_dir} has {free / 1e9:.1f} GB free, and each "
-                  f"checkpoint takes {size / 1e9:.1f} GB")
+        if self.eval_dataset is None:
+            return
+        try:
+            for blocks in self.eval_dataset.values():
+                self.held_out_loss(blocks, batches=1)
+            for rows in self.report.probes.values():
+                self.answer_scores(rows[:1])
+            self.report.sample(self, tokens=1)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"--per_device_eval_batch_size {self.args.per_device_eval_batch_size}: an "
+                "evaluation runs out of memory; choose a smaller one") from error
 
     def give_up(self, step: int, reason: str) -> None:
         refuse((step == 0, f"{reason} before the first step: the base or --adapter holds numbers "
@@ -1599,15 +1594,11 @@ class PackedTraining:
         if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
             self.give_up(self.state.global_step, "weights are no longer finite")
         record, model = self.report.record, self.accelerator.unwrap_model(self.model)
-        # In bitsandbytes' words: a merge must round the base in the same way, and the adapter's
-        # file may travel without its run.json.
-        nf4 = record["quantization"] or {}
-        held = {
-            "load_in_4bit": bool(nf4), "bnb_4bit_quant_type": nf4.get("quant_type"),
-            "bnb_4bit_use_double_quant": nf4.get("double_quant"),
-            "bnb_4bit_compute_dtype": nf4.get("compute_dtype"), "device": self.args.device.type}
+        # A merge must round the base in the same way, and the file may travel without run.json.
+        held = record["quantization"] or {"load_in_4bit": False}
         base = record["base"]["model_name_or_path"]
-        save_adapter(model, Path(output_dir or self.args.output_dir), base, held)
+        save_adapter(model, Path(output_dir or self.args.output_dir), base,
+                     held | {"device": self.args.device.type})
 
     def _save_checkpoint(self, model, trial=None) -> None:
         """Trainer's checkpoint, then the seal; then the oldest goes. Private, for Trainer has no
@@ -1828,7 +1819,12 @@ def checkpoints(output: Path) -> list[Path]:
     """The sealed checkpoints of a run, the last first."""
     sealed = [path.parent for path in output.glob("checkpoint-*/run.json")]
     sealed = [path for path in sealed if path.name[11:].isdecimal()]
-    return sorted(sealed, key=lambda path: int(path.name[11:]), reverse=True)
+    return sorted(sealed, key=step_in_name, reverse=True)
+
+
+def step_in_name(checkpoint: Path) -> int:
+    """The step by which the Trainer named a checkpoint's folder."""
+    return int(checkpoint.name[11:])
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -1864,42 +1860,18 @@ def describe_run(
 def changed_settings(record: dict, old: dict) -> dict[str, str]:
     """The settings that are not as in an older record, and in words how each differs; none if it is
     the same run."""
-    new, before = record["settings"], old["settings"]
-    # A setting that an older version did not know was at its default.
-    was = {setting.name: setting.default for setting in fields(Settings)} | before
+    new, was = record["settings"], old["settings"]
     words = {"dataset": "the text or the tokenizer changed", "model": "the base changed",
              "adapter": "--adapter changed",
              "held_out": "--eval_strategy no trains on the documents held out too"}
     return {n: words.get(n, f"{n} was {was.get(n)}, now {new.get(n)}")
-            for n in sorted(new | before) if new.get(n) != was.get(n)}
-
-
-def move_aside(folder: Path, what: str, run: Path) -> Path:
-    """Make room for another of its name, unless a run is at work; nothing is deleted."""
-    with lock_output_dir(run):
-        pass
-    fixed = (f"--output_dir {folder}: holds {what}, and a mount or the current folder cannot be "
-             "moved aside; pass a folder in it")
-    refuse((Path.cwd().is_relative_to(folder.resolve()), fixed))
-    aside = next(p for n in range(1, 10**6) if not (p := Path(f"{folder}.{n}")).exists())
-    try:
-        folder.rename(aside)
-    except OSError as error:
-        raise UserError(fixed) if error.errno in (errno.EBUSY, errno.EXDEV) else error from error
-    print(f"{folder} held {what}: moved to {aside}")
-    return aside
+            for n in sorted(new | was) if new.get(n) != was.get(n)}
 
 
 def open_run(args: Arguments, record: dict) -> str | None:
     """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to
-    mix two runs. Moved aside are a finished run with other settings, the run so far for
-    --resume_from_checkpoint none, and for a checkpoint given by name the later ones."""
+    mix two runs, and to begin anew where every checkpoint is broken."""
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    named = None if wanted in ("auto", "none") else Path(wanted)
-    if named:
-        refuse((not is_whole(named), f"--resume_from_checkpoint {wanted}: not a whole checkpoint; "
-                "use auto"))
-        refuse_other(record, read_record(named), f"--resume_from_checkpoint {wanted}: of a run")
     begun = {".lock", "run.json.building"} | FOREIGN  # of a start that failed
     held = output.iterdir() if output.is_dir() else [output] if output.exists() else []
     names = sorted({path.name for path in held} - begun)
@@ -1908,24 +1880,21 @@ def open_run(args: Arguments, record: dict) -> str | None:
     refuse((names and foreign, f"--output_dir {output}: holds something else "
             f"({', '.join(names[:3])}); choose another folder"))
     if old:
-        changed = changed_settings(record, old)
-        if old["results"] is None:
-            refuse_other(record, old, f"--output_dir {output}: an unfinished run")
-        elif not changed and ("files" not in old or is_whole(output)):
+        refuse_other(record, old, f"--output_dir {output}: holds a run")
+        if old["results"] and not changed_settings(record, old) and is_whole(output):
             return "done"
-        elif not changed:
-            print(f"the adapter in {output} is not as it was written; it is made again")
-        if old["results"] and not SCHEDULE.issuperset(changed):
-            what = f"a finished run with other settings ({'; '.join(changed.values())})"
-            aside = move_aside(output, what, output)
-            print(f"a new run begins; to train that adapter further instead: --adapter {aside}")
-        elif wanted == "none":
-            move_aside(output, "the run so far", output)
-    if named:
-        move_later_aside(output, step_of(named))
+    if wanted != "auto":
+        refuse((not is_whole(Path(wanted)), f"--resume_from_checkpoint {wanted}: not a whole "
+                "checkpoint; use auto"))
+        refuse_other(record, read_record(Path(wanted)), f"--resume_from_checkpoint {wanted}: is "
+                     "of a run")
         return wanted
-    last = last_whole_checkpoint(output)
-    if old and not last and output.is_dir():
+    saved = checkpoints(output)
+    last = next((str(folder) for folder in saved if is_whole(folder)), None)
+    refuse((saved and not last, f"--output_dir {output}: a file of each of its checkpoints is "
+            f"missing or not as it was written ({', '.join(path.name for path in saved)}); copy "
+            "them again, or begin anew in another --output_dir"))
+    if old and not last:
         print(f"no checkpoint in {output}: the run begins at its first step")
     return last
 
@@ -1939,32 +1908,29 @@ def refuse_other(record: dict, old: dict, what: str) -> None:
 
 
 def move_later_aside(output: Path, step: int) -> None:
-    """Move the checkpoints after a step out of the way."""
+    """Rename the checkpoints after a step: they are broken, or the run now goes another way."""
     for later in checkpoints(output):
-        if step_of(later) > step:
-            move_aside(later, f"a later step than {step}", output)
+        if step_in_name(later) > step:
+            names = (Path(f"{later}.{number}") for number in range(1, 10**6))
+            aside = later.rename(next(name for name in names if not name.exists()))
+            print(f"{later} is broken, or the run goes on from step {step}: moved to {aside}")
 
 
-def check_schedule(
-    args: Arguments, training: Any, record: dict, checkpoint: str, steps: int
-) -> str:
+def check_schedule(args: Arguments, record: dict, checkpoint: str, steps: int) -> str:
     """The checkpoint to go on from where steps or schedule are other than it was saved under: the
     last before which every learning rate is the same. So a run is prolonged, or a decay branches
     off a run with a constant rate, to the bit of one long run."""
-    output, asked = Path(args.output_dir), Path(checkpoint)
-    named = args.resume_from_checkpoint not in ("auto", "none")
-    earlier = [p for p in checkpoints(output) if step_of(p) < step_of(asked) and not named]
-    for folder in [asked, *earlier]:
-        if is_whole(folder) and same_schedule_so_far(record, folder, steps):
-            if folder != asked and training.process_index == 0:
-                move_later_aside(output, step_of(folder))
+    auto = args.resume_from_checkpoint == "auto"
+    saved = filter(is_whole, checkpoints(Path(args.output_dir))) if auto else [Path(checkpoint)]
+    for folder in saved:
+        if same_schedule_so_far(record, folder, steps):
             return str(folder)
-    other = changed_settings(record, read_record(asked)).values()
+    other = changed_settings(record, read_record(Path(checkpoint))).values()
     raise UserError(
-        f"{asked}: cannot go on to step {steps} ({'; '.join(other)}): its learning rates would "
-        "have been others, or it is past that step. A run with --lr_scheduler_type constant, "
+        f"{checkpoint}: cannot go on to step {steps} ({'; '.join(other)}): its learning rates "
+        "would have been others, or it is past that step. A run with --lr_scheduler_type constant, "
         "constant_with_warmup or, before its decay, warmup_stable_decay can be prolonged; to train "
-        f"this adapter further under another schedule: --adapter {asked} --output_dir ANOTHER")
+        f"this adapter further under another schedule: --adapter {checkpoint} --output_dir ANOTHER")
 
 
 def same_schedule_so_far(record: dict, checkpoint: Path, steps: int) -> bool:
@@ -1985,35 +1951,21 @@ def check_adapter(args: Arguments, record: dict) -> None:
     """Refuse an adapter that does not fit, before the weights load; note which one it is."""
     if not args.adapter:
         return
-    weights, old = Path(args.adapter, "adapter_model.safetensors"), read_record(Path(args.adapter))
-    refuse((not (weights.is_file() and old.get("script") == "train_pt.py"),
-            f"--adapter {args.adapter}: expected what train_pt.py has written, an output_dir or a "
-            "checkpoint, with run.json and adapter_model.safetensors"))
-    output, adapter = Path(args.output_dir).resolve(), Path(args.adapter).resolve()
-    refuse((output in (adapter, *adapter.parents), f"--adapter {args.adapter}: lies in "
-            f"--output_dir {args.output_dir}; expected another --output_dir"))
-    new, before = record["settings"], {"use_rslora": False} | old["settings"]
-    refuse((new["model"] != before["model"], f"--adapter {args.adapter}: of another base, "
-            f"{old['base']['model_name_or_path']}; expected one of {args.model_name_or_path}"))
-    for name in OF_AN_ADAPTER:
-        refuse((new[name] != before[name], f"--adapter {args.adapter}: trained with {name} "
-                f"{before[name]}, not {new[name]}; give the same"))
-    new["adapter"] = file_sum(weights)
-    written = (old.get("files") or {}).get(weights.name, new["adapter"])
-    refuse((new["adapter"] != written, f"--adapter {args.adapter}: {weights.name} is not as it was "
-            "written; copy it again, or pass a checkpoint"))
-
-
-def last_whole_checkpoint(output: Path) -> str | None:
-    """The checkpoint to go on from; later ones, which are broken, are moved aside."""
-    saved = checkpoints(output)
-    whole = next((folder for folder in saved if is_whole(folder)), None)
-    refuse((saved and not whole, f"--output_dir {output}: a file of each of its checkpoints is "
-            f"missing or not as it was written ({', '.join(p.name for p in saved)}); copy them "
-            "again, or begin anew with --resume_from_checkpoint none, which moves them aside"))
-    for folder in saved[: saved.index(whole)] if whole else ():
-        move_aside(folder, "a broken checkpoint", output)
-    return str(whole) if whole else None
+    adapter = Path(args.adapter)
+    weights, old = adapter / "adapter_model.safetensors", read_record(adapter)
+    refuse((not (weights.is_file() and old.get("script") == "train_pt.py"), f"--adapter {adapter}: "
+            "expected what train_pt.py has written, an output_dir or a checkpoint, with run.json "
+            "and adapter_model.safetensors"))
+    changed = changed_settings(record, old)
+    other = [changed[name] for name in OF_AN_ADAPTER if name in changed]
+    now = record["settings"]["adapter"] = file_sum(weights)
+    refuse(
+        (adapter.resolve().is_relative_to(Path(args.output_dir).resolve()), f"--adapter {adapter}: "
+         f"lies in --output_dir {args.output_dir}; expected another --output_dir"),
+        (other, f"--adapter {adapter}: trained with other settings ({'; '.join(other)}); give the "
+         "same"),
+        ((old.get("files") or {}).get(weights.name, now) != now, f"--adapter {adapter}: "
+         f"{weights.name} is not as it was written; copy it again, or pass a checkpoint"))
 
 
 # --- Plan ----------------------------------------------------------------------------------------
@@ -2167,23 +2119,21 @@ tags: [llama, lora, qlora, traditional-chinese]
 
 # Adapter of {base}, trained further on Traditional Chinese text
 
-Trained by train_pt.py of 落九 (Luojiu) on {documents:,} documents: {tokens:,} tokens in
-{sequences:,} sequences, {steps:,} steps.
+Trained by train_pt.py of 落九 (Luojiu). Losses are in nats per token.
 
 ![training loss](trainloss.png)
 
-Loss per token: {loss_last} in training at the end; of this adapter (step {adapter_step}) on
-documents held out {eval_loss}, that is {eval_bits_per_character} bits per character.
+{results}
 
-## Hyperparameters
+## Evaluations
 
-{hyperparameters}
+{evaluations}
 
-## Documents held out
+## Settings
 
-{held_out}
+{settings}
 
-## Framework versions
+## Versions
 
 {versions}
 """
@@ -2210,7 +2160,12 @@ class Report:
         """Write the record, and say what comes."""
         run = os.getenv("WANDB_RUN_ID") or read_record(self.output).get("wandb_run_id")
         self.record["wandb_run_id"] = run or uuid4().hex[:8]
-        self.join_wandb(training)
+        if "wandb" in training.report_to:  # Trainer logs to the run that it finds begun
+            import wandb
+            project = os.getenv("WANDB_PROJECT", "huggingface")
+            known = {"id": self.record["wandb_run_id"], "name": training.run_name}
+            with refusals_of_trainer("--report_to wandb: "):
+                wandb.init(project=project, resume="allow", **known)
         write_json(self.output / "run.json", self.record)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (self.output / name).unlink(missing_ok=True)  # of a run that is prolonged
@@ -2218,18 +2173,6 @@ class Report:
         for line in lines:
             print(line)
         print("a sample:", self.tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
-
-    def join_wandb(self, training: Any) -> None:
-        """Begin the run's curve at wandb, or go on with it; Trainer logs to what it finds."""
-        if "wandb" in training.report_to:
-            import wandb
-            project = os.getenv("WANDB_PROJECT", "huggingface")
-            known = {"id": self.record["wandb_run_id"], "name": training.run_name}
-            try:
-                wandb.init(project=project, resume="allow", **known)
-            except wandb.Error as error:  # it names its own remedy
-                reason = " ".join(str(error).split())
-                raise UserError(f"--report_to wandb: {reason}") from error
 
     def write(self, history: list[dict]) -> None:
         """Write the whole history, which goes with the checkpoints: a resumed run takes it up. A
@@ -2244,8 +2187,9 @@ class Report:
         except OSError as error:
             print(f"warning: metrics or chart not written ({error})", flush=True)
 
-    def draw(self, history: list[dict], *copies: Path) -> None:
-        """The PANELS of which there is something to see, over steps and tokens."""
+    def draw(self, history: list[dict]) -> None:
+        """The PANELS of which there is something to see, over steps and tokens. One picture goes
+        with the adapter."""
         from matplotlib.figure import Figure
         train = [row for row in history if "loss" in row]
         if not train or not train[-1]["tokens_seen"]:
@@ -2265,8 +2209,7 @@ class Report:
                 label = "train" if label is None else label.replace("_", " ") or "held out"
                 axes.plot(steps, values, label=label, **look)
             axes.set(ylabel=title)
-            if title != "learning rate":
-                axes.legend()
+            axes.legend()
             axes.grid(alpha=0.3)
         all_axes[-1].set(xlabel="step")
         all_axes[0].set_title(
@@ -2274,7 +2217,7 @@ class Report:
         millions = train[-1]["tokens_seen"] / train[-1]["step"] / 1e6
         top = all_axes[0].secondary_xaxis("top", (lambda x: x * millions, lambda x: x / millions))
         top.set_xlabel("million tokens seen")
-        for picture in (*copies, Path(self.args.picture)):
+        for picture in (self.output / "trainloss.png", Path(self.args.picture)):
             picture.parent.mkdir(parents=True, exist_ok=True)
             building = picture.with_name("building." + picture.name)
             figure.savefig(building, dpi=120)
@@ -2296,9 +2239,8 @@ class Report:
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True,
                 do_sample=True, top_p=0.9, max_new_tokens=tokens or self.args.sample_tokens,
                 eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id)
-        text = self.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
-        share = traditional_share(text)
-        return {"eval_sample": text} | ({} if share is None else {"eval_traditional": share})
+        new = ids[0, prompt.shape[1] :]
+        return {"eval_sample": self.tokenizer.decode(new, skip_special_tokens=True)}
 
     def stopped(self, trainer: Any) -> None:
         """Say what a signal left."""
@@ -2321,17 +2263,13 @@ class Report:
             "loss_first": train[0]["loss"], "loss_last": train[-1]["loss"],
             "eval_loss": measured.get("eval_loss"),
             "eval_bits_per_character": measured.get("eval_bits_per_character")}
-        try:
-            self.draw(history, self.output / "trainloss.png")
-        except OSError as error:
-            print(f"warning: chart not written ({error})", flush=True)
         results |= {n: v for n, v in history[-1].items() if n.startswith("tokens_seen_")}
+        self.drawn = -math.inf
+        self.write(history)
         card = CARD.format(
-            **{n: round(v, 4) if isinstance(v, float) else v for n, v in results.items()},
-            base=self.record["base"]["model_name_or_path"],
-            hyperparameters="\n".join(f"- {n}: {v}" for n, v in self.record["settings"].items()),
-            held_out=table_of_evaluations(held),
-            versions="\n".join(f"- {n} {v}" for n, v in self.record["versions"].items()))
+            base=self.record["base"]["model_name_or_path"], evaluations=table_of_evaluations(held),
+            results=as_list(results), settings=as_list(self.record["settings"]),
+            versions=as_list(self.record["versions"]))
         (self.output / "README.md").write_text(card, encoding="utf-8")
         names = ("adapter_config.json", "adapter_model.safetensors")
         sums = {name: file_sum(self.output / name) for name in names}
@@ -2339,6 +2277,11 @@ class Report:
         losses = f"loss {results['loss_first']:.3f} to {results['loss_last']:.3f}"
         chosen = f" (of step {adapter_step}, the best)" if best else ""
         print(f"{steps} steps, {losses}; wrote {self.output}{chosen}; next: python merge_lora.py")
+
+
+def as_list(figures: dict[str, Any]) -> str:
+    """Figures in Markdown, a line each."""
+    return "\n".join(f"- {name}: {value}" for name, value in figures.items())
 
 
 def table_of_evaluations(held: list[dict]) -> str:
@@ -2351,18 +2294,6 @@ def table_of_evaluations(held: list[dict]) -> str:
         figures = [f"{row[name]:.4f}" if name in row else "" for name in columns]
         rows.append([f"{row['epoch']:.2f}", str(row["step"]), *figures])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def traditional_share(text: str) -> float | None:
-    """Of the characters that the two scripts write differently, the share in Traditional form."""
-    from opencc import OpenCC
-    simple, full = OpenCC("t2s").convert(text), OpenCC("s2t").convert(text)
-    if not len(text) == len(simple) == len(full):
-        return None
-    triples = list(zip(text, simple, full, strict=True))
-    traditional = sum(c != s for c, s, _ in triples)
-    simplified = sum(c == s != f for c, s, f in triples)
-    return round(traditional / (traditional + simplified), 4) if traditional + simplified else None
 
 
 # --- Main ----------------------------------------------------------------------------------------
@@ -2501,12 +2432,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         return print_plan(args, training, config, first_new, facts, *lines)
     if checkpoint:
-        checkpoint = check_schedule(args, training, record, checkpoint, facts["steps"])
+        checkpoint = check_schedule(args, record, checkpoint, facts["steps"])
     report = Report(args, record, tokenizer, facts, next(iter(held_out.values()), blocks))
     check_metric(training, held_out, report.probes)
     with ExitStack() as run:
         if training.process_index == 0:
             run.enter_context(lock_output_dir(report.output))
+            if checkpoint:
+                move_later_aside(report.output, step_of(Path(checkpoint)))
             report.begin(training, blocks, *lines)
         model, _ = build_model(args, training, folder, first_new)
         if args.adapter:

@@ -1,6 +1,5 @@
 """train_pt.py in the world: damaged inputs and outputs, and options that would fail late."""
 
-import errno
 import json
 import os
 import shutil
@@ -268,22 +267,10 @@ def test_a_finished_run_whose_adapter_is_damaged_is_finished_again(damage, comma
     whole = {name: tensor.clone() for name, tensor in weights("pt").items()}  # it is a map
     damage(ADAPTER)
     train_pt.main(command())
-    said = capsys.readouterr().out
-    assert "the adapter in pt is not as it was written; it is made again" in said
-    assert "already done" not in said
+    assert "already done" not in capsys.readouterr().out
     assert same(weights("pt"), whole)
     assert [row["step"] for row in metrics("pt") if "loss" in row] == list(range(1, 13))
     train_pt.main(command())
-    assert "already done" in capsys.readouterr().out
-
-
-def test_a_finished_run_of_an_older_version_is_believed(command, capsys):
-    train_pt.main(command("--max_steps", "1"))
-    record = json.loads(Path("pt/run.json").read_text())
-    assert record["files"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
-    del record["files"]
-    Path("pt/run.json").write_text(json.dumps(record))
-    train_pt.main(command("--max_steps", "1"))
     assert "already done" in capsys.readouterr().out
 
 
@@ -326,26 +313,6 @@ def test_without_a_checkpoint_the_run_says_where_it_begins(command, monkeypatch,
     shutil.rmtree("pt/checkpoint-5")
     train_pt.main(command("--eval_strategy", "steps"))
     assert "no checkpoint in pt: the run begins at its first step" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("place", ["dot", "absolute", "mount"])
-def test_a_folder_that_cannot_be_moved_is_told_in_a_line(place, command, monkeypatch, capsys):
-    killed_at(monkeypatch, 6, command())
-    anew = ["--resume_from_checkpoint", "none"]
-    name = "pt"
-    if place == "mount":
-        def busy(*paths):
-            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-
-        monkeypatch.setattr(os, "rename", busy)
-    else:
-        monkeypatch.chdir("pt")
-        name = "." if place == "dot" else os.getcwd()
-    before = sorted(Path(name).rglob("*"))
-    options = command(*anew, "--cache_dir", "/tmp/x", name=name)
-    line = refusal(options, capsys)
-    assert f"--output_dir {name}: holds the run so far, and a mount or the current folder" in line
-    assert [path for path in before if path.name != "building"] == sorted(Path(name).rglob("*"))
 
 
 def test_the_root_of_a_file_system_is_an_empty_folder(command):
