@@ -8,10 +8,10 @@ checkpoints, metrics.jsonl, a model card, and pictures/trainloss.png, redrawn as
 The weights are NF4 (QLoRA, Dettmers et al. 2023). In training half of the heads attend within
 groups of --group_size tokens and half within groups shifted by half a group (LongLoRA, Chen et al.
 2023, section 3.2), never across documents; evaluation is full causal attention. The same command
-goes on where an interrupted run stopped, to the bit (on a GPU flash attention's backward pass
-itself differs a little each time). SIGTERM, SIGHUP and Ctrl-C end the run after the batch at hand:
-it saves the last whole step and exits with 143, 129 or 130. A mistake or a loss gone wrong exits
-with 2, a full disk with 1.
+resumes an interrupted run bit for bit (but for flash attention's backward pass on a GPU, which
+differs a little each time). SIGTERM, SIGHUP and Ctrl-C end the run after the batch at hand: it
+saves the last whole step and exits with 143, 129 or 130. A mistake or an exploding loss exits with
+2, a full disk with 1.
 
 Minutes on any CPU, after the first two steps of `make demo`:
     python train_pt.py --block_size 256 --gradient_accumulation_steps 1 --learning_rate 3e-3 \\
@@ -76,7 +76,7 @@ LLAMA_2_PIECES = 32_000
 LARGE_FOR_A_CPU = 2e9  # bytes of weights
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 IGNORED = -100  # the label of a token that is not predicted
-# Options of the Trainer that a run cannot keep its promises with, by the value that turns them on.
+# Options of TrainingArguments that are refused, and why.
 UNSUPPORTED = {
     "deepspeed": "expected no DeepSpeed; several GPUs: accelerate launch --config_file fsdp.yaml",
     "push_to_hub": "expected false; when the run is done: hf upload NAME OUTPUT_DIR",
@@ -84,24 +84,24 @@ UNSUPPORTED = {
     "auto_find_batch_size": "expected false; --plan says which batch fits",
     "enable_jit_checkpoint": "expected false; SIGTERM already saves the last whole step",
     "ignore_data_skip": "expected false; a resumed run would train on the same text twice",
-    "dataloader_num_workers": "expected 0; a batch is only looked up, and workers die of the "
-    "signal on which a run saves",
+    "dataloader_num_workers": "expected 0; the signal that makes a run save would kill workers",
     "label_smoothing_factor": "expected 0; the logits that it smooths never leave the loss",
+    "dataloader_drop_last": "expected false; a short last batch is trained on too",
     "accelerator_config": "expected none; each process looks up its own sequences"}
-PART, BATCH = 1 << 16, 1 << 20  # characters: of a long text's parts, given to the tokenizer at once
-SHARES = ("taiwan_wording", "in_context_")  # metrics of which more is better
+PART, BATCH = 1 << 16, 1 << 20  # characters in a part of a long text, in a call of the tokenizer
+SHARES = ("taiwan_wording", "in_context_")  # metrics that should be high
 SURROGATES = re.compile("[\ud800-\udfff]")
 # What a file manager, Jupyter or a file system leaves in a folder.
 FOREIGN = {".DS_Store", ".ipynb_checkpoints", "lost+found"}
 # What a file system without locks answers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 1,024 x 61,388 x 4 bytes = 0.25 GB
-# A run goes on under another of these where the learning rates so far are the same.
+# Settings that may change in a run if the learning rates of its steps so far stay the same.
 SCHEDULE = {"max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs",
             "warmup_steps"}
-# What an adapter brings with it, and must be the same where training starts from it.
-OF_AN_ADAPTER = ("model", "lora_rank", "lora_alpha", "use_rslora", "quantization",
-                 "train_embeddings", "train_norms", "first_new_row")
+# Settings that must be those of the adapter from which training starts.
+ADAPTER_SETTINGS = ("model", "lora_rank", "lora_alpha", "use_rslora", "quantization",
+                    "train_embeddings", "train_norms", "first_new_row")
 # The Trainer's options that change the result, beside our own Settings.
 TRAINER_SETTINGS = re.compile(
     "adam_|data(_seed|loader_drop)|fp16$|greater_is|load_best|lr_scheduler|max_(steps|grad)|"
@@ -261,7 +261,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
         (asked.fsdp and os.environ.get("WORLD_SIZE", "1") == "1", f"--fsdp {asked.fsdp}: expected "
          "several processes: torchrun --nproc_per_node 4 train_pt.py"),
         (unknown, f"unknown option: {' '.join(unknown)}; --help and --help_trainer list them"))
-    with refusals_of_trainer():
+    with refusals_of():
         training, _ = trainer_parser.parse_args_into_dataclasses(rest, **parse)
     training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     if asked.greater_is_better is None and training.metric_for_best_model:  # by its kind
@@ -290,13 +290,13 @@ def try_trainer(args: Arguments, training: Any) -> None:
     import torch
     from transformers import Trainer
     options, rows = copy(training), [{"labels": 0}]
-    with TemporaryDirectory() as options.output_dir, refusals_of_trainer():  # it makes its folder
+    with TemporaryDirectory() as options.output_dir, refusals_of():  # it makes its folder
         trainer = Trainer(torch.nn.Linear(1, 1), options, train_dataset=rows, eval_dataset=rows)
         trainer.create_optimizer()
         trainer.get_train_dataloader()
     kwargs = json.dumps(training.lr_scheduler_kwargs or {})
     schedule = f"--lr_scheduler_type {args.lr_scheduler_type} --lr_scheduler_kwargs {kwargs}: "
-    with refusals_of_trainer(schedule):
+    with refusals_of(schedule):
         learning_rate_schedule(training.to_dict(), max(training.max_steps, 1))
 
 
@@ -353,12 +353,12 @@ def user_errors() -> Iterator[None]:
 
 
 @contextmanager
-def refusals_of_trainer(option: str = "") -> Iterator[None]:
-    """Turn what another library says of an option into one line."""
+def refusals_of(what: str = "") -> Iterator[None]:
+    """Turn what another library says into one line, behind our own words."""
     try:
         yield
-    except Exception as error:
-        raise UserError(option + " ".join(str(error).split())) from error
+    except Exception as error:  # files of nonsense fail in many ways
+        raise UserError(what + " ".join(str(error).split())[:300]) from error
 
 
 def refuse(*findings: tuple[Any, str]) -> None:
@@ -438,7 +438,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def find_shapes(name_or_path: str, option: str) -> Path:
-    """find_model without the weights: of a hub's model fetch configuration and tokenizer alone."""
+    """find_model without the weights: a plan fetches configuration and tokenizer alone."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path)
@@ -454,34 +454,30 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
     from transformers import AutoConfig, AutoTokenizer
     option = "--model_name_or_path"
     folder = (find_shapes if args.plan else find_model)(args.model_name_or_path, option)
-    try:
+    model = f"{option} {folder}"
+    with refusals_of(f"{model}: is not whole; fetch it again: "):
         config = AutoConfig.from_pretrained(folder)
         bare = args.plan and not any(folder.glob("tokenizer.*"))
         tokenizer = None if bare else AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # files of nonsense fail in many ways
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{option} {folder}: is not whole ({reason}); fetch it again") from error
-    rows, positions = config.vocab_size, config.max_position_embeddings
-    pieces = len(tokenizer or ())
+    rows, pieces, longest = config.vocab_size, len(tokenizer or ()), config.max_position_embeddings
     recorded = (read_record(folder).get("results") or {}).get("base_vocab_size")
     first = min(args.base_vocab_size or recorded or LLAMA_2_PIECES, rows)
-    model = f"{option} {folder}"
     widths = {name: getattr(config, name, 0) for name in ("hidden_size", "intermediate_size")}
     # bitsandbytes 0.50 on CPUs dequantises wrongly where a block of 64 runs into the next row.
     uneven = " and ".join(f"{name} {size}" for name, size in widths.items() if size % 64)
     refuse(
         (config.model_type != "llama", f"{model}: a {config.model_type}; expected a Llama"),
         (config.tie_word_embeddings, f"{model}: embedding and head are tied; expected two"),
-        (getattr(config, "quantization_config", None), f"{model}: it is quantised, and what is "
-         "trained on it cannot be merged; pass the 16-bit model that it was made from"),
+        (getattr(config, "quantization_config", None), f"{model}: it is quantised, and its adapter "
+         "could not be merged; pass the 16-bit model that it was made from"),
         (uneven and args.quantization == "nf4",
          f"{model}: {uneven}; nf4 expects a multiple of 64; use --quantization none"),
         (pieces > rows, f"{model}: the tokenizer has {pieces} pieces and the model only {rows} "
          "rows; run python extend_vocab.py, which makes both"),
         ((args.base_vocab_size or 0) > rows, f"--base_vocab_size {args.base_vocab_size}: the model "
          f"has only {rows} rows; leave the option out"),
-        (args.block_size > positions, f"--block_size {args.block_size}: longer than the model's "
-         f"{positions} positions; choose a smaller one, or set rope scaling in its config.json"),
+        (args.block_size > longest, f"--block_size {args.block_size}: longer than the model's "
+         f"{longest} positions; choose a smaller one, or set rope scaling in its config.json"),
         (args.train_embeddings == "none" and first < rows,
          f"--train_embeddings none: rows {first} to {rows - 1} of embedding and head are new "
          f"and would never be trained; use new, or --base_vocab_size {rows} if none is new"))
@@ -490,30 +486,27 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
     return folder, config, tokenizer, first
 
 
-def check_weights(folder: Path, config: Any, shown: str) -> None:
+def check_weights(folder: Path, config: Any, model: str) -> None:
     """Refuse weights that are not, by name and shape, those that config.json asks for: Transformers
-    would make up what is missing, and the result could never be merged."""
+    would fill what is missing with random numbers."""
     import torch
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
-    paths, path, found = weight_files(folder), folder / "config.json", {}
-    refuse((not paths, f"{shown}: {pickled(folder) or 'no *.safetensors, so no weights in it'}"))
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(deepcopy(config))
-        for path in paths:
-            with safe_open(path, "np") as file:  # it holds the header against the file's size
-                names = file.keys()
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{shown}: {path.name} is not whole ({reason}); fetch it again") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = sorted(name for name in found.keys() | expected.keys()
-                   if not name.endswith("inv_freq") and found.get(name) != expected.get(name))
-    for name in names[:1]:
+    paths, found = weight_files(folder), {}
+    refuse((not paths, f"{model}: {pickled(folder) or 'no *.safetensors, so no weights in it'}"))
+    with refusals_of(f"{model}: config.json is not whole; fetch it again: "), torch.device("meta"):
+        llama = AutoModelForCausalLM.from_config(deepcopy(config))
+    for path in paths:
+        with (refusals_of(f"{model}: {path.name} is not whole; fetch it again: "),
+              safe_open(path, "np") as file):  # it holds the header against the file's size
+            names = file.keys()
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    expected = {name: tuple(tensor.shape) for name, tensor in llama.state_dict().items()}
+    differ = sorted(name for name in found.keys() | expected.keys()
+                    if not name.endswith("inv_freq") and found.get(name) != expected.get(name))
+    for name in differ[:1]:
         has, due = found.get(name, "missing"), expected.get(name, "no such tensor")
-        raise UserError(f"{shown}: {name} is {has}; expected {due} by config.json ({len(names)} "
+        raise UserError(f"{model}: {name} is {has}; expected {due} by config.json ({len(differ)} "
                         "tensors differ); fetch it again")
 
 
@@ -700,8 +693,9 @@ class Corpus:
 
 
 def dataset_key(files: list[Path], base: Path) -> str:
-    """Changes when the text or the tokenizer does, and with nothing else: a copy has the same."""
-    digest = hashlib.sha256(b"2")  # counts the ways in which we have cut text into tokens
+    """A checksum of text and tokenizer by content: touched, copied or renamed files have the same.
+    The cache is found by it."""
+    digest = hashlib.sha256(b"2")  # to be raised when the same text gives other tokens
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         if (base / name).is_file():
             digest.update(name.encode() + (base / name).read_bytes())
@@ -832,9 +826,9 @@ class PackedBlocks:
 
 
 class Mixture:
-    """The sequences of an epoch in their order, from several sources: all blocks of the first,
-    shuffled, and evenly between them, of each other source, as many as its weight asks for. The
-    others go on in the next epoch where they stopped, and begin anew where they end."""
+    """The sequences of an epoch in order. It has all blocks of the first source, shuffled, and
+    spread evenly between them the blocks of the others, as many as their weights ask for. The next
+    epoch takes the others up where they stopped; a source that ends begins anew."""
 
     def __init__(self, sources: list[PackedBlocks], weights: list[float] | None, seed: int):
         self.sources, self.seed = sources, seed
@@ -851,14 +845,14 @@ class Mixture:
         return self.sources[source][block]
 
     def shuffled(self, source: int, times: int) -> np.ndarray:
-        """The blocks of a source in their order, when it was read so many times before."""
+        """The order of a source's blocks in a pass, after so many passes before it."""
         import torch
         generator = torch.Generator().manual_seed(self.seed + times)
         return torch.randperm(len(self.sources[source]), generator=generator).numpy()
 
     def set_epoch(self, epoch: int) -> None:
-        """Put an epoch in order; accelerate's data loader calls it. A resumed run comes to the
-        same order, for it follows from seed and epoch alone."""
+        """Make an epoch's order; accelerate's data loader calls it. The order follows from seed
+        and epoch alone, so a resumed run has the same."""
         chosen, places = [], []
         for source, count in enumerate(self.counts):
             size = len(self.sources[source])
@@ -901,7 +895,7 @@ def split_corpus(
 
 
 def source_names(datasets: list[str]) -> list[str]:
-    """What the sources are called in metrics, chart and card: the file or folder, else the path."""
+    """Names of the sources in metrics, chart and card: of the file or folder, else the path."""
     short = [Path(path).stem for path in datasets]
     return short if len({*short}) == len(short) else datasets
 
@@ -915,8 +909,8 @@ def eval_texts(args: Arguments) -> dict[str, str]:
 def pack_sources(
     corpora: list[Corpus], args: Arguments, training: Any, padding: int
 ) -> tuple[Mixture, dict[str, PackedBlocks]]:
-    """What to train on, and by its name what to evaluate on: what is held out of each source, and
-    the texts of --eval_dataset, whose corpora come last."""
+    """The training text; and by name the texts to evaluate on: those held out of each source, then
+    those of --eval_dataset, whose corpora come last."""
     train, held_out = [], {}
     for name, corpus in zip(source_names(args.dataset), corpora, strict=False):
         blocks, held = split_corpus(corpus, args, padding)
@@ -932,24 +926,11 @@ def pack_sources(
 
 def count(corpora: list[Corpus], blocks: Mixture, held_out: dict, training: Any) -> dict[str, int]:
     """The run in numbers."""
-    refuse((not steps_per_epoch(len(blocks), training), "--dataloader_drop_last true: "
-            f"{len(blocks)} sequences are less than a batch; expected more text, or leave it out"))
     return {
         "documents": sum(len(corpus.lengths) for corpus in corpora[: len(blocks.sources)]),
         "tokens": sum(source.total for source in blocks.sources), "sequences": len(blocks),
         "eval_sequences": sum(len(held) for held in held_out.values()),
         "steps": total_steps(len(blocks), training)}
-
-
-def describe_sources(args: Arguments, training: Any, blocks: Mixture) -> list[str]:
-    """Tokens, share and epochs of each source in the whole run, a line each; none if it is one."""
-    steps = total_steps(len(blocks), training)
-    seen = blocks.tokens_seen(sequences_after(steps, len(blocks), training))
-    lines = []
-    for name, source, tokens in zip(source_names(args.dataset), blocks.sources, seen, strict=True):
-        share, epochs = tokens / sum(seen), tokens / source.total
-        lines.append(f"{name}: {tokens:,} tokens, {share:.1%}, {epochs:.2f} epochs")
-    return lines if len(lines) > 1 else []
 
 
 @dataclass
@@ -1029,7 +1010,7 @@ def based_on(cls: type, base: type) -> type:
 class LoraProduct:
     """y = x W^T + s (x A^T) B^T for x (N, K), frozen W (M, K), A (r, K) and B (M, r), as matrix
     products that add to each other's results. PEFT copies x W^T, scales and adds in three passes
-    over (N, M). LoraGradients has the backward pass; `outlet`, its output, leads there."""
+    over (N, M). The backward pass is LoraGradients': its output `outlet` receives the slope."""
 
     @staticmethod
     def forward(ctx, outlet, x, low, weight, nf4, bias, B, scaling):
@@ -1043,9 +1024,9 @@ class LoraProduct:
 
 
 class LoraGradients:
-    """The backward pass of LoraProduct, which keeps x and x A^T. It is a function of its own that
-    runs before the product: when a layer is recomputed, PyTorch stops as soon as all that was kept
-    is there again, and so does not repeat the layer's last product."""
+    """The backward pass of LoraProduct; it saves x and x A^T. It runs before the product: when
+    PyTorch recomputes a layer it stops once all saved tensors are there again, and so skips the
+    layer's last product."""
 
     @staticmethod
     def forward(ctx, x, weight, nf4, A, B, scaling):
@@ -1364,7 +1345,8 @@ class RunCallback:
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # a checkpoint brings its own save_steps
-        self.trainer.rehearse()
+        if self.trainer.eval_dataset is not None:
+            self.trainer.rehearse()
         if state.global_step >= state.max_steps:  # Trainer would train one step too many
             raise LeaveTraining
 
@@ -1389,7 +1371,8 @@ class PackedTraining:
     lowest_loss, high_losses_in_a_row = math.inf, 0
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
-        """Train, measure the end, put the best weights back. After a signal save the last step."""
+        """Train, measure the end, put the best weights back. After a signal save the last whole
+        step, with the random states that it ended with."""
         if resume_from_checkpoint:
             self.saved_step = step_of(Path(resume_from_checkpoint))
         try:
@@ -1400,14 +1383,32 @@ class PackedTraining:
                 open_end = self.eval_dataset is not None and self.state.global_step not in measured
                 if open_end and not self.stopping():
                     self.evaluate()
-            if self.stopping():
-                self.save_last_step()
-            elif best := self.best_checkpoint():
-                load_adapter(self.model, best)
+            if not self.stopping():
+                if best := self.best_checkpoint():
+                    load_adapter(self.model, best)
+            elif self.rng_states:
+                for generator, state in zip(self.generators(), self.rng_states, strict=True):
+                    generator.set_rng_state(state)
+                self._save_checkpoint(self.model_wrapped)
         finally:  # what is printed next stands below the progress bar
             for callback in self.callback_handler.callbacks:
                 if bar := getattr(callback, "training_bar", None):
                     bar.close()
+
+    def rehearse(self) -> None:
+        """Measure a little before the first step: what is going to fail fails now, not after
+        hours."""
+        import torch
+        try:
+            metrics = self.measure(batches=1, rows=2, tokens=1)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"--per_device_eval_batch_size {self.args.per_device_eval_batch_size}: an "
+                "evaluation runs out of memory; choose a smaller one") from error
+        known = [name.removeprefix("eval_") for name in metrics if name != "eval_sample"]
+        best = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        refuse((best not in known, f"--metric_for_best_model {best}: expected a figure of the "
+                f"evaluations: {', '.join(known)}"))
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         with self.head.inside_the_loss(), self.accelerator.autocast():  # FSDP: without autocast
@@ -1433,30 +1434,6 @@ class PackedTraining:
         """Where random numbers come from on this device."""
         import torch
         return [torch.random, *[torch.cuda] * (self.args.device.type == "cuda")]
-
-    def save_last_step(self) -> None:
-        """Save the last whole step, with the random states that it ended with."""
-        for generator, state in zip(self.generators(), self.rng_states, strict=False):
-            generator.set_rng_state(state)
-        if self.rng_states:
-            self._save_checkpoint(self.model_wrapped)
-
-    def rehearse(self) -> None:
-        """Evaluate a batch and write a token before the first step: what is going to fail fails
-        now, not after hours."""
-        import torch
-        if self.eval_dataset is None:
-            return
-        try:
-            for blocks in self.eval_dataset.values():
-                self.held_out_loss(blocks, batches=1)
-            for rows in self.report.probes.values():
-                self.answer_scores(rows[:1])
-            self.report.sample(self, tokens=1)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"--per_device_eval_batch_size {self.args.per_device_eval_batch_size}: an "
-                "evaluation runs out of memory; choose a smaller one") from error
 
     def give_up(self, step: int, reason: str) -> None:
         refuse((step == 0, f"{reason} before the first step: the base or --adapter holds numbers "
@@ -1501,7 +1478,7 @@ class PackedTraining:
                 raise LeaveTraining
             chosen = range(len(blocks))[start : start + ranks * size][rank::ranks]
             batch = self.data_collator([blocks[i] for i in chosen or [0]])
-            if not chosen:  # with FSDP nobody can go forward alone
+            if not chosen:  # with FSDP all processes take part in each forward pass
                 batch["labels"].fill_(IGNORED)
             batch = send_to_device(batch, self.args.device)
             with torch.no_grad(), self.accelerator.autocast(), self.head.inside_the_loss():
@@ -1536,32 +1513,37 @@ class PackedTraining:
                 scores.append((total, bool((predicted.argmax(-1) == answer).all())))
         return scores
 
-    def probe(self) -> dict[str, float]:
+    def probe(self, rows: int | None = None) -> dict[str, float]:
         """The share of pairs whose sentence in Taiwan's wording, as a whole, is the likelier (a tie
         counts half: tokenizers cut the two into different numbers of tokens, so a mean per token
-        would not compare them), and of tasks that are solved."""
+        would not compare them), and of tasks that are solved. rows None: all."""
         metrics = {}
-        for name, rows in self.report.probes.items():
-            likelihoods, solved = np.array(self.answer_scores(rows)).T
+        for name, pairs in self.report.probes.items():
+            likelihoods, solved = np.array(self.answer_scores(pairs[:rows])).T
             if name == "taiwan_wording":
                 solved = np.sign(likelihoods[::2] - likelihoods[1::2]) / 2 + 0.5
             metrics[f"eval_{name}"] = float(solved.mean())
         return metrics
 
-    def evaluate(self, *args, **kwargs) -> dict[str, Any]:
+    def measure(
+        self, batches: int = sys.maxsize, rows: int | None = None, tokens: int | None = None
+    ) -> dict[str, Any]:
         """Loss per token and bits per character of the documents held out, of the first source
-        under the plain names; the probes; and a sample."""
-        from tqdm import tqdm
+        under the plain names; the probes; and a sample. Every process calls it, for FSDP."""
         metrics = {}
         for name, blocks in self.eval_dataset.items():
-            total, predicted = self.held_out_loss(blocks)
+            total, predicted = self.held_out_loss(blocks, batches)
             # Where a block cuts a document, one token has no context: the mean stands for it.
             bits = total / predicted / math.log(2) * blocks.tokens_per_character
             of = f"_{name}" if metrics else ""
             metrics[f"eval_loss{of}"] = total / predicted
             metrics[f"eval_bits_per_character{of}"] = bits
-        metrics |= self.probe()  # every process, for FSDP needs all; the sample too
-        metrics |= self.report.sample(self)
+        return metrics | self.probe(rows) | self.report.sample(self, tokens)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, Any]:
+        """Measure, print and log."""
+        from tqdm import tqdm
+        metrics = self.measure()
         if self.is_world_process_zero():
             bits = [f"{metrics[name]:.3f}" for name in metrics if "bits_per_character" in name]
             tqdm.write(f"{', '.join(bits)} bits per character; it writes: "
@@ -1573,15 +1555,21 @@ class PackedTraining:
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's optimizer; parameters with a learning rate of their own in own groups."""
-        optimizer = super().create_optimizer(model)
-        rates, groups = learning_rates(self.report.args, model or self.model), []
+        optimizer, args = super().create_optimizer(model), self.report.args
+        lora_b = args.loraplus_lr_ratio and args.loraplus_lr_ratio * args.learning_rate
+        parts = {".trained": args.embedding_learning_rate, "norm.weight": args.norm_learning_rate,
+                 ".lora_B.": lora_b}
+        rates = {
+            parameter: rate for name, parameter in (model or self.model).named_parameters()
+            for part, rate in parts.items() if part in name and rate is not None}
+        groups = []
         for group in optimizer.param_groups:
             kinds: dict[float, list] = {}
             for parameter in group["params"]:
                 kinds.setdefault(rates.get(parameter, group["lr"]), []).append(parameter)
             groups += [group | {"params": chosen, "lr": rate} for rate, chosen in kinds.items()]
         # The first group's rate is the one that Trainer logs.
-        groups.sort(key=lambda group: group["lr"] != self.args.learning_rate)
+        groups.sort(key=lambda group: group["lr"] != args.learning_rate)
         optimizer.param_groups[:] = groups
         return optimizer
 
@@ -1643,16 +1631,6 @@ class PackedTraining:
                  if row["step"] in kept and metric in row}
         best = max if self.args.greater_is_better else min
         return kept[best(found, key=found.get)] if found else None
-
-
-def learning_rates(args: Arguments, model: Any) -> dict[Any, float]:
-    """The parameters that learn at a rate of their own, with that rate."""
-    lora_b = args.loraplus_lr_ratio and args.loraplus_lr_ratio * args.learning_rate
-    parts = {".trained": args.embedding_learning_rate, "norm.weight": args.norm_learning_rate,
-             ".lora_B.": lora_b}
-    return {
-        parameter: rate for name, parameter in model.named_parameters()
-        for part, rate in parts.items() if part in name and rate is not None}
 
 
 def build_trainer(
@@ -1782,7 +1760,7 @@ def lock_output_dir(output: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Write the whole file or none of it."""
     building = path.with_name(path.name + ".building")
     building.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
     building.replace(path)
@@ -1819,12 +1797,7 @@ def checkpoints(output: Path) -> list[Path]:
     """The sealed checkpoints of a run, the last first."""
     sealed = [path.parent for path in output.glob("checkpoint-*/run.json")]
     sealed = [path for path in sealed if path.name[11:].isdecimal()]
-    return sorted(sealed, key=step_in_name, reverse=True)
-
-
-def step_in_name(checkpoint: Path) -> int:
-    """The step by which the Trainer named a checkpoint's folder."""
-    return int(checkpoint.name[11:])
+    return sorted(sealed, key=lambda path: int(path.name[11:]), reverse=True)
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -1910,7 +1883,7 @@ def refuse_other(record: dict, old: dict, what: str) -> None:
 def move_later_aside(output: Path, step: int) -> None:
     """Rename the checkpoints after a step: they are broken, or the run now goes another way."""
     for later in checkpoints(output):
-        if step_in_name(later) > step:
+        if int(later.name[11:]) > step:  # a broken one cannot tell its step
             names = (Path(f"{later}.{number}") for number in range(1, 10**6))
             aside = later.rename(next(name for name in names if not name.exists()))
             print(f"{later} is broken, or the run goes on from step {step}: moved to {aside}")
@@ -1948,7 +1921,7 @@ def same_schedule_so_far(record: dict, checkpoint: Path, steps: int) -> bool:
 
 
 def check_adapter(args: Arguments, record: dict) -> None:
-    """Refuse an adapter that does not fit, before the weights load; note which one it is."""
+    """Refuse an adapter that does not fit; its checksum becomes one of the run's settings."""
     if not args.adapter:
         return
     adapter = Path(args.adapter)
@@ -1957,7 +1930,7 @@ def check_adapter(args: Arguments, record: dict) -> None:
             "expected what train_pt.py has written, an output_dir or a checkpoint, with run.json "
             "and adapter_model.safetensors"))
     changed = changed_settings(record, old)
-    other = [changed[name] for name in OF_AN_ADAPTER if name in changed]
+    other = [changed[name] for name in ADAPTER_SETTINGS if name in changed]
     now = record["settings"]["adapter"] = file_sum(weights)
     refuse(
         (adapter.resolve().is_relative_to(Path(args.output_dir).resolve()), f"--adapter {adapter}: "
@@ -1973,9 +1946,8 @@ def check_adapter(args: Arguments, record: dict) -> None:
 
 def steps_per_epoch(sequences: int, training: Any) -> int:
     """Optimizer steps in an epoch, as Trainer counts them."""
-    batches = sequences / (training.per_device_train_batch_size * training.world_size)
-    batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
-    return math.ceil(batches / training.gradient_accumulation_steps)
+    batch = training.per_device_train_batch_size * training.world_size
+    return math.ceil(math.ceil(sequences / batch) / training.gradient_accumulation_steps)
 
 
 def total_steps(sequences: int, training: Any) -> int:
@@ -1990,11 +1962,6 @@ def sequences_after(step: int, sequences: int, training: Any) -> int:
     epochs, rest = divmod(step, steps_per_epoch(sequences, training))
     batch = training.per_device_train_batch_size * training.world_size
     return epochs * sequences + min(rest * batch * training.gradient_accumulation_steps, sequences)
-
-
-def moment_bytes(optim: str) -> float:
-    """Bytes of Adam's two moments of a number; in 8 bits two fp32 scales for 256 of them."""
-    return 2 + 8 / 256 if "8bit" in optim else 8
 
 
 def sizes(config: Any, args: Arguments, first_new: int) -> tuple[int, int, int]:
@@ -2013,7 +1980,8 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
     D, M, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     V, tokens = config.vocab_size, batch * block
     weights, lora, rows = sizes(config, args, first_new)
-    state = 4 + 4 + moment_bytes(args.optim)  # fp32 weight and gradient
+    # fp32 weight and gradient; Adam's two moments, in 8 bits with two fp32 scales for 256 numbers.
+    state = 4 + 4 + (2 + 8 / 256 if "8bit" in args.optim else 8)
     offload = json.loads(args.activation_checkpointing_kwargs or "{}").get("offload")
     # Of each token a layer holds 9 rows of D numbers in 16 bits: what attention reads and writes,
     # the inputs of projections and of the second norm, the gradient. In the MLP six rows of M
@@ -2070,10 +2038,10 @@ def print_plan(
     import torch
     if training.process_index:
         return
+    batch, block = args.per_device_train_batch_size, args.block_size
 
-    def items(batch: int, block: int) -> dict:
-        parts = memory_items(config, args, first_new, batch, block)
-        return parts | {"in all": sum(parts.values())}
+    def in_all(batch: int, block: int) -> float:
+        return sum(memory_items(config, args, first_new, batch, block).values())
 
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):>36}: {value:,}")
@@ -2082,11 +2050,11 @@ def print_plan(
               "steps are not counted")
     for line in lines:
         print(line)
-    batch, block = training.per_device_train_batch_size, args.block_size
     liger = "with" if args.use_liger_kernel else "without"
     print(f"memory on a GPU {liger} liger-kernel, estimated from the shapes, at batch {batch} "
           f"x {block} tokens:")
-    for name, size in items(batch, block).items():
+    items = memory_items(config, args, first_new, batch, block)
+    for name, size in (items | {"in all": in_all(batch, block)}).items():
         print(f"{name:>36}: {size / 1e9:7.2f} GB")
     if args.plan_gpu:
         seconds = step_seconds(config, args, first_new)
@@ -2102,42 +2070,13 @@ def print_plan(
         return print("no GPU here: --plan_gpu_gb 24 says what fits on one of 24 GB")
     room = size - 0.8e9  # CUDA's context and fragmentation
     blocks = range(256, config.max_position_embeddings + 1, 256)
-    longest = max((b for b in blocks if items(batch, b)["in all"] <= room), default=0)
-    widest = max((b for b in range(1, 257) if items(b, block)["in all"] <= room), default=0)
+    longest = max((b for b in blocks if in_all(batch, b) <= room), default=0)
+    widest = max((b for b in range(1, 257) if in_all(b, block) <= room), default=0)
     print(f"on {size / 1e9:.0f} GB: at batch {batch} the longest sequence is {longest} tokens; "
           f"at {block} tokens the largest batch is {widest}")
 
 
 # --- Report --------------------------------------------------------------------------------------
-
-CARD = """---
-library_name: peft
-base_model: {base}
-language: zh
-tags: [llama, lora, qlora, traditional-chinese]
----
-
-# Adapter of {base}, trained further on Traditional Chinese text
-
-Trained by train_pt.py of 落九 (Luojiu). Losses are in nats per token.
-
-![training loss](trainloss.png)
-
-{results}
-
-## Evaluations
-
-{evaluations}
-
-## Settings
-
-{settings}
-
-## Versions
-
-{versions}
-"""
-
 
 # The chart: what each panel is of, and what stands in it, a line's label as the group.
 PANELS = {
@@ -2164,7 +2103,7 @@ class Report:
             import wandb
             project = os.getenv("WANDB_PROJECT", "huggingface")
             known = {"id": self.record["wandb_run_id"], "name": training.run_name}
-            with refusals_of_trainer("--report_to wandb: "):
+            with refusals_of("--report_to wandb: "):
                 wandb.init(project=project, resume="allow", **known)
         write_json(self.output / "run.json", self.record)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -2244,16 +2183,16 @@ class Report:
 
     def stopped(self, trainer: Any) -> None:
         """Say what a signal left."""
-        step = trainer.state.global_step
+        step, auto = trainer.state.global_step, self.args.resume_from_checkpoint == "auto"
+        how = "the same command" if auto else "--resume_from_checkpoint auto"
+        said = f"stopped; step {step} is saved" if step else "stopped before the first step"
         if trainer.is_world_process_zero():
-            said = f"stopped; step {step} is saved" if step else "stopped before the first step"
-            auto = self.args.resume_from_checkpoint == "auto"
-            how = "the same command" if auto else "--resume_from_checkpoint auto"
             print(f"{said}; {how} goes on", flush=True)
 
     def finish(self, history: list[dict], best: Path | None) -> None:
         """Chart and model card; run.json last, for it says that the run is whole. best: the
         checkpoint whose weights were taken in the end, if not the last step's."""
+        from huggingface_hub import ModelCardData
         train, held = ([row for row in history if n in row] for n in ("loss", "eval_loss"))
         steps = history[-1]["step"]
         adapter_step = step_of(best) if best else steps
@@ -2266,11 +2205,17 @@ class Report:
         results |= {n: v for n, v in history[-1].items() if n.startswith("tokens_seen_")}
         self.drawn = -math.inf
         self.write(history)
-        card = CARD.format(
-            base=self.record["base"]["model_name_or_path"], evaluations=table_of_evaluations(held),
-            results=as_list(results), settings=as_list(self.record["settings"]),
-            versions=as_list(self.record["versions"]))
-        (self.output / "README.md").write_text(card, encoding="utf-8")
+        base = self.record["base"]["model_name_or_path"]
+        tags = ["llama", "lora", "qlora", "traditional-chinese"]
+        data = ModelCardData(library_name="peft", base_model=base, language="zh", tags=tags)
+        card = [
+            f"---\n{data.to_yaml()}\n---\n", f"# Adapter of {base}",
+            "Trained on Traditional Chinese text by train_pt.py of 落九 (Luojiu).",
+            "![training loss](trainloss.png)", as_list("Results", results),
+            f"## Evaluations\n\n{table_of_evaluations(held)}",
+            as_list("Settings", self.record["settings"]),
+            as_list("Versions", self.record["versions"])]
+        (self.output / "README.md").write_text("\n\n".join(card) + "\n", encoding="utf-8")
         names = ("adapter_config.json", "adapter_model.safetensors")
         sums = {name: file_sum(self.output / name) for name in names}
         write_json(self.output / "run.json", self.record | {"results": results, "files": sums})
@@ -2279,9 +2224,9 @@ class Report:
         print(f"{steps} steps, {losses}; wrote {self.output}{chosen}; next: python merge_lora.py")
 
 
-def as_list(figures: dict[str, Any]) -> str:
-    """Figures in Markdown, a line each."""
-    return "\n".join(f"- {name}: {value}" for name, value in figures.items())
+def as_list(title: str, figures: dict[str, Any]) -> str:
+    """A section of the model card: figures in Markdown, a line each."""
+    return f"## {title}\n\n" + "\n".join(f"- {name}: {value}" for name, value in figures.items())
 
 
 def table_of_evaluations(held: list[dict]) -> str:
@@ -2356,53 +2301,47 @@ def unusable(file: Path) -> str | None:
 
 
 def slow_device(training: Any, folder: Path) -> str | None:
-    """What to say of a device on which the run will take longer than it need."""
+    """Why the run will be slower on this device than it need be."""
     import torch
     from transformers.utils import is_liger_kernel_available
-    size = sum(path.stat().st_size for path in folder.glob("[!.]*.safetensors"))
-    if training.use_cpu and size > LARGE_FOR_A_CPU:
-        return (f"no GPU in use, so {size / 1e9:.1f} GB of weights train on the CPU, slowly; if "
-                "there is one, see nvidia-smi and torch.version.cuda")
-    if training.bf16 and not training.use_cpu and torch.cuda.get_device_capability() < (8, 0):
+    if training.use_cpu:
+        size = sum(path.stat().st_size for path in folder.glob("[!.]*.safetensors"))
+        return (f"no GPU in use, so {size / 1e9:.1f} GB of weights train on the CPU, slowly; see "
+                "nvidia-smi and torch.version.cuda") if size > LARGE_FOR_A_CPU else None
+    if training.bf16 and torch.cuda.get_device_capability() < (8, 0):
         return (f"--bf16 true: {torch.cuda.get_device_name()} has no units for bfloat16; it has "
                 "some for float16: --bf16 false --fp16 true")
-    if not (training.use_cpu or is_liger_kernel_available()):
-        return "liger-kernel is not installed; pip install liger-kernel trains faster"
-    return None
-
-
-def check_metric(training: Any, held_out: dict, probes: dict) -> None:
-    """Refuse to choose the best by a figure that the evaluations do not have."""
-    wanted, known = training.metric_for_best_model, [*probes] if held_out else []
-    for name in held_out:
-        of = f"_{name}" if known[len(probes) :] else ""  # the first has the plain names
-        known += [f"loss{of}", f"bits_per_character{of}"]
-    refuse((wanted and wanted.removeprefix("eval_") not in known,
-            f"--metric_for_best_model {wanted}: expected a figure of the evaluations: "
-            f"{', '.join(known) or 'there are none'}"))
+    without = "liger-kernel is not installed; pip install liger-kernel trains faster"
+    return None if is_liger_kernel_available() else without
 
 
 def first_lines(
     args: Arguments, training: Any, folder: Path, blocks: Mixture, held_out: dict, files: list
 ) -> list[str]:
-    """What to say of the sources and the device before the first step."""
+    """What to say of the device and the sources before the first step; of several sources the
+    tokens, share and epochs of each in the whole run."""
     notes = [None if args.plan else slow_device(training, folder)]  # a plan: of another machine
     named = [("--dataset", path) for path in args.dataset]
     named += [("--eval_dataset", path) for path in eval_texts(args).values()]
     for (option, path), found in zip(named, files, strict=True):
         others = sorted(file.name for file in Path(path).glob("[!.]*") if file not in found)
-        more = f" and {len(others) - 9} more" if len(others) > 9 else ""
-        notes.append(others and f"{option} {path}: not read: {', '.join(others[:9])}{more}")
+        if others:
+            notes.append(f"{option} {path}: {len(others)} are not read: {', '.join(others[:9])}")
     evaluated = args.eval_fraction > 0 and args.eval_strategy != "no"
-    for name, dataset, found in zip(source_names(args.dataset), args.dataset, files, strict=False):
+    for name, path in zip(source_names(args.dataset), args.dataset, strict=True):
         if evaluated and name not in held_out:
-            remedy = "; a .txt is one document: one a row, as JSON Lines, would be many"
-            notes.append(
-                f"--dataset {dataset}: too few documents to hold one out, so nothing of it is "
-                f"evaluated{remedy if found[0].suffix.lower() == '.txt' else ''}")
+            notes.append(f"--dataset {path}: too few documents to hold one out, so nothing of it "
+                         "is evaluated; a .txt is one document, JSON Lines hold one a row")
     if args.probes and held_out and not wording_pairs():
         notes.append("data/probes/wording.txt is not here, so Taiwan's wording is not probed")
-    return describe_sources(args, training, blocks) + [f"note: {note}" for note in notes if note]
+    lines = [f"note: {note}" for note in notes if note]
+    sequences = sequences_after(total_steps(len(blocks), training), len(blocks), training)
+    seen, sources = blocks.tokens_seen(sequences), blocks.sources
+    for name, source, tokens in zip(source_names(args.dataset), sources, seen, strict=True):
+        if len(sources) > 1:
+            lines.append(f"{name}: {tokens:,} tokens, {tokens / sum(seen):.1%}, "
+                         f"{tokens / source.total:.2f} epochs")
+    return lines
 
 
 @ignore_write_errors()
@@ -2434,7 +2373,6 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint:
         checkpoint = check_schedule(args, record, checkpoint, facts["steps"])
     report = Report(args, record, tokenizer, facts, next(iter(held_out.values()), blocks))
-    check_metric(training, held_out, report.probes)
     with ExitStack() as run:
         if training.process_index == 0:
             run.enter_context(lock_output_dir(report.output))

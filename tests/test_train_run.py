@@ -263,17 +263,6 @@ def test_a_start_that_failed_before_it_wrote_anything_is_no_other_thing(command)
     assert weights("pt")
 
 
-def test_a_last_batch_that_is_dropped_is_no_step(command):
-    options = ["--max_steps", "-1", "--num_train_epochs", "1", "--gradient_accumulation_steps", "1"]
-    for drop in ("false", "true"):
-        train_pt.main(command(
-            *options, "--dataloader_drop_last", drop, "--eval_strategy", "no",
-            "--per_device_train_batch_size", "2", name=drop))
-        planned = json.loads(Path(drop, "run.json").read_text())["results"]
-        assert planned["steps"] == metrics(drop)[-1]["step"]
-    assert metrics("true")[-1]["step"] == metrics("false")[-1]["step"] - 1
-
-
 def test_a_chart_that_cannot_be_written_does_not_end_the_run(command, monkeypatch, capsys):
     draw, tries = train_pt.Report.draw, []
 
@@ -397,19 +386,6 @@ def test_wandb_takes_the_run_offline_and_goes_on_with_it(command, monkeypatch):
         assert time.time() < deadline, "nothing was logged"
         time.sleep(0.1)
     wandb.teardown()  # it would stay offline for the tests that follow in this process
-
-
-def test_wandb_without_a_key_is_one_line_below_the_bar(command, tmp_path, run_script):
-    pytest.importorskip("wandb")
-    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    own |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
-    words = command("--report_to", "wandb", "--max_steps", "2")
-    done = run_script(
-        "train_pt.py", *words, cwd=tmp_path, check=False, env=own, stdin=subprocess.DEVNULL)
-    assert done.returncode == 2
-    line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: --report_to wandb: ")
-    assert "wandb login" in line
 
 
 def test_two_processes_lose_as_one_with_the_same_global_batch(command):
