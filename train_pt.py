@@ -283,8 +283,8 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
 
 
 def try_trainer(args: Arguments, training: Any) -> None:
-    """Build what Trainer makes of its options, around a model of one weight: what it refuses is
-    refused before the real weights load. A plan trains nothing."""
+    """Build a Trainer around a model of one weight, so that options which it refuses are refused
+    before the real weights load. A plan trains nothing."""
     if args.plan:
         return
     import torch
@@ -301,12 +301,12 @@ def try_trainer(args: Arguments, training: Any) -> None:
 
 
 def learning_rate_schedule(settings: dict[str, Any], steps: int) -> Any:
-    """The schedule of a run of so many steps, as Trainer makes it: its `lr_lambdas` give the share
-    of the peak at each step. One that looks at the evaluations has none."""
+    """The schedule of a run of so many steps, as Trainer makes it. Its `lr_lambdas` give the share
+    of the peak at each step; a schedule that follows the evaluations has none."""
     import torch
     from transformers import get_scheduler
     parameter = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.SGD([parameter], lr=abs(settings["learning_rate"]))  # check looks at it
+    optimizer = torch.optim.SGD([parameter], lr=abs(settings["learning_rate"]))
     warmup = settings["warmup_steps"]
     warmup = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
     kwargs = dict(settings["lr_scheduler_kwargs"] or {})
@@ -487,8 +487,8 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
 
 
 def check_weights(folder: Path, config: Any, model: str) -> None:
-    """Refuse weights that are not, by name and shape, those that config.json asks for: Transformers
-    would fill what is missing with random numbers."""
+    """Refuse weights whose names or shapes differ from those of config.json: Transformers would
+    fill what is missing with random numbers."""
     import torch
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
@@ -521,8 +521,8 @@ def cut_points(
     position_ids: torch.Tensor, group: int | None, flash: bool, shift: int = 0
 ) -> dict[str, Any]:
     """Where segments start in N packed tokens: at each document and, unless group is None, at each
-    group of a document. position_ids (B, T) count from each document's first token. Made on the
-    CPU, so that a GPU need not wait for the lengths."""
+    group of a document. position_ids (B, T) count from each document's first token. This runs on
+    the CPU, so that a GPU need not wait for the lengths."""
     import torch
     position = position_ids.cpu().clone()
     position[:, 0] = 0  # attention ends with a row, even where its document goes on
@@ -546,8 +546,8 @@ def cut_points(
 
 
 def all_cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> dict[str, Any]:
-    """Cut points of `documents` for full attention; those of S², `groups` and `shifted`, only where
-    a document is longer than the first shifted group: else S² is full attention."""
+    """Cut points of `documents`, and of `groups` and `shifted` groups for S². Where no document is
+    longer than the first shifted group S² is full attention, and the latter two are left out."""
     cuts = {"documents": cut_points(position_ids, None, flash)}
     if group is not None and int(position_ids.max()) >= group - group // 2:
         cuts["groups"] = cut_points(position_ids, group, flash)
@@ -619,8 +619,7 @@ def s2_attention(
 
 
 def s2_mask(*args, attention_mask=None, q_length=None, kv_length=None, **kwargs):
-    """No mask for packed rows, whose cut points say it all; Transformers' own for padding and for
-    a KV cache."""
+    """No mask for packed rows, which have cut points; Transformers' own for padding or a cache."""
     if attention_mask is None and q_length == kv_length:
         return None
     from transformers.masking_utils import sdpa_mask
@@ -639,8 +638,8 @@ def register_attention() -> None:
 
 
 def text_files(dataset: str, option: str = "--dataset") -> list[Path]:
-    """The files to read, in name order. Of a folder the top level alone: below it filter_cc.py
-    keeps its work and the pages that it refused. Hidden files belong to other programs."""
+    """The files to read, in name order. Of a folder only the top level is read: below it
+    filter_cc.py keeps its work and rejected pages. Hidden files belong to other programs."""
     root = Path(dataset)
     if not root.exists():
         hint = "run python filter_cc.py first" if "cc_filtered" in dataset else "check the path"
@@ -725,8 +724,8 @@ def read_tokens(cached: Path, dtype: type) -> Corpus | None:
 
 
 def cut_text(text: str) -> list[str]:
-    """A long text in parts of at most PART characters, cut at a line's end where there is one, else
-    at a sentence's, else before a space: the tokenizer takes 100 bytes of memory a byte of text."""
+    """Cut a text into parts of at most PART characters, at the end of a line if possible, else of a
+    sentence, else before a space: the tokenizer takes 100 bytes of memory a byte of text."""
     parts, start = [], 0
     while len(text) - start > PART:
         within = (start + 1, start + PART)
@@ -738,8 +737,7 @@ def cut_text(text: str) -> list[str]:
 
 
 def batches_of_text(texts: Iterator[str]) -> Iterator[list[tuple[str, bool, bool]]]:
-    """Parts of documents, each with whether it is its document's first and its last; about BATCH
-    characters at a time."""
+    """(part, is it its document's first, its last), about BATCH characters at a time."""
     batch, size = [], 0
     for text in texts:
         parts = cut_text(SURROGATES.sub("\ufffd", text))
@@ -761,8 +759,8 @@ def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return tokenizer(texts, **options)["input_ids"]
 
-    # A Llama tokenizer sets a space before its text. A later part must not get one: it is encoded
-    # behind a line break, and space and line break are taken off again.
+    # A Llama tokenizer sets a space before its text, but a later part of a text must have none. So
+    # it is encoded behind a line break, and the tokens of space and line break are cut off.
     lead = encode(["\n"])[0]
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     bos, eos = ([] if piece is None else [piece] for piece in ends)
@@ -817,7 +815,7 @@ class PackedBlocks:
         at, size = index * self.block_size, self.block_size
         stream = np.arange(at, min(at + size, self.total))  # where its tokens stand, packed
         document, filled = np.searchsorted(self.ends, stream, side="right"), len(stream)
-        ids, position = np.full(size, self.padding), np.arange(size) - filled  # as of padding
+        ids, position = np.full(size, self.padding), np.arange(size) - filled  # of the padding
         ids[:filled] = self.tokens[stream - self.begins[document] + self.starts[document]]
         position[:filled] = stream - np.maximum(self.begins[document], at)
         labels = np.where(position > 0, ids, IGNORED)  # nothing predicts a document's first token
@@ -894,32 +892,32 @@ def split_corpus(
     return blocks, PackedBlocks(corpus, held_out, args.block_size, padding) if held else None
 
 
-def source_names(datasets: list[str]) -> list[str]:
-    """Names of the sources in metrics, chart and card: of the file or folder, else the path."""
-    short = [Path(path).stem for path in datasets]
-    return short if len({*short}) == len(short) else datasets
-
-
-def eval_texts(args: Arguments) -> dict[str, str]:
-    """The texts of --eval_dataset by their names."""
-    asked = (text.partition("=") for text in args.eval_dataset or [])
-    return {name: os.path.expanduser(path) for name, _, path in asked}
+def all_texts(args: Arguments) -> list[tuple[str, str, str]]:
+    """(option, name in metrics and chart, path) of each text: those to train on, called after file
+    or folder if that tells them apart, then those of --eval_dataset."""
+    short = [Path(path).stem for path in args.dataset]
+    names = short if len({*short}) == len(short) else args.dataset
+    texts = [("--dataset", name, path) for name, path in zip(names, args.dataset, strict=True)]
+    for text in args.eval_dataset or []:
+        name, _, path = text.partition("=")
+        texts.append(("--eval_dataset", name, os.path.expanduser(path)))
+    return texts
 
 
 def pack_sources(
     corpora: list[Corpus], args: Arguments, training: Any, padding: int
 ) -> tuple[Mixture, dict[str, PackedBlocks]]:
     """The training text; and by name the texts to evaluate on: those held out of each source, then
-    those of --eval_dataset, whose corpora come last."""
+    those of --eval_dataset."""
     train, held_out = [], {}
-    for name, corpus in zip(source_names(args.dataset), corpora, strict=False):
-        blocks, held = split_corpus(corpus, args, padding)
-        train.append(blocks)
+    for (option, name, _), corpus in zip(all_texts(args), corpora, strict=True):
+        if option == "--dataset":
+            blocks, held = split_corpus(corpus, args, padding)
+            train.append(blocks)
+        else:
+            held = PackedBlocks(corpus, np.arange(len(corpus.lengths)), args.block_size, padding)
         if held:
             held_out[name] = held
-    for name, corpus in zip(eval_texts(args), corpora[len(train) :], strict=True):
-        every = np.arange(len(corpus.lengths))
-        held_out[name] = PackedBlocks(corpus, every, args.block_size, padding)
     seed = args.seed if training.data_seed is None else training.data_seed
     return Mixture(train, args.dataset_weight, seed), held_out
 
@@ -963,8 +961,8 @@ def wording_pairs() -> list[tuple[str, str]]:
 
 
 def in_context_tasks(task: str, count: int = 32) -> list[tuple[str, str]]:
-    """Examples and a question, with its answer: `copy` three letters, `reverse` them (4 examples,
-    of other letters), or `map` a letter to the one that stood beside it (8 examples)."""
+    """Prompts of examples and a question, each with its answer: `copy` three letters, `reverse`
+    them (4 examples, other letters), or `map` a letter to the one beside it (8 examples)."""
     draw, found = np.random.default_rng(0), []
     for _ in range(count):
         letters = draw.permutation(list(ascii_uppercase))  # of which any tokenizer has each
@@ -1213,9 +1211,9 @@ def use_liger_kernels(llama: Any) -> None:
 
 
 def build_model(args: Arguments, training: Any, folder: Path, first_new: int) -> tuple[Any, Any]:
-    """The base in NF4 with LoRA on its linear layers, trainable rows and norms; and its head.
-    (PEFT's prepare_model_for_kbit_training would turn embeddings, norms and the residual stream to
-    fp32, twice the memory of checkpoints; nothing here needs it.)"""
+    """The base in NF4 with LoRA on its linear layers, trainable rows and norms; and its head. We do
+    without PEFT's prepare_model_for_kbit_training: it would turn embeddings, norms and the residual
+    stream to fp32, which doubles the memory of activation checkpoints."""
     import torch
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
@@ -1234,7 +1232,7 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
         quantization_config=nf4 if args.quantization == "nf4" else None,
         device_map={"": training.device})
     model.config.group_size = args.group_size
-    model.generation_config = GenerationConfig()  # the base's own would change or stop the samples
+    model.generation_config = GenerationConfig()  # the base's own could stop the samples early
     for module in model.modules():
         # bitsandbytes repacks the weights at the first eval on a CPU with AVX512-BF16, and training
         # goes on with wrong gradients (seen with 0.50).
@@ -1259,7 +1257,7 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
             norm.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
     if args.use_liger_kernel:
         use_liger_kernels(llama)
-    elif args.activation_checkpointing:  # a norm would keep 6 bytes a number, most of them in fp32
+    elif args.activation_checkpointing:  # else a norm saves 6 bytes a number, most of it fp32
         for norm in norms:
             again = {"use_reentrant": False, "preserve_rng_state": False}
             norm.forward = partial(checkpoint, norm.forward, **again)
@@ -1327,10 +1325,10 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 # --- Training ------------------------------------------------------------------------------------
 #
-# How a run goes on to the bit. Trainer writes a checkpoint: adapter, optimizer, schedule, random
-# states, its own state. The seal comes last: run.json with the sum of every file. A checkpoint
-# without its seal does not count. After a signal the step under way is dropped, the random states
-# at the end of the last whole step are put back, and that step is saved.
+# How a run resumes bit for bit. Trainer writes a checkpoint: adapter, optimizer, schedule, random
+# states, its own state. Then we write its seal: run.json with the checksum of every file. A
+# checkpoint without a seal does not count. After a signal the step under way is dropped, the random
+# states of the end of the last whole step are restored, and that step is saved.
 
 
 class LeaveTraining(Exception):
@@ -1338,7 +1336,7 @@ class LeaveTraining(Exception):
 
 
 class RunCallback:
-    """Our part of Trainer's events; build_trainer gives it TrainerCallback as base class."""
+    """Our callbacks. build_trainer adds TrainerCallback as the base class."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -1359,12 +1357,12 @@ class RunCallback:
 
 
 class PackedTraining:
-    """What Trainer lacks for us. build_trainer gives it Trainer as base class."""
+    """Our methods of the Trainer. build_trainer adds Trainer as the base class."""
 
     head: TailHead
     report: Report
     signals: list[int]  # caught so far
-    keep: int  # checkpoints, beside the best
+    keep: int  # how many checkpoints; the best is kept besides
     load_best: bool
     rng_states: list = []  # noqa: RUF012 (random states after the last optimizer step)
     saved_step = 0
@@ -1396,8 +1394,7 @@ class PackedTraining:
                     bar.close()
 
     def rehearse(self) -> None:
-        """Measure a little before the first step: what is going to fail fails now, not after
-        hours."""
+        """Evaluate a little before the first step, so that errors come now and not after hours."""
         import torch
         try:
             metrics = self.measure(batches=1, rows=2, tokens=1)
@@ -1450,8 +1447,8 @@ class PackedTraining:
         seen = blocks.tokens_seen(sequences)
         logs = logs | {"tokens_seen": sum(seen)}
         if len(seen) > 1:
-            names = source_names(self.report.args.dataset)
-            logs |= {f"tokens_seen_{n}": count for n, count in zip(names, seen, strict=True)}
+            for (_, name, _), tokens in zip(all_texts(self.report.args), seen, strict=False):
+                logs[f"tokens_seen_{name}"] = tokens
         figures = {name: value for name, value in logs.items() if name != "eval_sample"}
         super().log(figures, *args, **kwargs)
         self.state.log_history[-1].update(logs)
@@ -1466,7 +1463,7 @@ class PackedTraining:
                 self.give_up(self.state.global_step, explosion)
 
     def held_out_loss(self, blocks: PackedBlocks, batches: int = sys.maxsize) -> tuple[float, int]:
-        """The summed loss of documents held out, full attention; and how many tokens it is of."""
+        """The summed loss of documents held out, and the number of tokens predicted."""
         import torch
         from accelerate.utils import send_to_device
         size = self.args.per_device_eval_batch_size
@@ -1490,8 +1487,7 @@ class PackedTraining:
         return total, max(1, int(predicted))
 
     def answer_scores(self, rows: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        """Of each row's answer: its log probability, and whether each of its tokens is the
-        likeliest, so that greedy decoding would write it."""
+        """Of each row's answer: its log probability, and whether greedy decoding would write it."""
         import torch
         from accelerate.utils import send_to_device
         scores, longest = [], max(len(ids) for ids, _ in rows)
@@ -1514,9 +1510,9 @@ class PackedTraining:
         return scores
 
     def probe(self, rows: int | None = None) -> dict[str, float]:
-        """The share of pairs whose sentence in Taiwan's wording, as a whole, is the likelier (a tie
-        counts half: tokenizers cut the two into different numbers of tokens, so a mean per token
-        would not compare them), and of tasks that are solved. rows None: all."""
+        """The share of pairs in which Taiwan's sentence is the likelier (a tie counts half), and of
+        tasks solved. Whole sentences are compared, not means per token, for the two wordings may
+        have different numbers of tokens. rows None: all."""
         metrics = {}
         for name, pairs in self.report.probes.items():
             likelihoods, solved = np.array(self.answer_scores(pairs[:rows])).T
@@ -1528,12 +1524,12 @@ class PackedTraining:
     def measure(
         self, batches: int = sys.maxsize, rows: int | None = None, tokens: int | None = None
     ) -> dict[str, Any]:
-        """Loss per token and bits per character of the documents held out, of the first source
-        under the plain names; the probes; and a sample. Every process calls it, for FSDP."""
+        """Loss per token and bits per character of each text held out (the first has the plain
+        names), the probes and a sample. Every process calls it, for FSDP."""
         metrics = {}
         for name, blocks in self.eval_dataset.items():
             total, predicted = self.held_out_loss(blocks, batches)
-            # Where a block cuts a document, one token has no context: the mean stands for it.
+            # The first token of a document that a block cuts has no loss: the mean stands for it.
             bits = total / predicted / math.log(2) * blocks.tokens_per_character
             of = f"_{name}" if metrics else ""
             metrics[f"eval_loss{of}"] = total / predicted
@@ -1578,24 +1574,24 @@ class PackedTraining:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as stock PEFT reads it; Trainer calls this for a checkpoint too."""
-        # With FSDP each process sees its own part; one that gives up ends the others' wait too.
+        # With FSDP each process sees its own part; if one gives up, the launcher ends the others.
         if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
             self.give_up(self.state.global_step, "weights are no longer finite")
         record, model = self.report.record, self.accelerator.unwrap_model(self.model)
-        # A merge must round the base in the same way, and the file may travel without run.json.
+        # A merge must quantise the base in the same way, even where run.json is lost.
         held = record["quantization"] or {"load_in_4bit": False}
         base = record["base"]["model_name_or_path"]
         save_adapter(model, Path(output_dir or self.args.output_dir), base,
                      held | {"device": self.args.device.type})
 
     def _save_checkpoint(self, model, trial=None) -> None:
-        """Trainer's checkpoint, then the seal; then the oldest goes. Private, for Trainer has no
-        public way to save after a signal, and no hook where a full disk can be told."""
+        """Write Trainer's checkpoint and its seal, then delete the oldest. This private method is
+        overridden because Trainer has no public way to save after a signal."""
         output, step = Path(self.args.output_dir), self.state.global_step
         if step == self.saved_step:
             return
         folder = output / f"checkpoint-{step}"
-        if self.args.should_save:  # unsealed: a run was killed while it wrote this
+        if self.args.should_save:  # left without a seal by a run that was killed
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
@@ -1605,7 +1601,7 @@ class PackedTraining:
                 finalize_checkpoint(folder, self.report.record)
                 for old in {*checkpoints(output)[self.keep :]} - {self.best_checkpoint()}:
                     shutil.rmtree(old)
-        except Exception as error:  # torch and safetensors name a full disk each in their own way
+        except Exception as error:  # torch and safetensors have their own errors for a full disk
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             full = shutil.disk_usage(output).free < 1 << 26 or "No space left" in str(error)
@@ -1618,7 +1614,7 @@ class PackedTraining:
         self.saved_step = step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Private, for stock PEFT cannot load into our rows of embedding and head."""
+        """Overridden because PEFT cannot load into our rows of embedding and head."""
         load_adapter(model or self.model, Path(resume_from_checkpoint))
 
     def best_checkpoint(self) -> Path | None:
@@ -1658,8 +1654,8 @@ def build_trainer(
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if trainer.accelerator.ddp_handler:  # no second copy of the gradients in DDP's buckets
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
-    # Trainer compares the command line with a checkpoint's; changed_settings does for us, and how
-    # often to log, save and evaluate may change in a run.
+    # Trainer warns where options differ from a checkpoint's. Those that matter have been refused;
+    # how often to log, save and evaluate may change in a run.
     differ = "The following arguments do not match"
     trainer_log = logging.getLogger("transformers.trainer_utils")
     trainer_log.addFilter(lambda record: differ not in record.getMessage())
@@ -1706,9 +1702,9 @@ def ignore_write_errors() -> Iterator[None]:
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collect the signals of STOPPING, so that the run can save. A Ctrl-C that comes more than a
-    second after the first signal ends it at once; within a second it may be the same signal,
-    passed on by torchrun. What nohup has the run ignore stays ignored."""
+    """Collect the signals of STOPPING, so that the run can save first. A Ctrl-C more than a second
+    after the first signal ends the run at once; earlier it may be the first one, passed on by
+    torchrun. A signal that nohup ignores stays ignored."""
     caught: list[int] = []
     first = math.inf
 
@@ -1831,8 +1827,7 @@ def describe_run(
 
 
 def changed_settings(record: dict, old: dict) -> dict[str, str]:
-    """The settings that are not as in an older record, and in words how each differs; none if it is
-    the same run."""
+    """The settings that differ from an older record's, each with words that say how."""
     new, was = record["settings"], old["settings"]
     words = {"dataset": "the text or the tokenizer changed", "model": "the base changed",
              "adapter": "--adapter changed",
@@ -1842,8 +1837,8 @@ def changed_settings(record: dict, old: dict) -> dict[str, str]:
 
 
 def open_run(args: Arguments, record: dict) -> str | None:
-    """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to
-    mix two runs, and to begin anew where every checkpoint is broken."""
+    """What output_dir holds: "done", a checkpoint to resume from, or None for a new run. Refuses
+    another run's folder, and one in which every checkpoint is broken."""
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
     begun = {".lock", "run.json.building"} | FOREIGN  # of a start that failed
     held = output.iterdir() if output.is_dir() else [output] if output.exists() else []
@@ -1883,16 +1878,15 @@ def refuse_other(record: dict, old: dict, what: str) -> None:
 def move_later_aside(output: Path, step: int) -> None:
     """Rename the checkpoints after a step: they are broken, or the run now goes another way."""
     for later in checkpoints(output):
-        if int(later.name[11:]) > step:  # a broken one cannot tell its step
+        if int(later.name[11:]) > step:  # its trainer_state.json may be broken
             names = (Path(f"{later}.{number}") for number in range(1, 10**6))
             aside = later.rename(next(name for name in names if not name.exists()))
             print(f"{later} is broken, or the run goes on from step {step}: moved to {aside}")
 
 
 def check_schedule(args: Arguments, record: dict, checkpoint: str, steps: int) -> str:
-    """The checkpoint to go on from where steps or schedule are other than it was saved under: the
-    last before which every learning rate is the same. So a run is prolonged, or a decay branches
-    off a run with a constant rate, to the bit of one long run."""
+    """The last checkpoint up to which the new schedule has the learning rates of the old. From it a
+    run can be prolonged, or a decay branch off a constant rate, bit for bit as in one long run."""
     auto = args.resume_from_checkpoint == "auto"
     saved = filter(is_whole, checkpoints(Path(args.output_dir))) if auto else [Path(checkpoint)]
     for folder in saved:
@@ -2078,7 +2072,7 @@ def print_plan(
 
 # --- Report --------------------------------------------------------------------------------------
 
-# The chart: what each panel is of, and what stands in it, a line's label as the group.
+# Panels of the chart, with a pattern of the metrics in each; its group is the line's label.
 PANELS = {
     "loss (nats per token)": "loss|eval_loss_?(.*)",
     "bits per character": "eval_bits_per_character_?(.*)",
@@ -2114,8 +2108,8 @@ class Report:
         print("a sample:", self.tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
 
     def write(self, history: list[dict]) -> None:
-        """Write the whole history, which goes with the checkpoints: a resumed run takes it up. A
-        failure now is no reason to end a run of days: the next time writes it all."""
+        """Write the whole history; checkpoints hold it too, so a resumed run has all of it. An
+        error does not end the run: the next call writes everything again."""
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in history)
         building = self.output / "metrics.building"
         try:
@@ -2127,8 +2121,7 @@ class Report:
             print(f"warning: metrics or chart not written ({error})", flush=True)
 
     def draw(self, history: list[dict]) -> None:
-        """The PANELS of which there is something to see, over steps and tokens. One picture goes
-        with the adapter."""
+        """Draw the PANELS that have data, into --picture and beside the adapter."""
         from matplotlib.figure import Figure
         train = [row for row in history if "loss" in row]
         if not train or not train[-1]["tokens_seen"]:
@@ -2164,8 +2157,8 @@ class Report:
         self.drawn = time.monotonic()
 
     def sample(self, trainer: Any, tokens: int | None = None) -> dict[str, Any]:
-        """What the model writes after a held-out beginning; the run's random states stay as they
-        are. tokens None: --sample_tokens."""
+        """Text that the model writes after a held-out beginning; the run's random states are left
+        unchanged. tokens None: --sample_tokens."""
         if not self.args.sample_tokens:
             return {}
         import torch
@@ -2190,8 +2183,8 @@ class Report:
             print(f"{said}; {how} goes on", flush=True)
 
     def finish(self, history: list[dict], best: Path | None) -> None:
-        """Chart and model card; run.json last, for it says that the run is whole. best: the
-        checkpoint whose weights were taken in the end, if not the last step's."""
+        """Write chart and model card, then run.json, which marks the run as finished. best: the
+        checkpoint whose weights were taken, if not the last step's."""
         from huggingface_hub import ModelCardData
         train, held = ([row for row in history if n in row] for n in ("loss", "eval_loss"))
         steps = history[-1]["step"]
@@ -2246,7 +2239,7 @@ def table_of_evaluations(held: list[dict]) -> str:
 
 def check(args: Arguments) -> None:
     """Refuse impossible values before anything heavy."""
-    ranges = {  # where it is not 1 or more or, for fractions, above 0; a NaN lies in none
+    ranges = {  # for the rest: integers 1 or more, fractions above 0; a NaN is in no range
         "block_size": (8, math.inf), "group_size": (2, args.block_size), "eval_fraction": (0, 0.9),
         "lora_rank": (1, 8192), "lora_dropout": (0, 0.99), "learning_rate": (0, 100),
         "embedding_learning_rate": (0, 100), "norm_learning_rate": (0, 100),
@@ -2260,25 +2253,21 @@ def check(args: Arguments) -> None:
     options, parsed = args.activation_checkpointing_kwargs, None
     with suppress(ValueError):
         parsed = json.loads(options or "{}")
-    texts, names = args.eval_dataset or [], source_names(args.dataset)
-    names += [text.partition("=")[0] for text in texts]
-    weights = args.dataset_weight
     kwargs = {"offload", "use_reentrant", "preserve_rng_state"}
-    places = [Path(path).resolve() for path in args.dataset]
+    names, texts = [name for _, name, _ in all_texts(args)], args.eval_dataset or []
+    places, weights = [Path(path).resolve() for path in args.dataset], args.dataset_weight
     shown = " ".join(f"{weight:g}" for weight in weights or ())
     refuse(
         (len({*places}) < len(places), f"--dataset {' '.join(args.dataset)}: one is named twice; "
          "expected each source once, and --dataset_weight for its share"),
         (not all(re.fullmatch(r"[\w-]+=.+", text) for text in texts) or len({*names}) < len(names),
          f"--eval_dataset {' '.join(texts)}: expected name=path, each name once and none of "
-         f"{', '.join(source_names(args.dataset))}"),
+         f"{', '.join(names[: len(places)])}"),
         (weights and len(weights) != len(places), f"--dataset_weight {shown}: expected a number "
          f"for each --dataset, which are {len(places)}"),
         (weights and not all(0 < w <= 1000 * min(weights) for w in weights),
          f"--dataset_weight {shown}: expected numbers above 0, as in 9 1, the largest at most 1000 "
          "times the smallest"),
-        (texts and args.eval_strategy == "no", f"--eval_dataset {' '.join(texts)}: with "
-         "--eval_strategy no nothing is evaluated; leave one of them out"),
         (Path(args.picture).suffix not in (".png", ".pdf", ".svg"),
          f"--picture {args.picture}: expected a file that ends in .png, .pdf or .svg"),
         (not isinstance(parsed, dict) or parsed.keys() - kwargs,
@@ -2318,26 +2307,23 @@ def slow_device(training: Any, folder: Path) -> str | None:
 def first_lines(
     args: Arguments, training: Any, folder: Path, blocks: Mixture, held_out: dict, files: list
 ) -> list[str]:
-    """What to say of the device and the sources before the first step; of several sources the
-    tokens, share and epochs of each in the whole run."""
+    """Notes on device and sources to print first; of several sources the tokens, share and epochs
+    of each in the whole run."""
     notes = [None if args.plan else slow_device(training, folder)]  # a plan: of another machine
-    named = [("--dataset", path) for path in args.dataset]
-    named += [("--eval_dataset", path) for path in eval_texts(args).values()]
-    for (option, path), found in zip(named, files, strict=True):
+    evaluated = args.eval_fraction > 0 and args.eval_strategy != "no"
+    for (option, name, path), found in zip(all_texts(args), files, strict=True):
         others = sorted(file.name for file in Path(path).glob("[!.]*") if file not in found)
         if others:
             notes.append(f"{option} {path}: {len(others)} are not read: {', '.join(others[:9])}")
-    evaluated = args.eval_fraction > 0 and args.eval_strategy != "no"
-    for name, path in zip(source_names(args.dataset), args.dataset, strict=True):
         if evaluated and name not in held_out:
-            notes.append(f"--dataset {path}: too few documents to hold one out, so nothing of it "
-                         "is evaluated; a .txt is one document, JSON Lines hold one a row")
+            notes.append(f"{option} {path}: too few documents to hold one out, so nothing of it is "
+                         "evaluated; a .txt is one document, JSON Lines hold one a row")
     if args.probes and held_out and not wording_pairs():
         notes.append("data/probes/wording.txt is not here, so Taiwan's wording is not probed")
     lines = [f"note: {note}" for note in notes if note]
     sequences = sequences_after(total_steps(len(blocks), training), len(blocks), training)
     seen, sources = blocks.tokens_seen(sequences), blocks.sources
-    for name, source, tokens in zip(source_names(args.dataset), sources, seen, strict=True):
+    for (_, name, _), source, tokens in zip(all_texts(args), sources, seen, strict=False):
         if len(sources) > 1:
             lines.append(f"{name}: {tokens:,} tokens, {tokens / sum(seen):.1%}, "
                          f"{tokens / source.total:.2f} epochs")
@@ -2354,12 +2340,11 @@ def main(argv: list[str] | None = None) -> None:
     folder, config, tokenizer, first_new = load_base(args)
     if args.plan and not (tokenizer and all(Path(path).exists() for path in args.dataset)):
         return print_plan(args, training, config, first_new, {})
-    files = [text_files(path) for path in args.dataset]
-    files += [text_files(path, "--eval_dataset") for path in eval_texts(args).values()]
+    files = [text_files(path, option) for option, _, path in all_texts(args)]
     keys = [dataset_key(found, folder) for found in files]
     record = describe_run(args, training, folder, first_new, keys[: len(args.dataset)])
     check_adapter(args, record)
-    with training.main_process_first():  # of several processes one moves and tokenises
+    with training.main_process_first():  # one of several processes tokenises
         checkpoint = None if args.plan else open_run(args, record)
         if checkpoint == "done":
             return print(f"already done: {args.output_dir} holds this very run, finished")

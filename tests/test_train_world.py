@@ -180,8 +180,6 @@ def test_a_list_given_in_two_places_is_refused(option, text, capsys):
         (["--ignore_data_skip", "true"], "--ignore_data_skip True: expected false"),
         (["--base_vocab_size", "5000"], "--base_vocab_size 5000: the model has only 1000 rows"),
         (["--dataloader_drop_last", "true"], "--dataloader_drop_last True: expected false"),
-        (["--eval_dataset", "a=b.txt", "--eval_strategy", "no"],
-         "--eval_dataset a=b.txt: with --eval_strategy no nothing is evaluated"),
         (["--activation_checkpointing_kwargs", '{"offlaod": true}'],
          '--activation_checkpointing_kwargs {"offlaod": true}: expected a JSON object'),
     ],
