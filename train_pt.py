@@ -172,9 +172,8 @@ class Arguments(Settings):
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
     sample_tokens: int = option(64, "Length of the sample written at each evaluation; 0: none.")
     probes: bool = option(
-        True, "At each evaluation measure also the share of sentences whose wording of Taiwan the "
-        "model prefers, and of tasks with examples in the context that it solves; it reads as many "
-        "tokens as 10 sequences of 2,048 have.")
+        True, "Measure also how often the model prefers Taiwan's wording, and solves tasks from "
+        "examples in its context: as many tokens to read as in 10 sequences of 2,048.")
     plan: bool = option(
         False, "Print sizes, steps and a GPU's memory; train nothing. It needs no weights, and "
         "without a text it leaves the steps out.")
@@ -186,7 +185,7 @@ class Arguments(Settings):
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
     use_liger_kernel: bool | None = field(default=None, metadata={
-        "help": "Norm, rope, SwiGLU as one kernel each; None: in a plan, and where it can be.",
+        "help": "Liger's kernels for norm, rope, SwiGLU; None: in a plan, and on a GPU with them.",
         "nargs": "?", "const": True})
     adapter: str | None = option(
         None, "Start from this adapter of train_pt.py, with a new optimizer and schedule.")
@@ -1436,7 +1435,7 @@ class PackedTraining:
         refuse((step == 0, f"{reason} before the first step: the base or --adapter holds numbers "
                 "that are not finite; fetch it again"))
         raise UserError(
-            f"step {step}: {reason}; the last checkpoint is from before. Try a lower "
+            f"step {step}: {reason}; the last checkpoint is of an earlier step. Try a lower "
             f"--learning_rate (now {self.args.learning_rate:g}), --warmup_steps 100 or a lower "
             "--max_grad_norm, in another --output_dir, and look at the text of that step")
 
@@ -1871,17 +1870,17 @@ def refuse_other(record: dict, old: dict, what: str) -> None:
     """Refuse to go on where more than the schedule differs."""
     changed = changed_settings(record, old)
     refuse((not SCHEDULE.issuperset(changed), f"{what} with other settings "
-            f"({'; '.join(changed.values())}); give the same to go on, or begin a run in another "
-            "--output_dir, from this adapter with --adapter"))
+            f"({'; '.join(changed.values())}); to resume give the same settings; for a new run "
+            "choose another --output_dir, and --adapter to start from this adapter"))
 
 
 def move_later_aside(output: Path, step: int) -> None:
-    """Rename the checkpoints after a step: they are broken, or the run now goes another way."""
+    """Rename the checkpoints after the step at which a run resumes; nothing is deleted."""
     for later in checkpoints(output):
         if int(later.name[11:]) > step:  # its trainer_state.json may be broken
             names = (Path(f"{later}.{number}") for number in range(1, 10**6))
             aside = later.rename(next(name for name in names if not name.exists()))
-            print(f"{later} is broken, or the run goes on from step {step}: moved to {aside}")
+            print(f"resuming at step {step}: {later} is broken or superseded, renamed to {aside}")
 
 
 def check_schedule(args: Arguments, record: dict, checkpoint: str, steps: int) -> str:
@@ -1894,10 +1893,10 @@ def check_schedule(args: Arguments, record: dict, checkpoint: str, steps: int) -
             return str(folder)
     other = changed_settings(record, read_record(Path(checkpoint))).values()
     raise UserError(
-        f"{checkpoint}: cannot go on to step {steps} ({'; '.join(other)}): its learning rates "
-        "would have been others, or it is past that step. A run with --lr_scheduler_type constant, "
-        "constant_with_warmup or, before its decay, warmup_stable_decay can be prolonged; to train "
-        f"this adapter further under another schedule: --adapter {checkpoint} --output_dir ANOTHER")
+        f"{checkpoint}: cannot go on to step {steps} ({'; '.join(other)}): the new schedule has "
+        "other learning rates before this checkpoint, or ends before it. A constant schedule, "
+        "constant_with_warmup or, before its decay, warmup_stable_decay can be prolonged; else "
+        f"train this adapter further: --adapter {checkpoint} --output_dir ANOTHER")
 
 
 def same_schedule_so_far(record: dict, checkpoint: Path, steps: int) -> bool:

@@ -133,7 +133,7 @@ def test_a_broken_checkpoint_in_the_way_is_moved_and_saved_again(command, monkey
         file.truncate(1000)
     killed_at(monkeypatch, 11, command())
     said = capsys.readouterr().out
-    assert "checkpoint-10 is broken, or the run goes on from step 5: moved to" in said
+    assert "resuming at step 5: pt/checkpoint-10 is broken or superseded, renamed" in said
     assert Path("pt/checkpoint-10.1/optimizer.pt").stat().st_size == 1000
     assert train_pt.is_whole(Path("pt/checkpoint-10"))
     assert train_pt.is_whole(Path("pt/checkpoint-5")), "the broken one counted as one of those kept"

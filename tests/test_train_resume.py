@@ -218,7 +218,8 @@ def test_going_back_to_an_earlier_checkpoint_keeps_what_comes_from_there(
     killed_at(monkeypatch, 11, command())
     earlier = ["--resume_from_checkpoint", "pt/checkpoint-5", "--save_steps", "7"]
     killed_at(monkeypatch, 8, command(*earlier))
-    assert "or the run goes on from step 5: moved to pt/checkpoint-10.1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pt/checkpoint-10 is broken or superseded, renamed to pt/checkpoint-10.1" in said
     assert [p.name for p in train_pt.checkpoints(Path("pt"))] == ["checkpoint-7", "checkpoint-5"]
     train_pt.main(command())
     assert same(weights("pt"), whole())
@@ -262,7 +263,7 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(command, whole, monkey
     optimizer.write_bytes(content)
     train_pt.main(command())
     said = capsys.readouterr().out
-    assert "checkpoint-10 is broken, or the run goes on from step 5: moved to" in said
+    assert "resuming at step 5: pt/checkpoint-10 is broken or superseded, renamed" in said
     assert same(weights("pt"), whole())
 
 

@@ -74,7 +74,7 @@ def test_the_same_run_again_is_done_and_another_is_refused(command, capsys):
         train_pt.main(command("--max_steps", "2", "--learning_rate", "0.02"))
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert "holds a run with other settings (learning_rate was 0.01, now 0.02)" in line
-    assert "from this adapter with --adapter" in line
+    assert "--adapter to start from this adapter" in line
     assert sorted(Path("pt").rglob("*")) == before
 
 
@@ -174,7 +174,7 @@ def test_a_changed_text_is_told_in_words(command, text, tmp_path, monkeypatch, c
     killed_at(monkeypatch, 6, command())
     with pytest.raises(SystemExit):
         train_pt.main(command("--dataset", other))
-    assert "(the text or the tokenizer changed); give" in capsys.readouterr().err
+    assert "(the text or the tokenizer changed); to" in capsys.readouterr().err
 
 
 def test_no_limit_keeps_all_checkpoints_and_others_may_read_the_adapter(command, monkeypatch):
