@@ -1577,11 +1577,10 @@ class PackedTraining:
         if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
             self.give_up(self.state.global_step, "weights are no longer finite")
         record, model = self.report.record, self.accelerator.unwrap_model(self.model)
-        # A merge must quantise the base in the same way, even where run.json is lost.
-        held = record["quantization"] or {"load_in_4bit": False}
         base = record["base"]["model_name_or_path"]
-        save_adapter(model, Path(output_dir or self.args.output_dir), base,
-                     held | {"device": self.args.device.type})
+        # A merge must quantise the base in the same way, even where run.json is lost.
+        held = record["quantization"] | {"device": self.args.device.type}
+        save_adapter(model, Path(output_dir or self.args.output_dir), base, held)
 
     def _save_checkpoint(self, model, trial=None) -> None:
         """Write Trainer's checkpoint and its seal, then delete the oldest. This private method is
@@ -1815,13 +1814,14 @@ def describe_run(
         "held_out": args.eval_strategy != "no",  # else those documents are trained on
         "first_new_row": first_new, "model": fingerprint(folder), "dataset": " ".join(keys)}
     compute = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
-    nf4 = {"quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": compute}
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+           "bnb_4bit_compute_dtype": compute}  # in the words of BitsAndBytesConfig
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
     return {
         "script": "train_pt.py", "arguments": asdict(args),
         "versions": {package: version(package) for package in packages}, "results": None,
         "base": {"model_name_or_path": args.model_name_or_path, "fingerprint": settings["model"]},
-        "quantization": nf4 | {"skip_modules": ["lm_head"]} if args.quantization == "nf4" else None,
+        "quantization": nf4 if args.quantization == "nf4" else {"load_in_4bit": False},
         "settings": json.loads(json.dumps(settings, default=str))}
 
 

@@ -339,7 +339,7 @@ def test_what_a_run_leaves_to_see(command, monkeypatch):
     assert record["results"]["steps"] == 12
     fingerprint = train_pt.fingerprint(TINY)
     assert record["base"] == {"model_name_or_path": str(TINY), "fingerprint": fingerprint}
-    assert record["quantization"]["blocksize"] == 64
+    assert record["quantization"]["bnb_4bit_quant_type"] == "nf4"
     for checkpoint in ("checkpoint-10", "checkpoint-12"):
         assert json.loads(Path("pt", checkpoint, "run.json").read_text())["base"] == record["base"]
 
