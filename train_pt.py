@@ -2201,7 +2201,7 @@ class Report:
         tags = ["llama", "lora", "qlora", "traditional-chinese"]
         data = ModelCardData(library_name="peft", base_model=base, language="zh", tags=tags)
         card = [
-            f"---\n{data.to_yaml()}\n---\n", f"# Adapter of {base}",
+            f"---\n{data.to_yaml()}\n---", f"# Adapter of {base}",
             "Trained on Traditional Chinese text by train_pt.py of 落九 (Luojiu).",
             "![training loss](trainloss.png)", as_list("Results", results),
             f"## Evaluations\n\n{table_of_evaluations(held)}",
@@ -2218,7 +2218,8 @@ class Report:
 
 def as_list(title: str, figures: dict[str, Any]) -> str:
     """A section of the model card: figures in Markdown, a line each."""
-    return f"## {title}\n\n" + "\n".join(f"- {name}: {value}" for name, value in figures.items())
+    rounded = {n: f"{v:.5g}" if isinstance(v, float) else v for n, v in figures.items()}
+    return f"## {title}\n\n" + "\n".join(f"- {name}: {value}" for name, value in rounded.items())
 
 
 def table_of_evaluations(held: list[dict]) -> str:
