@@ -247,6 +247,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     ours = vars(args) | {
         "activation_checkpointing": False, "use_liger_kernel": False,  # build_model turns them on
         "activation_checkpointing_kwargs": None, "use_cpu": not on_gpu, "label_names": ["labels"],
+        "save_total_limit": None,  # a broken checkpoint would count as one
         "remove_unused_columns": False,  # it would drop the cut points before the collator
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
         "ddp_find_unused_parameters": False, "logging_first_step": True, "save_strategy": "steps"}
@@ -1361,7 +1362,6 @@ class PackedTraining:
     head: TailHead
     report: Report
     signals: list[int]  # caught so far
-    keep: int  # how many checkpoints; the best is kept besides
     load_best: bool
     rng_states: list = []  # noqa: RUF012 (random states after the last optimizer step)
     saved_step = 0
@@ -1370,8 +1370,6 @@ class PackedTraining:
     def train(self, resume_from_checkpoint: str | None = None) -> None:
         """Train, measure the end, put the best weights back. After a signal save the last whole
         step, with the random states that it ended with."""
-        if resume_from_checkpoint:
-            self.saved_step = step_of(Path(resume_from_checkpoint))
         try:
             with suppress(LeaveTraining):
                 super().train(resume_from_checkpoint)
@@ -1597,8 +1595,10 @@ class PackedTraining:
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 finalize_checkpoint(folder, self.report.record)
-                for old in {*checkpoints(output)[self.keep :]} - {self.best_checkpoint()}:
-                    shutil.rmtree(old)
+                limit = self.report.args.save_total_limit
+                old = checkpoints(output)[limit:] if limit > 0 else []
+                for path in {*old} - {self.best_checkpoint()}:
+                    shutil.rmtree(path)
         except Exception as error:  # torch and safetensors have their own errors for a full disk
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -1632,7 +1632,6 @@ def build_trainer(
 ) -> Any:
     """transformers.Trainer with PackedTraining in front."""
     from transformers import Trainer, TrainerCallback
-    keep, training.save_total_limit = max(0, training.save_total_limit) or sys.maxsize, None
     load_best, training.load_best_model_at_end = training.load_best_model_at_end, False
     training.train_sampling_strategy = "sequential"  # the blocks come in their order
     if not held_out:
@@ -1644,7 +1643,7 @@ def build_trainer(
         data_collator=Collate(report.args.group_size, flash))
     trainer.add_callback(based_on(RunCallback, TrainerCallback)(trainer))
     trainer.head, trainer.report = model.base_model.model.lm_head, report
-    trainer.keep, trainer.load_best = keep, load_best
+    trainer.load_best = load_best
     if trainer.is_fsdp_enabled:
         from torch.distributed.fsdp import MixedPrecisionPolicy
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # not changed
