@@ -50,11 +50,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, groupby
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import fsspec  # datatrove, matplotlib and ray are imported where they are used: --help stays quick
@@ -112,7 +111,6 @@ RULES = {
     "spam": "gambling, loan, adult and drug vocabulary",
     "spun": "words of article spinners, formulas of content farms",
     "terms": "terms of service, privacy policies",
-    "url": "the address is on a block list",
     "duplicate": "the text of another page, or nearly",
     "like": "less like the text of --like than the share that --keep_best keeps",
     "target": "beyond the target size"}
@@ -272,7 +270,6 @@ class Arguments:
         None, "Text that you trust (.txt, .jsonl, .parquet): every page gets the column `like`, how"
         " much more likely it is there than in the crawl.")
     keep_best: float = option(1.0, "Share of pages to keep, those most like the text of --like.")
-    url_lists: bool = option(False, "Refuse datatrove's listed addresses too (0.8 GB a worker).")
     minhash_buckets: int = option(20, "MinHash bands: more find more near duplicates.")
     minhash_rows: int = option(8, "MinHash values in a band: more are stricter.")
     partition: str = option("cpu", "Slurm partition.")
@@ -1000,6 +997,31 @@ def plain_values(column) -> list:
     return column.to_pylist()
 
 
+def row_pages(path: str, tally: Tally, damage: Callable, judge: "Judge") -> Iterator[dict]:
+    """Yield the pages of a JSONL or Parquet file whose bytes no rule refuses; with --save_rejected
+    the others as well, with the rule under "refused"."""
+    for number, row, given in text_rows(
+            path, judge.limits.text_column, lost_unread(tally, damage)):
+        tally.read += 1
+        text = as_text(given)
+        if text is None:
+            what = "without a text" if given is None else "whose text is no string"
+            damage(f"row {what}", number)
+            continue
+        page = text.encode("utf-8", "replace")
+        refused = judge.refuse_bytes(page)
+        if refused and not judge.limits.save_rejected:
+            tally.count(refused, len(page))
+            continue
+        name = row.get("id")
+        name = as_text(name) if isinstance(name, str | bytes) else None
+        if name and "\ufffd" in name:  # others may look the same
+            name = None
+        yield {
+            "text": text, "id": name or f"{path}:{number}", "refused": refused,
+            "url": as_label(row.get("url")), "date": as_label(row.get("date")), "article": False}
+
+
 # --- Verdicts ------------------------------------------------------------------------------------
 
 
@@ -1203,6 +1225,13 @@ class Judge:
         telling = counts.traditional + counts.simplified
         few = counts.traditional < self.limits.min_traditional * telling
         return "simplified" if few else None
+
+    def judged(self, page: dict) -> tuple[str, dict, str | None]:
+        """Return the verdict on a page out of a file, which may be refused already."""
+        if page["refused"]:
+            return page["text"], {}, page["refused"]
+        text, scores, refused = self.verdict(page["text"], page["article"])
+        return page["text"] if refused else text, scores, refused
 
     def verdict(self, text: str, article: bool = False) -> tuple[str, dict, str | None]:
         """Return a page's prose, its scores, and the rule that refuses it (None: it is good)."""
@@ -1460,6 +1489,11 @@ def hide_private(text: str) -> str:
     return text
 
 
+def utf8_bytes(text: str) -> int:
+    """Return the number of bytes of a text in UTF-8."""
+    return len(text.encode("utf-8", errors="replace"))
+
+
 def code_points(text: str) -> np.ndarray:
     """Return the text's characters as numbers."""
     return np.frombuffer(text.encode("utf-32-le", errors="replace"), np.uint32)
@@ -1607,166 +1641,108 @@ def keep_most_like(args: Arguments, pages: Path, best: Path) -> tuple[int, int]:
     return left, size
 
 
-# --- Blocks for datatrove ------------------------------------------------------------------------
+# --- Steps for datatrove -------------------------------------------------------------------------
+
+# A step is a generator, whose first arguments functools.partial fills in. datatrove calls it with
+# what the step before it yields, with the task's number, and with the number of tasks.
 
 
-@lru_cache(1)
-def blocks() -> SimpleNamespace:
-    """Return our pipeline steps; defined here because datatrove is imported only when it runs."""
-    from datatrove.data import Document
-    from datatrove.io import get_datafolder, get_shard_from_paths_file
-    from datatrove.pipeline.base import PipelineStep
-    from datatrove.pipeline.dedup import MinhashDedupSignature
-    from datatrove.pipeline.filters.base_filter import BaseFilter
-    from datatrove.pipeline.readers import ParquetReader
-    from datatrove.pipeline.readers.base import BaseDiskReader
+def file_pages(path: str, tally: Tally, judge: Judge) -> Iterator[dict]:
+    """Yield the pages of a file. A file that cannot be read is damage, if it is on this machine."""
     from datatrove.utils.logging import logger
 
-    class CrawlReader(BaseDiskReader):
-        """Reads pages out of WET, WARC, JSON lines and Parquet, and counts what they hold."""
+    def damage(kind: str, row: int | None = None) -> None:
+        tally.damage[kind] += 1
+        logger.warning(f"{path}{f', row {row}' if row else ''}: {kind}")
 
-        name = "Luojiu crawl reader"
-
-        def __init__(self, paths_file: str, tallies: str, judge: Judge):
-            super().__init__("/", paths_file, add_file_path=False)
-            self.tallies, self.judge = tallies, judge
-
-        def run(self, data=None, rank: int = 0, world_size: int = 1):
-            self.tally = Tally(self.tallies.format(rank))
-            for path in get_shard_from_paths_file(self.paths_file, rank, world_size):
-                for document in self.read_file(path):
-                    yield document
-                    self.tally.save(every=1.0)
-            self.tally.save()
-
-        def read_file(self, filepath: str):
-            def damage(kind: str, row: int | None = None) -> None:
-                self.tally.damage[kind] += 1
-                logger.warning(f"{filepath}{f', row {row}' if row else ''}: {kind}")
-
-            crawl = re.search(r"\.(wet|warc)(\.\w+)?$", filepath)
-            pages = self.read_crawl if crawl else self.read_rows
-            try:
-                for page in pages(filepath, damage):
-                    text, name = page.pop("text"), page.pop("id")
-                    if text:
-                        yield Document(text, str(name), metadata=page | {"tally": self.tally})
-                    else:
-                        self.tally.count(page["refused"] or "han", 0)
-            except Exception as error:
-                if "://" in filepath:  # the network's fault: the task fails, and runs again
-                    what = f"{filepath} ({type(error).__name__}: {error})"
-                    raise ConnectionError(what) from error
-                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                lost_unread(self.tally, damage)(f"unreadable file ({type(error).__name__})")
-            self.tally.files += 1
-            self.tally.save(every=1.0)
-
-        def read_crawl(self, path: str, damage: Callable) -> Iterator[dict]:
+    try:
+        if re.search(r"\.(wet|warc)(\.\w+)?$", path):
             with fsspec.open(path, "rb") as stream:
-                yield from read_pages(stream, self.tally, damage, self.judge)
+                yield from read_pages(stream, tally, damage, judge)
+        else:
+            yield from row_pages(path, tally, damage, judge)
+    except Exception as error:
+        if "://" in path:  # the network's fault: the task fails, and runs again
+            raise ConnectionError(f"{path} ({type(error).__name__}: {error})") from error
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        lost_unread(tally, damage)(f"unreadable file ({type(error).__name__})")
 
-        def read_rows(self, path: str, damage: Callable) -> Iterator[dict]:
-            limits = self.judge.limits
-            lost = lost_unread(self.tally, damage)
-            for number, row, given in text_rows(path, limits.text_column, lost):
-                self.tally.read += 1
-                text = as_text(given)
-                if text is None:
-                    what = "without a text" if given is None else "whose text is no string"
-                    damage(f"row {what}", number)
-                    continue
-                page = text.encode("utf-8", "replace")
-                refused = self.judge.refuse_bytes(page)
-                if refused and not limits.save_rejected:
-                    self.tally.count(refused, len(page))
-                    continue
-                name = row.get("id")
-                name = as_text(name) if isinstance(name, str | bytes) else None
-                if name and "\ufffd" in name:  # others may look the same
-                    name = None
-                yield {
-                    "text": text, "id": name or f"{path}:{number}", "refused": refused,
-                    "url": as_label(row.get("url")), "date": as_label(row.get("date"))}
 
-    class Verdicts(BaseFilter):
-        """Cleans a page, scores it and refuses it by the first rule that it breaks."""
+def judged_pages(
+    listing: Path, tallies: str, judge: Judge, rejected: Any, data: None, rank: int, world_size: int
+) -> Iterator:
+    """Read the listed files, count what they hold, and yield the pages that no rule refuses, clean
+    and with their scores; `rejected` gets the others."""
+    from datatrove.data import Document
+    from datatrove.utils.batching import batched
 
-        name = "Luojiu verdicts"
+    tally = Tally(tallies.format(rank))
+    with rejected or contextlib.nullcontext():
+        for path in listing.read_text(encoding="utf-8").split("\n")[rank::world_size]:
+            for batch in batched(file_pages(path, tally, judge), 100):  # the tables stay in cache
+                for page, (text, scores, refused) in [(page, judge.judged(page)) for page in batch]:
+                    before, after = utf8_bytes(page["text"]), utf8_bytes(text)
+                    known = {"url": page["url"], "date": page["date"]} | scores
+                    document = Document(text, str(page["id"]), metadata=known)
+                    tally.count(refused or "kept", before if refused else after)
+                    if not refused:
+                        tally.bytes["lines"] += before - after
+                        yield document
+                    elif rejected:
+                        document.metadata["filter_reason"] = refused
+                        rejected.write(document, rank)
+                tally.save(every=1.0)
+            tally.files += 1
+    tally.save()
 
-        def __init__(self, judge: Judge, url_filter, exclusion_writer):
-            super().__init__(exclusion_writer)
-            self.batch_size = 100  # its tables stay in the cache
-            self.judge, self.url_filter = judge, url_filter
 
-        def run(self, data, rank: int = 0, world_size: int = 1):
-            self.tally = None
-            yield from super().run(data, rank, world_size)
-            if self.tally:
-                self.tally.save()  # with the last batch
+def kept_pages(
+    folder: Path, names: list[str], data: None, rank: int, world_size: int) -> Iterator:
+    """Read what a task of the first pass kept; it wrote no file if that was nothing."""
+    import pyarrow.parquet as pq
+    from datatrove.data import Document
 
-        def filter(self, doc):
-            tally = self.tally = doc.metadata.pop("tally")
-            refused, article = doc.metadata.pop("refused"), doc.metadata.pop("article", False)
-            before = len(doc.text.encode("utf-8", errors="replace"))
-            if not refused:
-                text, scores, refused = self.judge.verdict(doc.text, article)
-                if not refused and self.url_filter and doc.metadata["url"]:
-                    refused = "url" if self.url_filter.filter(doc) is not True else None
-                doc.metadata |= scores
-            if refused:
-                tally.count(refused, before)
-                return False, refused
-            doc.text = text
-            after = len(text.encode("utf-8", errors="replace"))
-            tally.count("kept", after)
-            tally.bytes["lines"] += before - after
-            return True
+    path = folder / names[rank]
+    for batch in pq.ParquetFile(path).iter_batches(1000) if path.exists() else ():
+        for row in batch.to_pylist():
+            yield Document(row.pop("text"), row.pop("id"), metadata=row)
 
-    class KeptReader(ParquetReader):
-        """Reads what a task of the first pass kept; it wrote no file if that was nothing."""
 
-        def read_file(self, filepath: str):
-            if self.data_folder.isfile(filepath):
-                yield from super().read_file(filepath)
+def one_of_each(
+    clusters: str, tallies: str, rejected: Any, data: Iterator, rank: int, world_size: int
+) -> Iterator:
+    """Keep one page of each cluster of near duplicates and say how many copies it had."""
+    def numbers(kind: str) -> np.ndarray:
+        """Return what the clustering wrote of this task's pages; no file if that is nothing."""
+        path = Path(f"{clusters}/{rank:06d}.{kind}")
+        return np.fromfile(path, "<u4") if path.exists() else np.empty(0, "<u4")
 
-    class OneOfEach(BaseFilter):
-        """Keeps one page of each cluster of near duplicates and says how many copies it had."""
+    removed = set(numbers("remove").tolist())
+    copies = dict(numbers("sizes").reshape(-1, 2).tolist())
+    tally = Tally(tallies.format(rank))
+    with rejected or contextlib.nullcontext():
+        for at, page in enumerate(data):
+            if at not in removed:
+                page.metadata["copies"] = copies.get(at, 1)
+                tally.count("kept", utf8_bytes(page.text))
+                yield page
+            elif rejected:
+                rejected.write(page, rank)
+    tally.save()
 
-        name = "Luojiu one of each"
 
-        def __init__(self, clusters: str, tallies: str, exclusion_writer):
-            super().__init__(exclusion_writer)
-            self.clusters, self.tallies = clusters, tallies
-
-        def run(self, data, rank: int = 0, world_size: int = 1):
-            self.removed = set(self.numbers(rank, "remove").tolist())
-            self.copies = dict(self.numbers(rank, "sizes").reshape(-1, 2).tolist())
-            self.tally, self.at = Tally(self.tallies.format(rank)), -1
-            yield from super().run(data, rank, world_size)
-            self.tally.save()
-
-        def numbers(self, rank: int, kind: str) -> np.ndarray:
-            """Return what the clustering wrote of this task's pages; no file if that is nothing."""
-            path = Path(f"{self.clusters}/{rank:06d}.{kind}")
-            return np.fromfile(path, "<u4") if path.exists() else np.empty(0, "<u4")
-
-        def filter(self, doc):
-            self.at += 1
-            if self.at in self.removed:
-                return False
-            doc.metadata["copies"] = self.copies.get(self.at, 1)
-            self.tally.count("kept", len(doc.text.encode("utf-8", errors="replace")))
-            return True
+def signatures_step(folder: str, config: Any) -> Any:
+    """Return datatrove's first MinHash stage on runs of characters, where it has words."""
+    from datatrove.io import get_datafolder
+    from datatrove.pipeline.base import PipelineStep
+    from datatrove.pipeline.dedup import MinhashDedupSignature
 
     class CharacterSignatures(MinhashDedupSignature):
-        """datatrove's first MinHash stage on runs of characters, where it has words.
+        """A value is the upper half of a * shingle + b modulo 2^64 (multiply-shift, Dietzfelbinger
+        et al. 1997), which numpy does without a division."""
 
-        A value is the upper half of a * shingle + b modulo 2^64 (multiply-shift, Dietzfelbinger et
-        al. 1997), which numpy does without a division."""
-
-        def __init__(self, folder: str, config):
+        def __init__(self):
             PipelineStep.__init__(self)  # datatrove's own would want a word tokenizer
             self.output_folder, self.config = get_datafolder(folder), config
             self.num_hashes = config.num_buckets * config.hashes_per_bucket
@@ -1786,7 +1762,7 @@ def blocks() -> SimpleNamespace:
             bands = np.split(lowest >> np.uint64(32), self.config.num_buckets)
             return [band.tolist() for band in bands]
 
-    return SimpleNamespace(**{k: v for k, v in locals().items() if isinstance(v, type)})
+    return CharacterSignatures()
 
 
 class TaskLock:
@@ -1795,12 +1771,10 @@ class TaskLock:
     def __init__(self, folder: str):
         self.folder = folder
 
-    def __call__(self, data=None, rank: int = 0, world_size: int = 1):
+    def __call__(self, data: None, rank: int, world_size: int) -> None:
         os.makedirs(self.folder, exist_ok=True)
         self.file = open(f"{self.folder}/{rank:05d}", "w")  # noqa: SIM115 (held on to)
-        with contextlib.suppress(OSError):  # file systems without locks
-            fcntl.lockf(self.file, fcntl.LOCK_EX)
-        return data
+        take_lock(self.file, self.folder, wait=True, kind="lockf")
 
 
 # --- Stages --------------------------------------------------------------------------------------
@@ -1835,16 +1809,13 @@ def reject_writer(args: Arguments, name: str):
 
 def judging(args: Arguments, work: Path, turn: int, files: list[str]) -> tuple:
     """Return the stage that reads the files of a turn and keeps the good pages."""
-    from datatrove.pipeline.filters import URLFilter
-
     listing = work / f"inputs_{turn:02d}.txt"
     write_whole(listing, "\n".join(files))
     judge = Judge(args)
     rejected = reject_writer(args, "${filter_reason}/" + f"{turn:02d}_${{rank}}.jsonl")
     tallies = f"{work}/tally/{turn:02d}_{{:05d}}.json"
     steps = [
-        blocks().CrawlReader(str(listing), tallies, judge),
-        blocks().Verdicts(judge, URLFilter() if args.url_lists else None, rejected),
+        partial(judged_pages, listing, tallies, judge, rejected),
         parquet_writer(f"{work}/kept", f"{turn:02d}_${{rank}}.parquet", "lz4")]
     return (f"judge_{turn:02d}", steps, task_count(args, files))
 
@@ -1854,23 +1825,18 @@ def deduplication(args: Arguments, work: Path, kept: list[str], turn: int) -> li
     from datatrove.pipeline import dedup
     from datatrove.utils.hashing import HashConfig
 
-    place = f"{work}/dedup_{turn:02d}"
-    write_whole(Path(place, "kept.txt"), "\n".join(kept))
+    place, read = f"{work}/dedup_{turn:02d}", partial(kept_pages, work / "kept", kept)
     buckets, rows = args.minhash_buckets, args.minhash_rows
     minhash = dedup.MinhashConfig(5, buckets, rows, hash_config=HashConfig(precision=32))
     signatures, pairs, found = (f"{place}/{name}" for name in ("signatures", "pairs", "found"))
-
-    def read():
-        return blocks().KeptReader(f"{work}/kept", f"{place}/kept.txt")
-
     stages = {
-        "signatures": [read(), blocks().CharacterSignatures(signatures, minhash)],
+        "signatures": [read, signatures_step(signatures, minhash)],
         "buckets": [dedup.MinhashDedupBuckets(signatures, pairs, config=minhash)],
         "clusters": [dedup.MinhashDedupCluster(pairs, found, minhash, save_cluster_size=True)],
         "write": [
-            read(),
-            blocks().OneOfEach(
-                found, f"{place}/tally/{{:05d}}.json",
+            read,
+            partial(
+                one_of_each, found, f"{place}/tally/{{:05d}}.json",
                 reject_writer(args, "duplicate/${rank}.jsonl")),
             parquet_writer(f"{place}/final", "${rank}.parquet", "lz4")]}
     tasks = {"clusters": 1, "buckets": buckets}
@@ -1936,7 +1902,7 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
     # every stage has workers of its own; they start from a process that has these imported
     heavy = "fsspec isal pandas pyarrow.parquet tqdm transformers.hf_argparser"
     heavy += " datatrove.executor datatrove.pipeline.dedup datatrove.pipeline.readers"
-    heavy += " datatrove.pipeline.filters datatrove.pipeline.writers"
+    heavy += " datatrove.pipeline.writers"
     multiprocess.set_forkserver_preload(heavy.split())
 
     class QuietExecutor(LocalPipelineExecutor):
