@@ -45,7 +45,6 @@ import tempfile
 import threading
 import time
 import zlib
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,6 +79,8 @@ BLOCK = 1 << 18  # bytes that a stream gives at a time
 MAX_RECORD = 16 << 20  # bytes; no page of prose is larger
 HEAD = 384  # compressed bytes that hold a record's header
 SAMPLE = 640  # further bytes that show its script
+GZIP = b"\x1f\x8b"
+MEMBER = re.compile(rb"(?s)\x1f\x8b\x08[\0-\x1f].{4}[\0-\4]")  # the header of a gzip member
 HAN_LEADS = bytes(range(0xE4, 0xEA))  # they begin nearly every Han character in UTF-8
 SCORES = (
     "han", "traditional", "repeated", "distinct", "top", "closing", "pronouns", "mainland",
@@ -334,45 +335,58 @@ def user_errors() -> Iterator[None]:
 # --- Records out of damaged files ----------------------------------------------------------------
 
 
-def file_records(file, wanted: Callable, damage: Callable, tally: "Tally") -> Iterator[tuple]:
+@contextmanager
+def mapped(stream) -> Iterator[mmap.mmap]:
+    """Give a stream's bytes as if they lay in memory. A stream that is no file of this machine is
+    copied into a temporary one."""
+    with tempfile.TemporaryFile() as file:
+        try:
+            stream.fileno()
+        except OSError:
+            shutil.copyfileobj(stream, file, BLOCK)
+            stream = file
+        stream.flush()
+        size = os.fstat(stream.fileno()).st_size
+        yield mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+
+
+def file_records(
+    data: mmap.mmap, wanted: Callable, damage: Callable, tally: "Tally"
+) -> Iterator[tuple]:
     """Yield the records of a file of WARC bytes, each with the place and length of its body; where
     a length is wrong, go on at the next record's header."""
-    file.flush()
-    if not file.tell():
-        return
     at, lost = 0, False
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while (start := data.find(b"WARC/1.", at)) >= 0:
-            if not lost and data[at : min(start, at + HEAD)].strip():
-                damage("foreign bytes")
-            head = data[start : start + (1 << 16)]
-            end = re.search(rb"\r?\n\r?\n", head)
-            body = end.end() if end else 4
-            header = head[:body].lower()
-            said = header.partition(b"\ncontent-length:")[2].partition(b"\n")[0].strip()
-            length = int(said[:20]) if said.isdigit() else 0  # int() refuses thousands of digits
-            at = start + body + length
-            kind = None
-            if not said.isdigit():
-                kind = "record without a length"
-            elif length > MAX_RECORD:
-                kind = "oversized record"
-            elif at > len(data):
-                kind = "truncated record"
-            elif not b"WARC/1.".startswith(data[at : at + 11].lstrip(b"\r\n")[:7]):
-                kind = "record with a wrong length"
-            if lost := kind is not None:
-                damage(kind)
-                at = start + 7  # past this header's WARC/1., on to the next
-                continue
-            tally.read += 1
-            if wanted(header, length):
-                yield data[start:at], body, length
-        if not lost and data[at : at + HEAD].strip():
+    while (start := data.find(b"WARC/1.", at)) >= 0:
+        if not lost and data[at : min(start, at + HEAD)].strip():
             damage("foreign bytes")
+        head = data[start : start + (1 << 16)]
+        end = re.search(rb"\r?\n\r?\n", head)
+        body = end.end() if end else 4
+        header = head[:body].lower()
+        said = header.partition(b"\ncontent-length:")[2].partition(b"\n")[0].strip()
+        length = int(said[:20]) if said.isdigit() else 0  # int() refuses thousands of digits
+        at = start + body + length
+        kind = None
+        if not said.isdigit():
+            kind = "record without a length"
+        elif length > MAX_RECORD:
+            kind = "oversized record"
+        elif at > len(data):
+            kind = "truncated record"
+        elif not b"WARC/1.".startswith(data[at : at + 11].lstrip(b"\r\n")[:7]):
+            kind = "record with a wrong length"
+        if lost := kind is not None:
+            damage(kind)
+            at = start + 7  # past this header's WARC/1., on to the next
+            continue
+        tally.read += 1
+        if wanted(header, length):
+            yield data[start:at], body, length
+    if not lost and data[at : at + HEAD].strip():
+        damage("foreign bytes")
 
 
-def only_record(data: bytes, at: int, end: int, wanted: Callable) -> tuple | None:
+def only_record(data: mmap.mmap, at: int, end: int, wanted: Callable) -> tuple | None:
     """Return the record of the gzip member data[at:end] if it is healthy and holds just one, with
     the place and length of its body; () if `wanted` refuses it for its header or for its first
     bytes, and then the rest is not even inflated; None if the member is anything else. Its last
@@ -400,60 +414,27 @@ def only_record(data: bytes, at: int, end: int, wanted: Callable) -> tuple | Non
         return None
 
 
-def member_starts(data: bytes) -> list[int]:
-    """Return where gzip members start in `data`, the first place left out."""
-    codes = np.frombuffer(data, np.uint8)
-    at = np.flatnonzero(codes[1:-8] == 0x1F) + 1
-    at = at[(codes[at + 1] == 0x8B) & (codes[at + 2] == 8) & (codes[at + 3] < 32)]
-    return at[codes[at + 8] <= 4].tolist()
+def inflate_member(data: mmap.mmap, at: int, file) -> int | None:
+    """Inflate the gzip member at `at` into a file; return its end, None if it is damaged."""
+    inflate, fed = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), at
+    with contextlib.suppress(igzip_lib.IsalError):
+        while not inflate.eof and (fed < len(data) or not inflate.needs_input):
+            given = data[fed : fed + BLOCK] if inflate.needs_input else b""
+            fed += len(given)
+            file.write(inflate.decompress(given, BLOCK))
+    return fed - len(inflate.unused_data) if inflate.eof else None
 
 
 def gzip_records(
-    stream, data: bytes, wanted: Callable, damage: Callable, tally: "Tally"
+    data: mmap.mmap, wanted: Callable, damage: Callable, tally: "Tally"
 ) -> Iterator[tuple]:
-    """Cut records out of the gzip members in `data` and then `stream`. Magic bytes divide them, so
-    that damage ends with its member. A member should hold one record. Any other member (many
-    records, a wrong length, damage, magic bytes inside compressed data) is inflated into a file and
-    searched for records.
-    """
-    at, more, starts = 0, True, [*member_starts(data), len(data)]
-
-    def refill(keep: int) -> bool:
-        """Read another block; what lies before `keep` is done with."""
-        nonlocal data, at, more, starts
-        block = stream.read(BLOCK) if more else b""
-        if more := bool(block):
-            data, at = data[keep:] + block, at - keep
-            starts = [*member_starts(data), len(data)]
-        return more
-
-    def inflate_into(file) -> bool:
-        """Inflate the member at `at` and go to its end; False, and stay, if it is damaged."""
-        nonlocal at
-        inflate, fed = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), at
-        with contextlib.suppress(igzip_lib.IsalError):
-            while not inflate.eof:
-                given = b""
-                if inflate.needs_input:
-                    if fed == len(data):
-                        keep = at if fed - at < 2 * MAX_RECORD else fed  # too large to come back to
-                        if not refill(keep):
-                            return False
-                        fed -= keep
-                    given = data[fed : fed + BLOCK]
-                    fed += len(given)
-                file.write(inflate.decompress(given, BLOCK))
-            at = fed - len(inflate.unused_data)
-        return inflate.eof
-
-    while True:
-        if at == len(data):
-            if not refill(at):
-                return
-            continue
-        end = starts[bisect(starts, at)]
-        if end == len(data) and end - at < MAX_RECORD and refill(at):
-            continue
+    """Cut records out of gzip members. Magic bytes divide these, so that damage ends with its
+    member. A member should hold one record. Any other member (many records, a wrong length, damage,
+    magic bytes inside compressed data) is inflated into a file and searched for records."""
+    at = 0
+    while at < len(data):
+        following = MEMBER.search(data, at + 1)
+        end = following.start() if following else len(data)
         found = only_record(data, at, end, wanted)
         if found is not None:
             tally.read += 1
@@ -462,85 +443,58 @@ def gzip_records(
                 yield found
             continue
         with tempfile.TemporaryFile() as file:
-            kind = "damaged gzip member" if data.startswith(b"\x1f\x8b", at) else "foreign bytes"
-            whole = inflate_into(file)
-            if not whole:
-                damage(kind)
-                at = starts[bisect(starts, at)]
-            yield from file_records(file, wanted, damage if whole else lambda kind: None, tally)
+            whole = inflate_member(data, at, file)
+            if whole is None:
+                damaged = MEMBER.match(data, at)
+                damage("damaged gzip member" if damaged else "foreign bytes")
+            at = whole or end
+            with mapped(file) as records:
+                told = damage if whole else lambda kind: None  # one member, counted once
+                yield from file_records(records, wanted, told, tally)
 
 
 def stream_records(
     stream, wanted: Callable, damage: Callable, tally: "Tally"
 ) -> Iterator[tuple]:
     """Yield the wanted records of a WET or WARC file, compressed or not, whatever its name says."""
-    start = stream.read(BLOCK)
-    if not start:
-        damage("empty file")
-    if start.startswith(b"\x1f\x8b"):
-        yield from gzip_records(stream, start, wanted, damage, tally)
-        return
-    with tempfile.TemporaryFile() as file:
-        with contextlib.suppress(EOFError):
-            shutil.copyfileobj(decompressed(stream, start, damage), file, BLOCK)
-        yield from file_records(file, wanted, damage, tally)
+    with mapped(stream) as data:
+        if not data:
+            damage("empty file")
+        elif data[:2] == GZIP:
+            yield from gzip_records(data, wanted, damage, tally)
+        elif (plain := decompressed(data, data[:6])) is data:
+            yield from file_records(data, wanted, damage, tally)
+        else:
+            with tempfile.TemporaryFile() as file:
+                with broken_compression(damage):
+                    while block := plain.read1(BLOCK):
+                        file.write(block)
+                with mapped(file) as records:
+                    yield from file_records(records, wanted, damage, tally)
 
 
-class Joined(io.RawIOBase):
-    """A stream of bytes that were read already and those that follow."""
-
-    def __init__(self, start: bytes, rest):
-        self.start, self.rest = start, rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        data = self.start[: len(buffer)] or self.rest.read(len(buffer))
-        self.start = self.start[len(buffer) :]
-        buffer[: len(data)] = data
-        return len(data)
+def decompressed(stream, start: bytes):
+    """Return a stream without its compression, which its first bytes tell; itself if it has none.
+    """
+    if start.startswith(GZIP):
+        return gzip.GzipFile(fileobj=stream)
+    if start.startswith((b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")):
+        reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
+        return io.BufferedReader(reader, BLOCK)
+    if start.startswith(b"\xfd7zXZ"):
+        return lzma.LZMAFile(stream)
+    return bz2.BZ2File(stream) if start.startswith(b"BZh") else stream
 
 
-class Inflating(io.RawIOBase):
-    """What a damaged compressed stream holds up to its damage, which is counted."""
-
-    def __init__(self, stream, damage: Callable):
-        self.stream, self.damage, self.ended = stream, damage, False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        if self.ended:
-            return 0
-        try:
-            data = self.stream.read1(len(buffer))
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-            if getattr(error, "errno", None) is not None:
-                raise  # the disk's or the network's fault
-            self.damage(f"damaged compression ({type(error).__name__})")
-            self.ended = True
-            return 0
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def decompressed(stream, start: bytes, damage: Callable) -> io.BufferedReader:
-    """Return a stream without its compression, which its first bytes tell."""
-    joined = io.BufferedReader(Joined(start, stream), BLOCK)
-    if start.startswith(b"\x1f\x8b"):
-        plain = gzip.GzipFile(fileobj=joined)
-    elif start.startswith((b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")):
-        reader = zstandard.ZstdDecompressor().stream_reader(joined, read_across_frames=True)
-        plain = io.BufferedReader(reader, BLOCK)
-    elif start.startswith(b"\xfd7zXZ"):
-        plain = lzma.LZMAFile(joined)  # noqa: SIM115 (the caller's stream)
-    elif start.startswith(b"BZh"):
-        plain = bz2.BZ2File(joined)
-    else:
-        return joined
-    return io.BufferedReader(Inflating(plain, damage), BLOCK)
+@contextmanager
+def broken_compression(damage: Callable) -> Iterator[None]:
+    """Count the damage that ends a compressed stream; what it held before has been read."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the disk's or the network's fault
+        damage(f"damaged compression ({type(error).__name__})")
 
 
 # --- Pages out of records ------------------------------------------------------------------------
@@ -911,33 +865,31 @@ def as_label(value: Any) -> str | None:
 
 def jsonl_rows(stream, damage: Callable) -> Iterator[tuple[int, dict]]:
     """Yield the objects of a file of JSON lines with their number. A row is damaged alone."""
-    lines = decompressed(stream, stream.read(BLOCK), damage)
-    number = 0
-    while line := lines.readline(MAX_RECORD):
-        number += 1
-        whole = line.endswith(b"\n") or len(line) < MAX_RECORD
-        while not whole:  # go to the end of the row
-            rest = lines.readline(MAX_RECORD)
-            whole = rest.endswith(b"\n") or len(rest) < MAX_RECORD
-            line = None
-        if line is None:
-            damage("oversized row", number)
-            continue
-        if not (line := line.strip().lstrip(codecs.BOM_UTF8)):
-            continue
-        text = line.decode("utf-8", "replace")
-        if text.count("\ufffd") - line.count(b"\xef\xbf\xbd") > 0.002 * len(text) + 2:
-            damage("row that is not UTF-8", number)
-            continue
-        try:
-            row = json.loads(text, strict=False)
-        except (ValueError, RecursionError):
-            damage("row that is not JSON", number)
-            continue
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            damage("row that is not an object", number)
+    number, stream = 0, io.BufferedReader(stream, BLOCK)
+    lines = decompressed(stream, stream.peek(6))
+    with broken_compression(damage):
+        while line := lines.readline(MAX_RECORD):
+            number += 1
+            rest = line
+            while len(rest) == MAX_RECORD and not rest.endswith(b"\n"):  # go to the row's end
+                rest = lines.readline(MAX_RECORD)
+            if rest is not line:
+                damage("oversized row", number)
+                continue
+            if not (line := line.strip().lstrip(codecs.BOM_UTF8)):
+                continue
+            text = line.decode("utf-8", "replace")
+            if text.count("\ufffd") - line.count(b"\xef\xbf\xbd") > 0.002 * len(text) + 2:
+                damage("row that is not UTF-8", number)
+                continue
+            try:
+                row = json.loads(text, strict=False)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                damage("row that is not a JSON object", number)
 
 
 def parquet_rows(file, column: str | None, damage: Callable) -> Iterator[tuple[int, dict]]:

@@ -54,7 +54,7 @@ import filter_cc as script  # noqa: E402
 def members(path: Path) -> list[bytes]:
     """The gzip members of a file."""
     data = path.read_bytes()
-    cuts = [0, *script.member_starts(data), len(data)]
+    cuts = [*(found.start() for found in script.MEMBER.finditer(data)), len(data)]
     return [data[start:end] for start, end in pairwise(cuts)]
 
 
