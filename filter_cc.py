@@ -55,6 +55,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import brotli
 import fsspec  # datatrove, matplotlib and ray are imported where they are used: --help stays quick
 import numpy as np
 import zstandard
@@ -67,11 +68,7 @@ from transformers import HfArgumentParser
 CRAWL_URL = "https://data.commoncrawl.org/"
 # What a file system without locks answers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-KINDS = (".wet", ".warc", ".jsonl", ".ndjson", ".json")
-COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
-ENDINGS = (".parquet", *(
-    kind + packed for kind in KINDS for packed in COMPRESSIONS
-    if kind + packed != ".json"))  # in a folder these are settings, not rows
+READABLE = re.compile(r"\.(?:parquet|(?:wet|warc|jsonl|ndjson|json)(?:\.(?:gz|zst|xz|bz2))?)$")
 TEXT_COLUMNS = ("text", "content", "raw_content")  # the first of these that a row has
 MAX_TASKS = 256  # deduplication opens one file of every task at once
 FIRST_TURN = 32  # files read before the yield of a crawl is known (--target_size)
@@ -86,11 +83,9 @@ SCORES = (
     "han", "traditional", "repeated", "distinct", "top", "closing", "pronouns", "mainland",
     "hongkong", "converted", "spam", "spun", "terms")
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
-RANGES = {  # of the numbers that are neither a share nor a count without a limit
-    "max_mainland": (-1000, math.inf), "max_hongkong": (-1000, math.inf),
-    "max_converted": (0, math.inf), "max_spam": (0, math.inf), "max_spun": (0, math.inf),
-    "max_terms": (0, math.inf), "keep_best": (0.001, 1), "workers": (1, 4096),
-    "minhash_buckets": (1, 1000), "minhash_rows": (1, 1000)}
+RANGES = {
+    "keep_best": (0.001, 1), "workers": (1, 4096), "minhash_buckets": (1, 1000),
+    "minhash_rows": (1, 1000)}
 
 # Rules in the order in which they are applied; stats.json and the picture follow it.
 RULES = {
@@ -126,7 +121,6 @@ FOREIGN = re.compile(rb"\nwarc-identified-content-language:(?!.*zho)")
 # re looks for these letters by a table, many times as fast: hence 上一?頁|下一?頁, not [上下]一?頁.
 
 
-
 def listed(name: str) -> list[str]:
     """Return the words, or the patterns, of data/filter/<name>.txt; lines with # are comments."""
     here = Path(__file__).parent if "__file__" in globals() else Path()
@@ -139,24 +133,13 @@ def listed_words(name: str) -> list[str]:
     return " ".join(listed(name)).split()
 
 
-# Words of menus, lines that are furniture although they read like a sentence, and short prompts.
-FURNITURE, NOTICE, PROMPT = (
-    re.compile("|".join(listed(name))) for name in ("furniture", "notice", "prompt"))
-# Headings of links to other pages, whose titles may read like a sentence, and of comments.
-RELATED = re.compile(
-    r"(?:延伸|推薦|相關|熱門|人氣|最新|更多|近期|其他|猜你|可能|related\s).{0,6}"
-    r"(?:閱讀|文章|新聞|報導|興趣|喜歡|想看|話題|問答|作品|詩作|posts|articles)")
-COMMENTS = re.compile(
-    r"(?i)(?:發[佈表]|\d+\s?[則篇個]?\s?)?(?:留言|回應|迴響|評論|comments?)\s?[(（]?\d*[)）]?[:：]?")
-# Lines about the page: when, by whom, where in the site.
-DAY = r"(?:\d\d){1,2}\s?[年./-]\s?\d\d?\s?[月./-]\s?\d\d?"
-ABOUT = re.compile(
-    rf"{DAY}[\s\d:#日上下午星期週一二三四五六（）()]*$|{DAY}日?\s.{{0,8}}$|\d?\d:\d\d$|"
-    r"\d\d?[月/]\d\d?日?\s\d?\d:\d\d$|.{0,12}發[表佈布]於|"
-    r"(?:記者|編譯|特派員|文|圖).{1,14}[／/].{1,12}$|"
-    r"\S{0,4}(?:編號|次數|人數|來源|領域|評價|評分|難度|單位|類別|類型|語文|字數|日期|時間|標籤|分類|"
-    r"關鍵字|[者首])\s?[:：].{0,24}$|[A-Z][A-Za-z-]{1,20}:\s|"
-    r".{1,20}\s(?:[>/»›＞|]|>>)\s.{1,20}$|.*[»›].*[»›]")
+# Words of menus; lines that are furniture although they read like a sentence; short prompts; lines
+# about the page; headings of links to other pages and of comments; labels of addresses and numbers.
+FURNITURE, NOTICE, PROMPT, ABOUT, RELATED, COMMENTS, CONTACT = (
+    re.compile("|".join(listed(name)))
+    for name in ("furniture", "notice", "prompt", "about", "related", "comments", "contact"))
+CONTACT_LINE = re.compile(rf"\S{{0,2}}(?:{CONTACT.pattern})\s.{{0,12}}\d")
+CONTACT = re.compile(rf"(?:{CONTACT.pattern})\s*[:：]")
 # Headings and formulas, however few of their characters are words; data and code.
 NUMBERED = re.compile(
     "[壹貳參肆伍陸柒捌玖拾一二三四五六七八九十]+、|"
@@ -165,11 +148,6 @@ ITEM = re.compile(r"- |[(（][A-Za-z甲乙丙丁一二三四五六七八九十][
 TIMING = re.compile(r"\d+|(?:\d\d:)+\d\d[,.]\d{3} --> .*")  # of a subtitle
 FORMULA = re.compile(r"\S [=≈≤≥] \S")
 DATA = re.compile(r"[\d=(){};]")
-LABELS = (
-    "地址|電話|傳真|信箱|e-?mail|tel|fax|服務時間|營業時間|看診時間|門診時間|開放時間|開館時間|開店時間|"
-    "客服時間|上班時間|統一?編號?|專線|郵遞區號|聯絡人")
-CONTACT, CONTACT_LINE = re.compile(rf"(?:{LABELS})\s*[:：]"), re.compile(
-    rf"\S{{0,2}}(?:{LABELS})\s.{{0,12}}\d")
 HAN, LATIN = re.compile("[\u3400-\u9fff]"), re.compile("[a-z]")
 SENTENCE = re.compile(  # Chinese punctuation, or ASCII's behind Han
     "[。！？；，,.!?;](?:(?<=[。！？；，])|(?<=[\u3400-\u9fff」）].)(?=\\s|$|[\u3400-\u9fff「]))")
@@ -604,31 +582,24 @@ def http_payload(block: bytes) -> tuple[dict[str, str], bytes]:
     already joined and inflated below a header that says otherwise: the bytes decide."""
     fields, body = {}, block
     if re.match(rb"HTTP/\d", block):
-        end = re.search(rb"\r?\n\r?\n", block) or re.search(rb"\Z", block)
+        end = re.search(rb"\r?\n\r?\n|\Z", block)
         fields, body = header_fields(block[: end.start()]), block[end.end() :]
     chunked = "chunked" in fields.get("transfer-encoding", "").lower()
     if chunked or (CHUNK.match(body) and body.endswith(b"\r\n0\r\n\r\n")):
         body = join_chunks(body)
-    while body.startswith(b"\x1f\x8b"):  # some servers compress twice
+    while body.startswith(GZIP):  # some servers compress twice
         rest, body = body, b""
-        while rest.startswith(b"\x1f\x8b"):
+        while rest.startswith(GZIP):
             member = zlib.decompressobj(31)
             body += member.decompress(rest, MAX_RECORD)
             rest = member.unused_data
     if body.startswith(b"\x28\xb5\x2f\xfd"):
         body = zstandard.ZstdDecompressor().decompressobj().decompress(body)
     elif fields.get("content-encoding", "").lower() in ("br", "deflate"):
-        for inflate in (zlib.decompress, lambda data: zlib.decompress(data, -15), inflate_brotli):
-            with contextlib.suppress(Exception):
+        for inflate in (zlib.decompress, lambda data: zlib.decompress(data, -15), brotli.decompress):
+            with contextlib.suppress(zlib.error, brotli.error):
                 return fields, inflate(body)
     return fields, body
-
-
-def inflate_brotli(data: bytes) -> bytes:
-    """Return the plain bytes of a Brotli stream."""
-    import brotli
-
-    return brotli.decompress(data)
 
 
 CHUNK = re.compile(rb"[ \t]*([0-9a-fA-F]{1,16})[^\r\n]{0,64}\r?\n")
@@ -716,15 +687,13 @@ def big5_extension(error: UnicodeError) -> tuple[str, int]:
 
 
 READINGS = re.compile(r"(?is)<r[tp]c?\b[^>]*>.*?(?=<r[tpb]c?\b|</r[tp]c?\s*>|</ruby)")
-SILENT = frozenset([  # elements that hold no text of a page
-    "audio", "button", "canvas", "datalist", "head", "iframe", "input", "noscript", "object",
-    "option", "rp", "rt", "rtc", "script", "select", "style", "svg", "template", "textarea",
-    "title", "video"])
-BLOCKS = frozenset([  # elements that begin a line
-    "address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details",
-    "dialog", "div", "dl", "dt", "fieldset", "figcaption", "figure", "footer", "form", "h1",
-    "h2", "h3", "h4", "h5", "h6", "header", "hr", "legend", "li", "main", "menu", "nav", "ol",
-    "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul"])
+SILENT = frozenset(  # elements that hold no text of a page
+    "audio button canvas datalist head iframe input noscript object option rp rt rtc script select"
+    " style svg template textarea title video".split())
+BLOCKS = frozenset(  # elements that begin a line
+    "address article aside blockquote body caption center dd details dialog div dl dt fieldset"
+    " figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr legend li main menu nav ol p pre"
+    " section summary table tbody tfoot thead tr ul".split())
 GUTTER = re.compile(r"(?i)\b(?:gutter|line-?num(?:ber)?s?|linenos?)\b")  # numbers of lines of code
 BESIDE = re.compile(  # names of elements, classes and ids beside an article
     r"(?i)(?:^|\s)(?:site-|page-)?header\b|"
@@ -937,15 +906,11 @@ def plain_values(column) -> list:
     strings where Arrow has a way to write them."""
     import pyarrow as pa
 
-    kind = column.type
-    if pa.types.is_dictionary(kind):
+    if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-        kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return column.cast(pa.large_binary()).to_pylist()
-    if not pa.types.is_nested(kind) and not pa.types.is_large_binary(kind):
+    for kind in () if pa.types.is_nested(column.type) else (pa.large_binary(), pa.string()):
         with contextlib.suppress(pa.ArrowException):
-            return column.cast(pa.binary() if pa.types.is_binary(kind) else pa.string()).to_pylist()
+            return column.cast(kind).to_pylist()
     return column.to_pylist()
 
 
@@ -1178,56 +1143,52 @@ class Judge:
         few = counts.traditional < self.limits.min_traditional * telling
         return "simplified" if few else None
 
-    def judged(self, page: dict) -> tuple[str, dict, str | None]:
-        """Return the verdict on a page out of a file, which may be refused already."""
-        if page["refused"]:
-            return page["text"], {}, page["refused"]
-        text, scores, refused = self.verdict(page["text"], page["article"])
-        return page["text"] if refused else text, scores, refused
-
-    def verdict(self, text: str, article: bool = False) -> tuple[str, dict, str | None]:
-        """Return a page's prose, its scores, and the rule that refuses it (None: it is good)."""
-        limits = self.limits
+    def verdict(
+        self, text: str, article: bool = False, refused: str | None = None
+    ) -> tuple[str, dict, str | None]:
+        """Return a page's prose, its scores, and the rule that refuses it (None: it is good). The
+        bytes of the page may have refused it before."""
+        scores = {}
+        if refused:
+            return text, scores, refused
         text = clean_lines(INVISIBLE.sub("", text), article)
-        codes = code_points(text)
+        for rule, broken in self.checks(text, scores):
+            if broken:
+                return text, scores, rule
+        return hide_private(text), scores, None
+
+    def checks(self, text: str, scores: dict) -> Iterator[tuple[str | None, bool]]:
+        """Yield the rules, cheap ones first, each with whether the page breaks it; fill in `scores`
+        on the way."""
+        limits, codes = self.limits, code_points(text)
         counts = self.count(codes)
         han = sum(counts[1:5])
         lost = text.count("?") > 0.04 * len(text)  # characters that another encoding did not have
-        if lost or counts.broken > max(5, limits.max_broken * len(text)):
-            return text, {}, "mojibake"
-        if refused := self.refuse_scripts(counts):
-            return text, {}, refused
-        if han < limits.min_length:
-            return text, {}, "length"
+        yield "mojibake", lost or counts.broken > max(5, limits.max_broken * len(text))
+        scripts = self.refuse_scripts(counts)
+        yield scripts, scripts is not None
+        yield "length", han < limits.min_length
         prose = "\n".join(filter(is_language, text.split("\n")))
         words, dense = len(WORD.findall(prose)), code_points(prose)
         dense = dense[dense >= 0x3400]  # code, formulas and tables repeat themselves
-        scores = {
-            "han": han / (han + counts.kana + counts.hangul + words),
-            "traditional": counts.traditional / max(1, counts.traditional + counts.simplified)}
-        if scores["han"] < limits.min_han:
-            return text, scores, "han"
+        scores["han"] = han / (han + counts.kana + counts.hangul + words)
+        scores["traditional"] = counts.traditional / max(1, counts.traditional + counts.simplified)
+        yield "han", scores["han"] < limits.min_han
         spoken = [number for char in self.cantonese if (number := text.count(char))]
-        if len(spoken) > 2 and sum(spoken) > limits.max_cantonese * han:
-            return text, scores, "cantonese"
-        if counts.rare > limits.max_rare * han:
-            return text, scores, "mojibake"
+        yield "cantonese", len(spoken) > 2 and sum(spoken) > limits.max_cantonese * han
+        yield "mojibake", counts.rare > limits.max_rare * han
         scores["distinct"] = distinct_share(shingles(dense[:1000], 2))
-        if scores["distinct"] < limits.min_distinct:
-            return text, scores, "repetition"
+        yield "repetition", scores["distinct"] < limits.min_distinct
         scores["repeated"] = 1 - distinct_share(shingles(dense, 10))
         scores["top"] = 4 * most_frequent(shingles(dense, 4)) / max(1, len(dense))
-        if scores["repeated"] > limits.max_repeated or scores["top"] > limits.max_top:
-            return text, scores, "repetition"
+        yield "repetition", scores["repeated"] > limits.max_repeated
+        yield "repetition", scores["top"] > limits.max_top
         scores["closing"] = closing_share(prose)
-        if scores["closing"] < limits.min_closing:
-            return text, scores, "punctuation"
+        yield "punctuation", scores["closing"] < limits.min_closing
         scores["pronouns"] = sum(map(text.count, PRONOUNS)) / han
         scores |= self.usage(text, codes, han)
         for rule in SCORES[SCORES.index("pronouns") :]:
-            if scores[rule] > getattr(limits, f"max_{rule}"):
-                return text, scores, rule
-        return hide_private(text), scores, None
+            yield rule, scores[rule] > getattr(limits, f"max_{rule}")
 
     def usage(self, text: str, codes: np.ndarray, han: int) -> dict[str, float]:
         """Return how far the wording of a page is from Taiwan's, and how much of it advertises, per
@@ -1310,7 +1271,7 @@ def drop_links(lines: list[str], kinds: list[str]) -> None:
             closed = not comments and line.endswith(PARAGRAPH)
         if prose and (closed or len(line) > (100 if comments else 45)):
             links = comments = False
-        elif not prose and read >= 100 and COMMENTS.fullmatch(line):
+        elif not prose and read >= 100 and COMMENTS.fullmatch(line.lower()):
             comments = True
         elif not prose and len(line) < 20 and RELATED.search(line.lower()):
             links, kinds[at] = True, "furniture"
@@ -1554,7 +1515,7 @@ def like_table(trusted: np.ndarray, crawl: np.ndarray) -> np.ndarray:
 
 def trusted_texts(path: str) -> Iterator[str]:
     """Yield the text of --like: the rows of JSON lines or Parquet, or a plain text in parts."""
-    if path.endswith(ENDINGS):
+    if READABLE.search(path):
         texts = (as_text(given) for _, _, given in text_rows(path, None, lambda *what: None))
         yield from filter(None, texts)
         return
@@ -1633,16 +1594,17 @@ def judged_pages(
     with rejected or contextlib.nullcontext():
         for path in listing.read_text(encoding="utf-8").split("\n")[rank::world_size]:
             for batch in batched(file_pages(path, tally, judge), 100):  # the tables stay in cache
-                for page, (text, scores, refused) in [(page, judge.judged(page)) for page in batch]:
-                    before, after = utf8_bytes(page["text"]), utf8_bytes(text)
+                verdicts = [judge.verdict(p["text"], p["article"], p["refused"]) for p in batch]
+                for page, (text, scores, refused) in zip(batch, verdicts, strict=True):
                     known = {"url": page["url"], "date": page["date"]} | scores
                     document = Document(text, str(page["id"]), metadata=known)
+                    before, after = utf8_bytes(page["text"]), utf8_bytes(text)
                     tally.count(refused or "kept", before if refused else after)
                     if not refused:
                         tally.bytes["lines"] += before - after
                         yield document
                     elif rejected:
-                        document.metadata["filter_reason"] = refused
+                        document.text, known["filter_reason"] = page["text"], refused
                         rejected.write(document, rank)
                 tally.save(every=1.0)
             tally.files += 1
@@ -1939,6 +1901,8 @@ def check(args: Arguments) -> None:
     for name, value in asdict(args).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             usual = (0, 1) if isinstance(value, float) else (1, math.inf)
+            if name.startswith("max_") and getattr(Arguments, name) > 1:
+                usual = (-1000, math.inf)  # words per 1,000 Han, less Taiwan's
             least, most = RANGES.get(name, usual)
             expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
             if not least <= value <= most:  # a NaN lies in no range
@@ -2023,7 +1987,7 @@ def expand_input(given: str) -> list[str]:
         what, remedy = ("no answer", "address and the network") if remote else (what, "path")
         raise UserError(f"--input {given}: {what}; {expected}; check the {remedy}")
     for name in names:
-        if not name.endswith((*ENDINGS, ".json")):  # a folder's .json are settings
+        if not READABLE.search(name):
             remedy = 'write other text as JSON lines, {"text": "..."} for each document'
             raise UserError(f"--input {given}: {name} is of another kind; {expected}; {remedy}")
     if names == [path] and remote:
@@ -2037,7 +2001,9 @@ def read_folder(given: str, system: Any, path: str) -> list[str]:
     entries = system.ls(path, detail=True)
     folders = {e["name"] for e in entries if e["type"] != "file" and system.isdir(e["name"])}
     names = sorted(entry["name"] for entry in entries)
-    chosen = [name for name in names if name.endswith(ENDINGS) and name not in folders]
+    chosen = [  # a folder's .json are settings, not rows
+        name for name in names
+        if READABLE.search(name) and not name.endswith(".json") and name not in folders]
     others = [
         name.rpartition("/")[2] + "/" * (name in folders) for name in names if name not in chosen]
     others = [name for name in others if not name.startswith(".")]
