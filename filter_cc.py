@@ -596,7 +596,8 @@ def http_payload(block: bytes) -> tuple[dict[str, str], bytes]:
     if body.startswith(b"\x28\xb5\x2f\xfd"):
         body = zstandard.ZstdDecompressor().decompressobj().decompress(body)
     elif fields.get("content-encoding", "").lower() in ("br", "deflate"):
-        for inflate in (zlib.decompress, lambda data: zlib.decompress(data, -15), brotli.decompress):
+        raw_deflate = partial(zlib.decompress, wbits=-15)
+        for inflate in (zlib.decompress, raw_deflate, brotli.decompress):
             with contextlib.suppress(zlib.error, brotli.error):
                 return fields, inflate(body)
     return fields, body
@@ -687,13 +688,7 @@ def big5_extension(error: UnicodeError) -> tuple[str, int]:
 
 
 READINGS = re.compile(r"(?is)<r[tp]c?\b[^>]*>.*?(?=<r[tpb]c?\b|</r[tp]c?\s*>|</ruby)")
-SILENT = frozenset(  # elements that hold no text of a page
-    "audio button canvas datalist head iframe input noscript object option rp rt rtc script select"
-    " style svg template textarea title video".split())
-BLOCKS = frozenset(  # elements that begin a line
-    "address article aside blockquote body caption center dd details dialog div dl dt fieldset"
-    " figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr legend li main menu nav ol p pre"
-    " section summary table tbody tfoot thead tr ul".split())
+SILENT, BLOCKS = (frozenset(listed_words(name)) for name in ("html_silent", "html_blocks"))
 GUTTER = re.compile(r"(?i)\b(?:gutter|line-?num(?:ber)?s?|linenos?)\b")  # numbers of lines of code
 BESIDE = re.compile(  # names of elements, classes and ids beside an article
     r"(?i)(?:^|\s)(?:site-|page-)?header\b|"
@@ -1758,25 +1753,25 @@ def deduplication(args: Arguments, work: Path, kept: list[str], turn: int) -> li
         (f"{turn:02d}_{name}", steps, tasks.get(name, len(kept))) for name, steps in stages.items()]
 
 
-def run_stages(stages: list[tuple], args: Arguments, work: Path, files: int) -> bool:
+def run_stages(stages: list[tuple], args: Arguments, work: Path) -> bool:
     """Run the stages one after another on the chosen executor; what an earlier run finished stays.
     False if Slurm has been given jobs that have still to run."""
     executor = None
     for name, steps, tasks in stages:
         steps = [TaskLock(f"{work}/locks/{name}"), *steps]
         executor = make_executor(args, steps, tasks, work / "logs" / name, executor)
-        if args.executor != "slurm":
-            with progress(executor, name, work / "tally" if "judge" in name else None, files):
-                try:
-                    executor.run()
-                except ConnectionError as error:
-                    raise UserError(
-                        f"cannot read {error}; expected an answer from its server; check the"
-                        " network and run the same command again: what is finished stays"
-                    ) from error
-            if failed := executor.get_incomplete_ranks():
-                logs = f"{work}/logs/{name}/logs"
-                raise RuntimeError(f"{len(failed)} of {tasks} tasks of {name} failed; see {logs}")
+        if args.executor == "slurm":
+            continue
+        with progress(executor, name, work / "tally" if "judge" in name else None):
+            try:
+                executor.run()
+            except ConnectionError as error:
+                raise UserError(
+                    f"cannot read {error}; expected an answer from its server; check the network"
+                    " and run the same command again: what is finished stays") from error
+        if failed := executor.get_incomplete_ranks():
+            logs = f"{work}/logs/{name}/logs"
+            raise RuntimeError(f"{len(failed)} of {tasks} tasks of {name} failed; see {logs}")
     if args.executor == "slurm" and executor.get_incomplete_ranks():
         executor.run()
         return False
@@ -1828,13 +1823,12 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
 
 
 @contextmanager
-def progress(executor, name: str, tallies: Path | None, files: int) -> Iterator[None]:
-    """Show a bar while a stage runs: tasks, and for the first pass files, MB/s and pages kept."""
+def progress(executor, name: str, tallies: Path | None) -> Iterator[None]:
+    """Show a bar of tasks while a stage runs, and for the first pass files, MB/s, pages kept."""
     from datatrove.utils.logging import logger
 
     logger.remove()
-    total, unit = (files, "file") if tallies else (executor.world_size, "task")
-    bar, ended, start = tqdm(total=total, desc=name, unit=unit), threading.Event(), time.monotonic()
+    bar, ended = tqdm(total=executor.world_size, desc=name, unit="task"), threading.Event()
     before = sum_tallies(tallies).bytes.total() if tallies else 0
 
     def watch() -> None:
@@ -1844,9 +1838,9 @@ def progress(executor, name: str, tallies: Path | None, files: int) -> Iterator[
             bar.n = executor.world_size - len(executor.get_incomplete_ranks())
             if tallies:
                 tally = sum_tallies(tallies)
-                bar.n = tally.files
-                speed = (tally.bytes.total() - before) / 1e6 / (time.monotonic() - start)
-                bar.set_postfix_str(f"{speed:.0f} MB/s, {tally.pages['kept']:,} pages kept")
+                speed = (tally.bytes.total() - before) / 1e6 / bar.format_dict["elapsed"]
+                bar.set_postfix_str(
+                    f"{tally.files:,} files, {speed:.0f} MB/s, {tally.pages['kept']:,} pages kept")
             bar.refresh()
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -1859,15 +1853,15 @@ def progress(executor, name: str, tallies: Path | None, files: int) -> Iterator[
         bar.close()
 
 
-def sum_tallies(folder: Path, pattern: str = "*.json") -> Tally:
+def sum_tallies(folder: Path) -> Tally:
     """Return the sum of the counts that tasks wrote."""
     total = Tally("")
-    for path in sorted(folder.glob(pattern)):
-        part = json.loads(path.read_text())
-        total.files += part["files"]
-        total.read += part["read"]
-        for name in ("pages", "bytes", "damage", "others"):
-            getattr(total, name).update(part[name])
+    for path in sorted(folder.glob("*.json")):
+        for name, counted in json.loads(path.read_text()).items():
+            if isinstance(counted, dict):
+                getattr(total, name).update(counted)
+            else:
+                setattr(total, name, getattr(total, name) + counted)
     return total
 
 
@@ -1881,7 +1875,7 @@ def filter_files(args: Arguments, files: list[str], work: Path) -> int | None:
         done += len(chosen)
         kept += [f"{turn:02d}_{rank:05d}.parquet" for rank in range(task_count(args, chosen))]
         stages = [judging(args, work, turn, chosen), *deduplication(args, work, kept, turn)]
-        if not run_stages(stages, args, work, done):
+        if not run_stages(stages, args, work):
             return None
         have = sum_tallies(work / f"dedup_{turn:02d}" / "tally").bytes["kept"] * args.keep_best
         if target is None or have >= target or done == len(files):
@@ -1917,11 +1911,13 @@ def check(args: Arguments) -> None:
     if Path(args.output_dir).is_file():
         raise UserError(f"--output_dir {args.output_dir}: a file; expected a folder; give another")
     if Path(args.picture).suffix not in (".png", ".pdf", ".svg"):
-        expected = "expected a file that ends in .png, .pdf or .svg; change it"
-        raise UserError(f"--picture {args.picture}: no picture's name; {expected}")
+        raise UserError(
+            f"--picture {args.picture}: no picture's name; expected a file that ends in .png, .pdf"
+            " or .svg; change it")
     if args.executor == "slurm" and not shutil.which("sbatch"):
-        expected = "expected a Slurm cluster; use --executor local"
-        raise UserError(f"--executor slurm: no sbatch on this machine; {expected}")
+        raise UserError(
+            "--executor slurm: no sbatch on this machine; expected a Slurm cluster; use --executor"
+            " local")
     if args.executor == "ray" and not importlib.util.find_spec("ray"):
         raise UserError("--executor ray: not installed; expected Ray; pip install ray")
 
@@ -1970,7 +1966,7 @@ def expand_input(given: str) -> list[str]:
     remote = "://" in given
     try:
         system, path = fsspec.core.url_to_fs(given)
-        if system.isdir(path):
+        if folder := system.isdir(path):
             names = read_folder(given, system, path)
         elif system.exists(path):  # a name with [1] in it is a name first
             names = [path]
@@ -1983,9 +1979,8 @@ def expand_input(given: str) -> list[str]:
         why = str(error).partition("\n")[0]
         raise UserError(f"--input {given}: no access ({why}); {expected}; {remedy}") from error
     if not names:
-        what = "holds no such file" if Path(given).is_dir() else "does not exist"
-        what, remedy = ("no answer", "address and the network") if remote else (what, "path")
-        raise UserError(f"--input {given}: {what}; {expected}; check the {remedy}")
+        what = "no answer" if remote else "holds no such file" if folder else "does not exist"
+        raise UserError(f"--input {given}: {what}; {expected}; check the path and the network")
     for name in names:
         if not READABLE.search(name):
             remedy = 'write other text as JSON lines, {"text": "..."} for each document'
@@ -1998,20 +1993,18 @@ def expand_input(given: str) -> list[str]:
 def read_folder(given: str, system: Any, path: str) -> list[str]:
     """Return the files of a folder that can be read, links to files too; say what it holds besides.
     """
-    entries = system.ls(path, detail=True)
-    folders = {e["name"] for e in entries if e["type"] != "file" and system.isdir(e["name"])}
-    names = sorted(entry["name"] for entry in entries)
-    chosen = [  # a folder's .json are settings, not rows
-        name for name in names
-        if READABLE.search(name) and not name.endswith(".json") and name not in folders]
-    others = [
-        name.rpartition("/")[2] + "/" * (name in folders) for name in names if name not in chosen]
-    others = [name for name in others if not name.startswith(".")]
+    chosen, others = [], []
+    for entry in sorted(system.ls(path, detail=True), key=lambda entry: entry["name"]):
+        name = entry["name"]
+        folder = entry["type"] != "file" and system.isdir(name)
+        if READABLE.search(name) and not name.endswith(".json") and not folder:  # .json: settings
+            chosen.append(name)
+        elif not (short := name.rpartition("/")[2]).startswith("."):
+            others.append(short + "/" * folder)
     if others:
-        first = [name.rpartition("/")[2] for name in chosen[:5]]
-        more = f" and {len(chosen) - 5} more" if len(chosen) > 5 else ""
+        first = ", ".join(name.rpartition("/")[2] for name in chosen[:5])
         print(
-            f"--input {given}: reads {', '.join(first)}{more}; does not read"
+            f"--input {given}: reads {len(chosen)} files ({first} ...); does not read"
             f" {', '.join(others[:9])} (folders and other kinds of files)")
     return chosen
 

@@ -996,7 +996,7 @@ def test_near_duplicates_are_found_and_others_are_not(tmp_path):
         pq.write_table(pa.table(table), kept / name)
     args = Arguments(output_dir=str(tmp_path))
     stages = filter_cc.deduplication(args, kept.parent, ["00_00000.parquet", "00_00001.parquet"], 0)
-    assert filter_cc.run_stages(stages, args, kept.parent, 2)
+    assert filter_cc.run_stages(stages, args, kept.parent)
     left = [
         text
         for path in sorted(kept.parent.glob("dedup_00/final/*.parquet"))
