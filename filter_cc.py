@@ -1220,18 +1220,17 @@ def lead_bytes(text: bytes) -> int:
 def clean_lines(text: str, article: bool = False) -> str:
     """Return the lines that are prose, headings or verse; menus, footers and notices go. Of a text
     that is known to be an article, lines between paragraphs stay unless they are a menu's."""
-    lines, fenced = [], False
-    for line in text.splitlines():
-        fence = line.lstrip().startswith(FENCES)
-        lines.append(line.rstrip() if fenced and not fence else single_spaced(line))
-        fenced ^= fence
-    lines = list(filter(None, lines))
-    if sum(" --> " in line for line in lines) > 3:
-        lines = [line for line in lines if not TIMING.fullmatch(line)]
-    kinds = [line_kind(line) for line in lines]
-    fences = [at for at, line in enumerate(lines) if line.startswith(FENCES)]
-    for first, last in zip(fences[::2], fences[1::2], strict=False):
-        kinds[first : last + 1] = ["prose"] * (last + 1 - first)
+    lines = text.splitlines()
+    marks = [at for at, line in enumerate(lines) if line.lstrip().startswith(FENCES)]
+    listings = zip(marks[::2], marks[1::2], strict=False)  # between two fences
+    code = {at for first, last in listings for at in range(first, last + 1)}
+    rows = [
+        (line.rstrip(), "prose") if at in code else (single_spaced(line), None)
+        for at, line in enumerate(lines)]
+    subtitles = text.count(" --> ") > 3
+    rows = [row for row in rows if row[0] and not (subtitles and TIMING.fullmatch(row[0]))]
+    lines = [line for line, _ in rows]
+    kinds = [kind or line_kind(line) for line, kind in rows]
     if {"furniture", "table", "short"}.intersection(kinds):
         drop_links(lines, kinds)
         drop_islands(lines, kinds)
@@ -1463,23 +1462,15 @@ def has_grammar(text: str) -> bool:
 
 def shingles(codes: np.ndarray, size: int) -> np.ndarray:
     """Return a 32-bit hash of every run of `size` characters: a polynomial in their mixed codes
-    (Karp and Rabin 1987). Runs of two are made of runs of one, of four of those of two, and so on;
-    `size` says in binary which to join."""
-    power, length, hashes, have = codes * np.uint32(0x9E3779B1), 1, None, 0
-    power ^= power >> np.uint32(15)
-    while True:
-        if size & length:
-            hashes = power if hashes is None else join(hashes, power[have:], length)
-            have += length
-        if have == size:
-            return hashes
-        power, length = join(power, power[length:], length), 2 * length
-
-
-def join(left: np.ndarray, right: np.ndarray, length: int) -> np.ndarray:
-    """Return the hashes of runs, each followed by one of `length` characters."""
-    size = min(len(left), len(right))
-    return left[:size] * np.uint32(pow(0x85EBCA6B, length, 1 << 32)) + right[:size]
+    (Karp and Rabin 1987)."""
+    mixed = codes * np.uint32(0x9E3779B1)
+    mixed ^= mixed >> np.uint32(15)
+    count = max(0, len(codes) - size + 1)
+    hashes = mixed[:count].copy()
+    for at in range(1, size):
+        hashes *= np.uint32(0x85EBCA6B)
+        hashes += mixed[at : at + count]
+    return hashes
 
 
 # --- Likeness to a trusted text ------------------------------------------------------------------
@@ -1500,14 +1491,6 @@ def gram_shares(texts: Iterator[str]) -> np.ndarray:
     return counts / max(1, counts.sum())
 
 
-def like_table(trusted: np.ndarray, crawl: np.ndarray) -> np.ndarray:
-    """Return for each bucket how much more likely it is in the trusted text than in the crawl, as a
-    logarithm: hashed n-grams as in DSIR (Xie et al. 2023, section 3). The model of the trusted text
-    is half the crawl's (Jelinek and Mercer 1980), so that no bucket weighs less than log 1/2."""
-    ratio = np.divide(trusted, crawl, out=np.ones_like(crawl), where=crawl > 0)
-    return np.log((ratio + 1) / 2).astype(np.float32)
-
-
 def trusted_texts(path: str) -> Iterator[str]:
     """Yield the text of --like: the rows of JSON lines or Parquet, or a plain text in parts."""
     if READABLE.search(path):
@@ -1518,35 +1501,25 @@ def trusted_texts(path: str) -> Iterator[str]:
         yield from iter(lambda: text.read(1 << 20), "")
 
 
-def keep_most_like(args: Arguments, pages: Path, best: Path) -> tuple[int, int]:
-    """Copy the pages of a folder that are most like the text of --like into another one, with their
-    score; return their number and their bytes."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def like_scores(like: str, paths: list[Path]) -> list[np.ndarray]:
+    """Return for each page of Parquet files how much more likely it is in the trusted text than in
+    the crawl, as a logarithm: hashed n-grams as in DSIR (Xie et al. 2023, section 3). The model of
+    the trusted text is half the crawl's (Jelinek and Mercer 1980), so that no bucket weighs less
+    than log 1/2."""
     import pyarrow.parquet as pq
 
     def texts(path: Path) -> Iterator[list[str]]:
         for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text"]):
             yield batch.column("text").to_pylist()
 
-    paths = sorted(pages.glob("*.parquet"))
-    trusted = gram_shares(trusted_texts(args.like))
+    trusted = gram_shares(trusted_texts(like))
     crawl = gram_shares("\n".join(batch) for path in paths for batch in texts(path))
-    table, scores = like_table(trusted, crawl), []
+    ratio = np.divide(trusted, crawl, out=np.ones_like(crawl), where=crawl > 0)
+    table, scores = np.log((ratio + 1) / 2).astype(np.float32), []
     for path in tqdm(paths, desc="like", unit="file"):
         found = [table[gram_buckets(text)].mean() for batch in texts(path) for text in batch]
         scores.append(np.array(found, np.float32))
-    count = math.ceil(args.keep_best * sum(map(len, scores)))
-    least = np.sort(np.concatenate(scores))[-count] if count else 0
-    left, size = 0, 0
-    best.mkdir(exist_ok=True)
-    for path, found in zip(paths, scores, strict=True):
-        rows = pq.read_table(path).append_column("like", pa.array(found))
-        rows = rows.filter(pa.array(found >= least))
-        pq.write_table(rows, best / path.name, compression="lz4")
-        left += len(rows)
-        size += pc.sum(pc.binary_length(rows["text"].cast(pa.binary()))).as_py() or 0
-    return left, size
+    return scores
 
 
 # --- Steps for datatrove -------------------------------------------------------------------------
@@ -2095,42 +2068,53 @@ def refuse_nothing(args: Arguments, work: Path, judged: Tally) -> None:
         f" WET, WARC, or rows with a column of text; {remedy}")
 
 
-def write_corpus(final: Path, output: Path, limit: float) -> tuple[int, int, int]:
-    """Put the finished pages into the output folder up to `limit` bytes of text; return the numbers
-    of pages, bytes and characters."""
+def write_corpus(args: Arguments, final: Path) -> tuple[dict[str, list[int]], int]:
+    """Put the finished pages into the output folder: those most like the text of --like, with this
+    score, up to --target_size. Return the pages and bytes that each of the two left, and the number
+    of characters."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    pages = size = characters = 0
+    output, limit = Path(args.output_dir), parse_size(args.target_size) or math.inf
     for old in output.glob("*.parquet"):
         old.unlink()
-    for path in sorted(final.glob("*.parquet")):
-        if size >= limit:
-            break
+    left, characters = {"like": [0, 0], "target": [0, 0]}, 0
+    paths = sorted(final.glob("*.parquet"))
+    scores = like_scores(args.like, paths) if args.like else []
+    ranked = np.sort(np.concatenate([*scores, []]))[::-1]
+    best = ranked[: math.ceil(args.keep_best * len(ranked))]
+
+    def count(rule: str, sizes: np.ndarray) -> None:
+        left[rule][0] += len(sizes)
+        left[rule][1] += int(sizes.sum())
+
+    for at, path in enumerate(paths):
         table = pq.read_table(path)
-        sizes = np.cumsum(pc.binary_length(table["text"].cast(pa.binary())).to_numpy())
-        table = table.slice(0, int(np.searchsorted(sizes, limit - size)) + 1)
+        if scores:
+            table = table.append_column("like", pa.array(scores[at]))
+            table = table.filter(pa.array(scores[at] >= best.min(initial=math.inf)))
+        sizes = pc.binary_length(table["text"].cast(pa.binary())).to_numpy()
+        count("like", sizes)
+        room = limit - left["target"][1]
+        table = table.slice(0, int(np.searchsorted(np.cumsum(sizes), room)) + 1 if room > 0 else 0)
         if not len(table):
             continue
+        count("target", sizes[: len(table)])
+        characters += pc.sum(pc.utf8_length(table["text"])).as_py()
         pq.write_table(table, output / f".{path.name}", compression="zstd")
         os.replace(output / f".{path.name}", output / path.name)
-        pages, size = pages + len(table), size + int(sizes[len(table) - 1])
-        characters += pc.sum(pc.utf8_length(table["text"])).as_py()
-    return pages, size, characters
+    return left, characters
 
 
 def publish(args: Arguments, work: Path, turn: int) -> dict:
     """Put the finished corpus into the output folder, cut at the target size; return its counts."""
     judged = sum_tallies(work / "tally")
     refuse_nothing(args, work, judged)
-    output, place = Path(args.output_dir), work / f"dedup_{turn:02d}"
-    unique, final = sum_tallies(place / "tally"), place / "final"
-    later = {"duplicate": (unique.pages["kept"], unique.bytes["kept"])}
-    if args.like:
-        later["like"] = keep_most_like(args, final, final := place / "like")
-    limit = parse_size(args.target_size) or math.inf
-    *later["target"], characters = write_corpus(final, output, limit)
+    place = work / f"dedup_{turn:02d}"
+    unique = sum_tallies(place / "tally")
+    later, characters = write_corpus(args, place / "final")
+    later["duplicate"] = unique.pages["kept"], unique.bytes["kept"]
     pages, size = judged.pages.total(), judged.bytes.total()
     left_after, refused = {"read": {"pages": pages, "bytes": size}}, {}
     for rule in RULES:
