@@ -111,9 +111,7 @@ RULES = {
     "like": "less like the text of --like than the share that --keep_best keeps",
     "target": "beyond the target size"}
 
-# The header of a WET record, in lower case: how it begins, its type, and languages that it names
-# without Chinese.
-CONVERSION = b"warc/1.0\r\nwarc-type: conversion"
+# Fields of a record's header, in lower case: its type, and languages without Chinese.
 RECORD_TYPE = re.compile(rb"\nwarc-type:[ \t]*([\w-]+)")
 FOREIGN = re.compile(rb"\nwarc-identified-content-language:(?!.*zho)")
 
@@ -133,19 +131,20 @@ def listed_words(name: str) -> list[str]:
     return " ".join(listed(name)).split()
 
 
-# Words of menus; lines that are furniture although they read like a sentence; short prompts; lines
-# about the page; headings of links to other pages and of comments; labels of addresses and numbers.
-FURNITURE, NOTICE, PROMPT, ABOUT, RELATED, COMMENTS, CONTACT = (
-    re.compile("|".join(listed(name)))
-    for name in ("furniture", "notice", "prompt", "about", "related", "comments", "contact"))
+def listed_pattern(name: str) -> re.Pattern:
+    """Return one pattern for all that a list holds."""
+    return re.compile("|".join(listed(name)))
+
+
+# What marks a line as furniture, as one about the page, as a heading, or as an item of an article.
+FURNITURE, NOTICE, PROMPT, ABOUT, RELATED, COMMENTS, CONTACT, NUMBERED, ITEM, EXCERPT = map(
+    listed_pattern, (
+        "furniture", "notice", "prompt", "about", "related", "comments", "contact", "numbered",
+        "item", "excerpt"))
 CONTACT_LINE = re.compile(rf"\S{{0,2}}(?:{CONTACT.pattern})\s.{{0,12}}\d")
 CONTACT = re.compile(rf"(?:{CONTACT.pattern})\s*[:：]")
-# Headings and formulas, however few of their characters are words; data and code.
-NUMBERED = re.compile(
-    "[壹貳參肆伍陸柒捌玖拾一二三四五六七八九十]+、|"
-    "第 ?[一二三四五六七八九十百0-9-]+ ?[章節條步編款]")
-ITEM = re.compile(r"- |[(（][A-Za-z甲乙丙丁一二三四五六七八九十][)）]|[A-E][.、．] ?")
-TIMING = re.compile(r"\d+|(?:\d\d:)+\d\d[,.]\d{3} --> .*")  # of a subtitle
+# Of subtitles, formulas, data and code.
+TIMING = re.compile(r"\d+|(?:\d\d:)+\d\d[,.]\d{3} --> .*")
 FORMULA = re.compile(r"\S [=≈≤≥] \S")
 DATA = re.compile(r"[\d=(){};]")
 HAN, LATIN = re.compile("[\u3400-\u9fff]"), re.compile("[a-z]")
@@ -155,8 +154,6 @@ STOPS = re.compile("[。？！?!]")
 ENDED = re.compile("[。？！．｡﹒﹖﹗︒︕︖]")
 CLOSING = tuple("。！？…」』）；：.!?\"')~～．｡﹒﹖﹗︒︕︖︰，,、﹐︐﹔;")
 COLONS = (":", "：")
-EXCERPT = re.compile(
-    r"(?i)(?:\.\.\.|…)$|read more|continue reading|繼續閱讀|閱讀(?:全文|更多)|(?:詳|看)全文")
 FENCES = ("```", "~~~")  # around code in Markdown
 CODE = re.compile(r"[{}<>=;$\\|`#]|\w[(\[.:_/]\w|^\s*[\w.-]+$")
 WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+(?:['’-][A-Za-z]+)*|[\u0370-\u1fff]+")
@@ -165,13 +162,8 @@ INVISIBLE = re.compile(  # no line break; colours of a terminal go whole
     "\u202a-\u202e\u2060-\u2064\ufeff]")
 PARAGRAPH = tuple("。；：，」』）.\"')~～")  # the ends of these; a title may end in ？ or ！
 SEPARATORS = re.compile(r"[\s|｜│>»›＞/／·•．‧★◆■]+")
-FUNCTION_WORDS = frozenset(
-    "的了是我你妳他她它在不有這那著也就都而又還說到過裡吧嗎呢啊讓把被與和卻才很")
-
-PRONOUNS = ("它", "們的", "你的", "一個")  # English needs them where Chinese does not
-UNCONVERTED = set("后里干几准云余咸淀松斗谷丑郁仆朴面")  # 之后, 家里: Taiwan writes 後, 裡
-# Forms of OpenCC's own standard, in use neither in Taiwan nor in Hong Kong: a conversion left them.
-VARIANTS = "爲僞衆竈覈纔"
+FUNCTION_WORDS, PRONOUNS, UNCONVERTED, VARIANTS = map(
+    listed_words, ("function_words", "pronouns", "unconverted", "variants"))
 CURLY = re.compile("“[\u4e00-\u9fff]")  # Taiwan quotes with 「」; conversion leaves quotes alone
 # Personal data. Digits and letters around them must have ended; that is asked after the first
 # character, because a pattern that begins with a set of characters is found much faster.
@@ -328,9 +320,7 @@ def mapped(stream) -> Iterator[mmap.mmap]:
         yield mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
 
 
-def file_records(
-    data: mmap.mmap, wanted: Callable, damage: Callable, tally: "Tally"
-) -> Iterator[tuple]:
+def file_records(data: mmap.mmap, wanted: Callable, damage: Callable, tally: "Tally") -> Iterator:
     """Yield the records of a file of WARC bytes, each with the place and length of its body; where
     a length is wrong, go on at the next record's header."""
     at, lost = 0, False
@@ -403,9 +393,7 @@ def inflate_member(data: mmap.mmap, at: int, file) -> int | None:
     return fed - len(inflate.unused_data) if inflate.eof else None
 
 
-def gzip_records(
-    data: mmap.mmap, wanted: Callable, damage: Callable, tally: "Tally"
-) -> Iterator[tuple]:
+def gzip_records(data: mmap.mmap, wanted: Callable, damage: Callable, tally: "Tally") -> Iterator:
     """Cut records out of gzip members. Magic bytes divide these, so that damage ends with its
     member. A member should hold one record. Any other member (many records, a wrong length, damage,
     magic bytes inside compressed data) is inflated into a file and searched for records."""
@@ -431,9 +419,7 @@ def gzip_records(
                 yield from file_records(records, wanted, told, tally)
 
 
-def stream_records(
-    stream, wanted: Callable, damage: Callable, tally: "Tally"
-) -> Iterator[tuple]:
+def stream_records(stream, wanted: Callable, damage: Callable, tally: "Tally") -> Iterator[tuple]:
     """Yield the wanted records of a WET or WARC file, compressed or not, whatever its name says."""
     with mapped(stream) as data:
         if not data:
@@ -500,8 +486,7 @@ class Tally:
         """Write the counts; with `every`, only if the last time is that many seconds ago."""
         if time.monotonic() - self.saved >= every:
             self.saved = time.monotonic()
-            names = ("files", "read", "pages", "bytes", "damage", "others")
-            counts = {name: getattr(self, name) for name in names}
+            counts = {k: v for k, v in vars(self).items() if k not in ("path", "saved")}
             write_whole(Path(self.path), json.dumps(counts, sort_keys=True))
 
 
@@ -529,16 +514,15 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
     save = judge.limits.save_rejected
 
     def wanted(header: bytes, length: int, start: bytes = b"") -> bool:
-        if not header.startswith(CONVERSION):
-            kind = RECORD_TYPE.search(header)
-            if kind is None:
-                damage("record without a type")
-                return False
-            if kind[1] == b"response":
-                return True
-            if kind[1] != b"conversion":
-                tally.others[kind[1].decode()] += 1
-                return False
+        kind = RECORD_TYPE.search(header)
+        if kind is None:
+            damage("record without a type")
+            return False
+        if kind[1] == b"response":
+            return True
+        if kind[1] != b"conversion":
+            tally.others[kind[1].decode()] += 1
+            return False
         refused = judge.glance(start) if start else "language" if FOREIGN.search(header) else None
         if save or not refused:
             return True
@@ -692,9 +676,7 @@ SILENT, BLOCKS = (frozenset(listed_words(name)) for name in ("html_silent", "htm
 GUTTER = re.compile(r"(?i)\b(?:gutter|line-?num(?:ber)?s?|linenos?)\b")  # numbers of lines of code
 BESIDE = re.compile(  # names of elements, classes and ids beside an article
     r"(?i)(?:^|\s)(?:site-|page-)?header\b|"
-    r"(?:^|[\s_-])(?:nav|aside|footer|menu|side(?:bar)?|comments?|respond|shar(?:e|ing)|"
-    r"social|related|recommend\w*|breadcrumbs?|tags?|pag(?:ination|er)|ads?|advert\w*|banner|"
-    r"popular|widgets?|login|cookies?)(?:$|[\s_-])")
+    rf"(?:^|[\s_-])(?:{listed_pattern('html_beside').pattern})(?:$|[\s_-])")
 TITLE = re.compile(r"(?i)h[1-6]\b|.* \S*(?:title|headline|subject)\b")
 ELSEWHERE = re.compile(r"(?!javascript:)[^#]+")  # a link that leaves the page
 WIDE = "[\u3000-\u9fff\uff00-\uffef]"
@@ -1037,7 +1019,7 @@ def converted_words() -> tuple[dict[str, int], set[str]]:
         for at in (0, 1):
             # the first is the usual one; most characters that were not converted are in use
             others = {*several.get(simple[at], ())[1:], *simple[at]}
-            for other in others - ({simple[at]} - UNCONVERTED):
+            for other in others - ({simple[at]} - {*UNCONVERTED}):
                 wrong[full[0][:at] + other + full[0][at + 1 :]] = at
     words = to_taiwan("\n".join(wrong)).split("\n")
     wrong = {word: at for word, at in zip(words, wrong.values(), strict=True) if word not in right}
@@ -1440,7 +1422,7 @@ def closing_share(prose: str) -> float:
 def is_closed(line: str) -> bool:
     """Whether a line ends like a sentence, holds the end of one, or runs on after a comma, as in
     mail and on boards. A line that is cut, with ... or a link to the rest, is an excerpt."""
-    if len(line) > 15 and EXCERPT.search(line[-60:]):
+    if len(line) > 15 and EXCERPT.search(line[-60:].lower()):
         return False
     ended = line.endswith(CLOSING) or ENDED.search(line)
     return bool(ended) or ("，" in line and has_grammar(line))
