@@ -252,7 +252,7 @@ ACCEPTED = {
         "save_total_limit": ["negative", "zero", "huge"],  # Transformers' way to say: keep all
         "eval_steps": ["huge"], "save_steps": ["huge"],
         "logging_steps": ["huge"]},
-    M: {"max_shard_size": ["huge"], "verify_tokens": ["huge"]},
+    M: {"max_shard_size": ["huge"]},
 }  # fmt: skip
 FIRST_WORK = {F: "list_inputs", E: "read_corpora", T: "tokenize", M: "make_plan"}
 ORDINARY = {F: [], E: EXTEND, T: TRAIN, M: MERGE}
