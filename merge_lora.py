@@ -617,7 +617,7 @@ def read_quantization(folder: Path, shown: str) -> dict | None:
         told = (file.metadata() or {}).get(QUANTIZATION)
     if told is None:
         return None
-    with suppress(ValueError, TypeError, AttributeError):  # not JSON, or not an object
+    with suppress(ValueError, LookupError, TypeError, AttributeError):  # not as expected
         found = json.loads(told)
         if not found.get("load_in_4bit"):
             return {}

@@ -1,6 +1,5 @@
 """merge_lora.py against PEFT itself, bit for bit, and against everything that can go wrong."""
 
-import contextlib
 import errno
 import json
 import os
