@@ -1178,14 +1178,7 @@ def build_aside(output: Path, nbytes: float = 0) -> Iterator[Path]:
             old.rename(output)
         shutil.rmtree(old, ignore_errors=True)
 
-    def remove_parents() -> None:
-        with suppress(OSError):  # not empty: all went well, or others use them
-            for folder in made:
-                folder.rmdir()
-
-    made = [folder for folder in partial.parents if not folder.exists()]
     with ExitStack() as leaving:
-        leaving.callback(remove_parents)
         try:
             partial.mkdir(parents=True, exist_ok=True)
             lock = os.open(partial, os.O_RDONLY)

@@ -559,21 +559,6 @@ def find_adapter(name: str) -> Path:
     return folder
 
 
-def read_adapters(args: Arguments) -> list[Adapter]:
-    """The adapters. They must have one base: else a mean of their merged weights means nothing."""
-    adapters = [read_adapter(name, args.base_model) for name in args.adapter]
-    first = adapters[0]
-    for adapter in adapters:
-        refuse(
-            (adapter.base != first.base,
-             f"{adapter.shown}: its base is {adapter.base}, that of {first.shown} is {first.base}; "
-             "expected one base; pass it with --base_model"),
-            (adapter.nf4 != first.nf4 and not args.merge_into,
-             f"{adapter.shown}: trained on {adapter.nf4}, {first.shown} on {first.nf4}; expected "
-             "one base; say it with --merge_into"))
-    return adapters
-
-
 def read_adapter(name: str, base: str | None) -> Adapter:
     """An adapter, its tensors by the module that they change. Its weights must have the sum that
     its run.json records."""
@@ -601,14 +586,6 @@ def file_sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_kind(lora: dict, shown: str) -> None:
-    """Refuse a kind of LoRA that this script does not know."""
-    for key, value in ({"peft_type": None} | lora).items():
-        known = key in KNOWN_FIELDS or not value
-        if value not in KNOWN_VALUES[key] if key in KNOWN_VALUES else not known:
-            raise UserError(f"{shown}: {key} = {value} {NOT_HERE}")
-
-
 def read_quantization(folder: Path, shown: str) -> dict | None:
     """How the base was held while the adapter was trained: the number format and the device of a
     4-bit base; empty for 16 bits; None if the file does not tell."""
@@ -629,7 +606,8 @@ def read_quantization(folder: Path, shown: str) -> dict | None:
 
 
 def find_base(args: Arguments, adapters: list[Adapter]) -> Model:
-    """The model that the adapters were trained on."""
+    """The model that the adapters were trained on. It must be one, held in one way: else a mean of
+    their merged weights means nothing."""
     first = adapters[0]
     shown, revision = f"--base_model {first.base}", first.config.get("revision")
     if not args.base_model and revision not in (None, "main") and not Path(first.base).exists():
@@ -642,13 +620,19 @@ def find_base(args: Arguments, adapters: list[Adapter]) -> Model:
         named = f"{first.shown}: it names {first.base} as its base"
         raise UserError(f"{named}; {error}; pass the model with --base_model") from error
     held = fingerprint(base.folder)
-    for trained_on in (adapter.record["base"] for adapter in adapters):
-        if trained_on.get("fingerprint") not in (None, held):
-            name = trained_on.get("model_name_or_path")
-            wrong = f"the adapter is of another model, {name} as it was"
-            raise UserError(
-                f"{shown}: {wrong}; pass that one, or train again; if you know that this one "
-                "belongs to it, pass a copy of the adapter's folder without run.json")
+    for adapter in adapters:
+        trained_on = adapter.record["base"]
+        refuse(
+            (adapter.base != first.base,
+             f"{adapter.shown}: its base is {adapter.base}, that of {first.shown} is {first.base}; "
+             "expected one base; pass it with --base_model"),
+            (adapter.nf4 != first.nf4 and not args.merge_into,
+             f"{adapter.shown}: trained on {adapter.nf4}, {first.shown} on {first.nf4}; expected "
+             "one base; say it with --merge_into"),
+            (trained_on.get("fingerprint") not in (None, held),
+             f"{shown}: the adapter is of another model, {trained_on.get('model_name_or_path')} as "
+             "it was; pass that one, or train again; if you know that this one belongs to it, pass "
+             "a copy of the adapter's folder without run.json"))
     return base
 
 
@@ -794,7 +778,7 @@ def adapted(
         if new and (hit := position[begin:end] >= 0).any():
             which = position[begin:end][hit]
             first, last = int(which.min()), int(which.max())
-            rows = rows.to(torch.float32, copy=True)
+            rows = rows.float()
             rows[hit] = new.block(first, last + 1)[which - first].float()
         yield rows
 
@@ -868,9 +852,8 @@ def make_plan(
     config, sources, plan = base.config, dict(base.tensors), {}
     if config["tie_word_embeddings"]:
         untied = {unties(adapter.config) for adapter in adapters}
-        if len(untied) > 1:
-            wrong = "they differ in modules_to_save on the tied embedding and head"
-            raise UserError(f"--adapter {' '.join(args.adapter)}: {wrong}; merge them one by one")
+        refuse((len(untied) > 1, f"--adapter {' '.join(args.adapter)}: they differ in "
+                "modules_to_save on the tied embedding and head; merge them one by one"))
         if True in untied:
             config["tie_word_embeddings"] = False
             sources[HEAD] = sources[EMBEDDING]
@@ -884,9 +867,7 @@ def make_plan(
             own = adapter.tensors.get(name, stored)
             readers.append(reader(name, read if own is stored else own.read, adapter))
             shapes.append(own.shape)
-        if len({*shapes}) > 1:
-            found = " and ".join(map(str, dict.fromkeys(shapes)))
-            raise UserError(f"{name}: the adapters have {found}; expected one shape")
+        refuse((len({*shapes}) > 1, f"{name}: the adapters have {shapes}; expected one shape"))
         read = readers[0] if len({*readers}) == 1 else partial(mean, readers)
         if chat and (name not in ENDS or args.chat_embeddings):
             theirs = chat.tensors.get(name, chat.tensors[EMBEDDING])
@@ -894,9 +875,9 @@ def make_plan(
             read = partial(with_chat, read, theirs, stored, args.chat_scale, rows)
         plan[name] = Part(name, read, shapes[0], dtype or stored.dtype)
     config["vocab_size"] = rows = plan[EMBEDDING].shape[0]  # which may have grown
-    if HEAD in plan and plan[HEAD].shape[0] != rows:
-        wrong = f"the embedding has {rows} rows, the head {plan[HEAD].shape[0]}"
-        raise UserError(f"{adapters[0].shown}: {wrong}; {OTHER_MODEL}")
+    head_rows = plan.get(HEAD, plan[EMBEDDING]).shape[0]
+    refuse((head_rows != rows, f"{adapters[0].shown}: the embedding has {rows} rows, the head "
+            f"{head_rows}; {OTHER_MODEL}"))
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[plan[EMBEDDING].dtype]
     return plan
 
@@ -920,17 +901,19 @@ def in_4_bits(tensor: Stored, nf4: dict | None) -> bool:
 
 
 def check_promises(adapter: Adapter, sources: dict[str, Stored]) -> None:
-    """Refuse an adapter that lacks a tensor that its config promises for this base, or has another
-    shape or another tensor. PEFT would merge a part of it and give no error."""
+    """Refuse a kind of LoRA that this script does not know, and an adapter that lacks a tensor that
+    its config promises for this base, or has another shape or another tensor. PEFT would merge a
+    part of it and give no error."""
     tensors, shown = adapter.tensors, adapter.shown
-    check_kind(adapter.config, shown)
+    for key, value in adapter.config.items():
+        known = value in KNOWN_VALUES[key] if key in KNOWN_VALUES else key in KNOWN_FIELDS
+        refuse((value and not known, f"{shown}: {key} = {value} {NOT_HERE}"))
     if HEAD not in sources:  # tied
         if EMBEDDING in tensors:
             tensors.pop(HEAD, None)  # the embedding once more
         for name in tensors:
-            if name.startswith(("lm_head.", "model.embed_tokens.lora")):
-                wrong = f"{name} changes one of two tied matrices, which {INEXACT}"
-                raise UserError(f"{shown}: {wrong}")
+            one = name.startswith(("lm_head.", "model.embed_tokens.lora"))
+            refuse((one, f"{shown}: {name} changes one of two tied matrices, which {INEXACT}"))
     expected = promised_tensors(adapter, sources)
     refuse((not expected, f"{shown}: adapter_config.json promises no tensor; {OTHER_MODEL}"))
     found = {name: tensor.shape for name, tensor in tensors.items()}
@@ -1135,11 +1118,10 @@ def check_tokenizer(folder: Path, rows: int, shown: str, base: Model) -> int:
     return tokens
 
 
-def base_vocab_size(base: Model, adapter: Adapter) -> int | None:
-    """Size of the vocabulary before it was extended. train_pt.py trains the rows behind it, also
-    when the merged model becomes the next base."""
-    return (base.record["results"].get("base_vocab_size")
-            or adapter.record["settings"].get("first_new_row"))
+def origin(base: Model, adapter: Adapter) -> str:
+    """The published model at the start of the chain, also when a merged model was the base."""
+    made_from = base.record["base"].get("origin") or base.record["arguments"].get("base_model")
+    return made_from or adapter.base
 
 
 def write_papers(
@@ -1147,31 +1129,19 @@ def write_papers(
     """run.json and the model card: where the weights came from, and how to use them."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
     written = {path.name for path in folder.iterdir()} | {"README.md", "config.json", "run.json"}
+    source = {"model_name_or_path": adapter.base, "fingerprint": fingerprint(base.folder)}
+    source["origin"] = origin(base, adapter)
     save_json(folder / "run.json", {
-        "script": "merge_lora.py", "arguments": asdict(args),
-        "versions": {name: version(name) for name in packages}, "results": facts,
-        "base": {"model_name_or_path": adapter.base, "fingerprint": fingerprint(base.folder)},
-        "written": sorted(written)})
-    card = model_card(folder, args, adapter, base, facts)
+        "script": "merge_lora.py", "arguments": asdict(args), "base": source, "results": facts,
+        "versions": {name: version(name) for name in packages}, "written": sorted(written)})
+    card = model_card(folder, args, adapter, source["origin"], facts)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def origin(adapter: Adapter, base: Model) -> str:
-    """The published model at the start of the chain: each run.json names what its base was made
-    from."""
-    name, record = adapter.base, base.record
-    for _ in range(9):  # a record may name itself
-        source = record["base"].get("model_name_or_path", name)
-        name = record["arguments"].get("base_model") or source
-        record = run_record(Path(name), name)
-    return name
-
-
-def model_card(folder: Path, args: Arguments, adapter: Adapter, base: Model, facts: dict) -> str:
+def model_card(folder: Path, args: Arguments, adapter: Adapter, name: str, facts: dict) -> str:
     """README.md with the front matter that the hub reads, from the records of the training."""
     from huggingface_hub import EvalResult, ModelCardData
-    run, name = adapter.record, origin(adapter, base)
-    title = Path(args.push_to_hub or args.output_dir).resolve().name
+    title, run = Path(args.push_to_hub or args.output_dir).resolve().name, adapter.record
     results, hyperparameters = run["results"], dict(run["settings"])
     size = {key: results[key] for key in ("documents", "tokens") if key in results}
     dataset = ", ".join(Path(text).name for text in run["arguments"].get("dataset", ["unknown"]))
@@ -1214,12 +1184,12 @@ def check_output(output: Path, inputs: list[Path]) -> None:
         wrong = f"a link to {os.readlink(output)}, which is not there"
         raise UserError(f"{shown}: {wrong}; make that folder or remove the link")
     for folder in inputs:
-        if folder.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"{shown}: {folder}, which is read, lies in it; pass another folder")
+        inside = folder.resolve().is_relative_to(output.resolve())
+        refuse((inside, f"{shown}: {folder}, which is read, lies in it; pass another folder"))
     if output.exists() and not (output.is_dir() and FOREIGN.issuperset(os.listdir(output))):
         record = run_record(output, shown)
-        if record.get("script") != "merge_lora.py":
-            raise UserError(f"{shown}: merge_lora.py did not make it; pass a new or empty folder")
+        ours = record.get("script") == "merge_lora.py"
+        refuse((not ours, f"{shown}: merge_lora.py did not make it; pass a new or empty folder"))
         refuse_others(output, record, shown)
 
 
@@ -1261,14 +1231,7 @@ def build_aside(output: Path, nbytes: float = 0) -> Iterator[Path]:
             old.rename(output)
         shutil.rmtree(old, ignore_errors=True)
 
-    def remove_parents() -> None:
-        with suppress(OSError):  # not empty: all went well, or others use them
-            for folder in made:
-                folder.rmdir()
-
-    made = [folder for folder in partial.parents if not folder.exists()]
     with ExitStack() as leaving:
-        leaving.callback(remove_parents)
         try:
             partial.mkdir(parents=True, exist_ok=True)
             lock = os.open(partial, os.O_RDONLY)
@@ -1382,7 +1345,7 @@ def main(argv: list[str] | None = None) -> None:
     args, began = parse_args(argv), time.time()
     check(args)
     text = read_passage(args.verify)
-    adapters = read_adapters(args)
+    adapters = [read_adapter(name, args.base_model) for name in args.adapter]
     base = find_base(args, adapters)
     nf4 = choose_base(args, adapters[0])
     chat, shared = read_chat(args, base)
@@ -1401,7 +1364,9 @@ def main(argv: list[str] | None = None) -> None:
             "chat vector": f"{chat.folder}, times {args.chat_scale}" if chat else None,
             "weights": f"{len(parts)} tensors, {nbytes / 1e9:.2f} GB",
             "vocabulary": f"{rows} rows, {tokens} tokens",
-            "base_vocab_size": base_vocab_size(base, first)}
+            # Of the first base: when the merged model is trained again, the rows behind it are new.
+            "base_vocab_size": base.record["results"].get("base_vocab_size")
+            or first.record["settings"].get("first_new_row")}
         write_papers(folder, args, first, base, facts)
         save_json(folder / "config.json", base.config)  # last: without it it is no model
     if args.verify:
