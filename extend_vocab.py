@@ -383,10 +383,12 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
          "number everywhere (no padding rows, no added tokens)"),
         (config.get("quantization_config") or not dtypes <= {"BF16", "F16", "F32"},
          f"{given}: is quantised; expected weights in bf16, fp16 or fp32"))
-    if config.get("model_type") == "llama":  # a tied head and old buffers may be there too
+    if config.get("model_type") in ("llama", "mistral"):  # old ones may have buffers too
         found = {name: shape for name, (shape, _) in tensors.items() if "inv_freq" not in name}
-        tied = {HEAD: found.get(HEAD)} if HEAD in found and HEAD not in rows else {}
-        expect(found, llama_shapes(config, given) | tied, given, "by config.json", AGAIN)
+        expected = model_shapes(config, given)
+        if HEAD not in rows:  # tied
+            expected.pop(HEAD)
+        expect(found, expected, given, "by config.json", AGAIN)
     if args.init == "subtoken" and HEAD not in matrices:
         args.init = "mean_subtoken"  # one matrix has to serve both ends
     if args.init in TAUGHT:
@@ -410,33 +412,17 @@ def expect(found: dict, expected: dict, shown: str, why: str, remedy: str) -> No
         raise UserError(f"{shown}: {wrong[0]} is {has}; expected {due} {why}{more}; {remedy}")
 
 
-def llama_shapes(config: dict, shown: str) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a Llama of this config has. (Transformers would tell too, from an empty
-    model, but importing its models takes as long as merging a gigabyte.)"""
-    sizes = {key: config.get(key) for key in (
-        "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",
-        "num_hidden_layers")}
-    for key, number in sizes.items():
-        if not isinstance(number, int) or number < 1:
-            wrong = f"config.json: {key} is {number}; expected a number above 0"
-            raise UserError(f"{shown}: {wrong}; {AGAIN}")
-    width, inner, rows, heads, layers = sizes.values()
-    size = config.get("head_dim") or width // heads
-    wide, narrow = heads * size, (config.get("num_key_value_heads") or heads) * size
-    matrices = {
-        "self_attn.q_proj": (wide, width), "self_attn.k_proj": (narrow, width),
-        "self_attn.v_proj": (narrow, width), "self_attn.o_proj": (width, wide),
-        "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner)}
-    layer = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
-    for name, shape in matrices.items():
-        layer[f"{name}.weight"] = shape
-        if config.get("attention_bias" if "attn" in name else "mlp_bias"):
-            layer[f"{name}.bias"] = shape[:1]
-    head = {} if config.get("tie_word_embeddings") else {HEAD: (rows, width)}
-    return {EMBEDDING: (rows, width), "model.norm.weight": (width,)} | head | {
-        f"model.layers.{i}.{name}": shape
-        for i in range(layers) for name, shape in layer.items()}
+def model_shapes(config: dict, given: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a model of this config has, from an empty model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{given}: config.json makes no model ({reason}); {AGAIN}") from error
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def pickled(folder: Path) -> str | None:
@@ -457,7 +443,7 @@ def find_shards(folder: Path, given: str) -> dict[Path, dict[str, tuple[tuple, s
     for path in paths:
         try:
             with safe_open(path, "np") as file:  # it holds the header against the file's size
-                inside = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                inside = {name: file.get_slice(name) for name in file.offset_keys()}
                 shards[path] = {
                     n: (tuple(p.get_shape()), p.get_dtype()) for n, p in inside.items()}
         except (SafetensorError, OSError) as error:
@@ -509,26 +495,26 @@ def fetch_hongloumeng(path: Path) -> None:
 
 
 def find_texts(name: str, option: str) -> list[Path]:
-    """The text files that a --corpus or --eval_text names. Files of a folder that are not read are
-    listed, each with the reason."""
+    """The text files that a --corpus or --eval_text names. What a folder holds besides is named;
+    hidden files in it belong to other programs."""
     path = Path(name)
     if name == HONGLOUMENG and not os.path.lexists(path):
         fetch_hongloumeng(path)
     refuse_dead_link(path, option)
-    inside = path.is_dir()
-    found = {file: reason_not_to_read(file, inside)
-             for file in (sorted(path.iterdir()) if inside else [path])}
-    files = [file for file, reason in found.items() if not reason]
-    others = [f"{file.name} ({why})" for file, why in found.items() if why] if inside else []
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    visible = [file for file in inside if not file.name.startswith(".")] if inside else [path]
+    files = [file for file in visible
+             if file.is_file() and file.suffix.lower() in TEXT_SUFFIXES]
+    others = [file.name for file in inside if file not in files]
+    names = ", ".join(others[:9]) + f" and {len(others) - 9} more" * (len(others) > 9)
     if not files:
         first = path.parts[:2] == ("data", "cc_filtered") and not path.exists()
         remedy = "run python filter_cc.py first" if first else "name such a file or folder"
         wanted = f"expected {', '.join(TEXT_SUFFIXES)} or a folder of them"
-        found = f"; it holds {', '.join(others[:3])}" if others else ""
+        found = f"; it holds {names}" if others else ""
         raise UserError(f"{option} {name}: no text there{found}; {wanted}; {remedy}")
     if others:
-        more = f" and {len(others) - 9} more" if len(others) > 9 else ""
-        print(f"{option} {name}: not read: {', '.join(others[:9])}{more}", flush=True)
+        print(f"{option} {name}: not read: {names}", flush=True)
     return files
 
 
@@ -537,20 +523,6 @@ def refuse_dead_link(path: Path, option: str) -> None:
     if path.is_symlink() and not path.exists():
         wrong = f"a link to {os.readlink(path)}, which is not there"
         raise UserError(f"{option} {path}: {wrong}; make it or remove the link")
-
-
-def reason_not_to_read(file: Path, inside: bool) -> str | None:
-    """Why a file is not read; None: it is read. Hidden files inside a folder belong to other
-    programs."""
-    if inside and file.name.startswith("."):
-        return "hidden"
-    if file.is_dir():
-        return "a folder"
-    if not file.exists():
-        return "a link that leads nowhere" if file.is_symlink() else "missing"
-    if file.suffix.lower() not in TEXT_SUFFIXES:
-        return f"not {', '.join(TEXT_SUFFIXES)}"
-    return None if file.is_file() else "not a regular file"
 
 
 def documents(path: Path, option: str) -> Iterator[str]:

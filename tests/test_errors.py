@@ -225,7 +225,7 @@ def test_a_mistake_is_one_line(script, options, says, code, wrong_hands, capsys)
     for words in says:
         assert words in line
     assert ended == code
-    assert not (wrong_hands / "outputs").exists(), "a refused run leaves nothing behind"
+    assert not [*wrong_hands.glob("outputs/*")], "a refused run leaves nothing behind"
 
 
 # --- Numbers -------------------------------------------------------------------------------------

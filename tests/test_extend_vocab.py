@@ -376,10 +376,7 @@ def test_what_a_folder_holds_besides_text_is_named(tmp_path, capsys):
     files = script.find_texts(str(tmp_path / "place"), "--corpus")
     assert [file.name for file in files] == ["a.txt", "link.txt"]
     said = capsys.readouterr().out
-    for words in (".DS_Store (hidden)", "._a.txt (hidden)", ".ipynb_checkpoints (hidden)",
-                  "notes.md (not .txt, .jsonl, .parquet)", "sub (a folder)",
-                  "gone.txt (a link that leads nowhere)"):
-        assert words in said
+    assert ": not read: .DS_Store, ._a.txt, .ipynb_checkpoints, gone.txt, notes.md, sub\n" in said
 
 
 # --- The model -----------------------------------------------------------------------------------
@@ -672,7 +669,7 @@ def test_bits_per_character_equal_a_plain_loop(base):
         ("--corpus", "nothing.txt", "no text there"),
         ("--corpus", "data/cc_filtered", "run python filter_cc.py first"),
         ("--corpus", "empty", "no text there"),
-        ("--corpus", "zipped", "no text there; it holds a.jsonl.gz (not .txt"),
+        ("--corpus", "zipped", "no text there; it holds a.jsonl.gz; expected .txt"),
         ("--corpus", "gone", "a link to nowhere, which is not there"),
         ("--output_dir", "gone", "a link to nowhere, which is not there"),
         ("--picture", "vocab", "expected a file that ends in .png, .pdf or .svg"),
@@ -712,7 +709,7 @@ def test_wrong_values(option, value, said, base, corpus, tmp_path, monkeypatch, 
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
     line = refusal(capsys, *options(base, corpus, option, value))
     assert line.startswith(f"error: {option} ") and said in line
-    assert not (tmp_path / "outputs").exists()
+    assert not [*tmp_path.glob("outputs/*")]
     assert (tmp_path / "data" / "mine").read_text() == "precious"
 
 
@@ -804,7 +801,7 @@ def spoil(folder: Path, how: str) -> None:
         ("not safetensors", "is not a safetensors file"),
         ("a tensor missing", "layers.1.mlp.up_proj.weight is missing; expected (52, 36) by config"),
         ("another shape", "model.norm.weight is (35,); expected (36,) by config.json"),
-        ("no size", "config.json: intermediate_size is None; expected a number above 0"),
+        ("no size", "config.json makes no model ("),
         ("a bare model", "expected the same number everywhere"),
         ("an index of nothing", "no model.safetensors there, nor its index that can be read"),
         ("a pointer", "if it was cloned, run git lfs pull"),
@@ -816,7 +813,7 @@ def test_bases_that_cannot_be_extended(how, said, base, corpus, tmp_path, capsys
     spoil(tmp_path / "base", how)
     line = refusal(capsys, *options(tmp_path / "base", corpus))
     assert "--base_model" in line and said in line
-    assert not (tmp_path / "outputs").exists()
+    assert not [*tmp_path.glob("outputs/*")]
 
 
 def test_a_base_that_says_it_is_not_quantised(base, corpus, tmp_path):
@@ -839,13 +836,13 @@ def test_a_failed_proof_writes_nothing(base, corpus, tmp_path, monkeypatch, caps
     monkeypatch.setattr(script, "write_tokenizer", reversed_merges)
     line = refusal(capsys, *options(base, corpus))
     assert "proof failed, nothing was written: texts_differing" in line
-    assert not (tmp_path / "outputs").exists()
+    assert not [*tmp_path.glob("outputs/*")]
 
 
 def test_a_full_disk_ends_with_code_1(base, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
     assert "GB" in refusal(capsys, *options(base, corpus), code=1)
-    assert not (tmp_path / "outputs").exists()
+    assert not [*tmp_path.glob("outputs/*")]
 
 
 # --- Runs ----------------------------------------------------------------------------------------
@@ -968,7 +965,7 @@ def test_no_place_for_the_picture_leaves_the_earlier_result(base, corpus, tmp_pa
     (tmp_path / "pictures").write_text("mine")
     line = refusal(capsys, *options(base, corpus))
     assert "pictures is in the way" in line
-    assert not (tmp_path / "outputs").exists()
+    assert not [*tmp_path.glob("outputs/*")]
     (tmp_path / "pictures").unlink()
     script.main(options(base, corpus))  # and not "already done"
     assert (tmp_path / "pictures" / "vocab.png").is_file()
