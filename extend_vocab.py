@@ -462,18 +462,14 @@ def file_sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def input_sums(base_folder: Path, files: dict[str, list[Path]], known: dict) -> dict[str, str]:
+def input_sums(base_folder: Path, files: dict[str, list[Path]]) -> dict[str, str]:
     """What identifies everything that is read: a fingerprint of the base's weights, as the other
     scripts take it (a sum of 13.5 GB would take as long as copying them), and a sum of each other
-    file. A file whose path, size and times are those of a known sum is not read again."""
+    file."""
     papers = [path for name in ("tokenizer.model", "tokenizer_config.json", *PAPERS)
               for path in sorted(base_folder.glob(name))]
-    sums = {"base": fingerprint(base_folder)}
-    for path in filter(Path.is_file, chain(papers, *files.values())):
-        stat = path.stat()
-        seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-        sums[seen] = known.get(seen) or file_sum(path)
-    return sums
+    read = filter(Path.is_file, chain(papers, *files.values()))
+    return {"base": fingerprint(base_folder)} | {str(path): file_sum(path) for path in read}
 
 
 def fetch_hongloumeng(path: Path) -> None:
@@ -1074,35 +1070,26 @@ def show(report: dict, text: str, model, picture: Path) -> None:
 # --- The output folder ---------------------------------------------------------------------------
 
 
-def earlier_run(output: Path) -> dict:
-    """The run.json of the run in the output folder; empty if there is none. Any other content is
-    refused."""
+def already_done(output: Path, record: dict) -> bool:
+    """Whether the output folder holds this same run, finished. Another run is refused, and any
+    other content."""
     refuse_dead_link(output, "--output_dir")
-    given, path = f"--output_dir {output}", output / "run.json"
+    given, now, path = f"--output_dir {output}", record["arguments"], output / "run.json"
     if not output.exists() or (output.is_dir() and FOREIGN.issuperset(os.listdir(output))):
-        return {}
-    then = load_json(path, given) if path.is_file() else {}
-    if then.get("script") != "extend_vocab.py":
-        raise UserError(f"{given}: extend_vocab.py did not make it; pass a new or empty folder")
-    return then
-
-
-def already_done(output: Path, record: dict, then: dict) -> bool:
-    """Whether the output folder holds this same run, finished. Another run is refused."""
-    given, now = f"--output_dir {output}", record["arguments"]
-    if not then:
         return False
+    then = load_json(path, given) if path.is_file() else {}
+    ours = then.get("script") == "extend_vocab.py"
+    refuse((not ours, f"{given}: extend_vocab.py did not make it; pass a new or empty folder"))
     if now["overwrite"]:
         refuse_others(output, then, given)
         return False
     before = asdict(Arguments()) | (then.get("arguments") or {})
     before |= {name: now[name] for name in ("overwrite", "picture")}
     differing = [f"--{name}" for name in now if now[name] != before.get(name)]
-    sums, sums_then = record["inputs"], then.get("inputs") or {}  # the keys hold paths and times
+    sums, sums_then = record["inputs"], then.get("inputs") or {}  # the keys are paths
     differing += ["the files it reads"] if [*sums.values()] != [*sums_then.values()] else []
-    if differing:
-        wrong = f"it holds a run with other settings ({', '.join(differing)})"
-        raise UserError(f"{given}: {wrong}; add --overwrite to replace it, or pass another folder")
+    refuse((differing, f"{given}: it holds a run with other settings ({', '.join(differing)}); add "
+            "--overwrite to replace it, or pass another folder"))
     print(f"already done: {output} (--overwrite builds it anew)")
     return True
 
@@ -1203,9 +1190,9 @@ def main(argv: list[str] | None = None) -> None:
     files = {name: find_texts(name, "--corpus") for name in args.corpus}
     if args.eval_text is not None:
         files[args.eval_text] = find_texts(args.eval_text, "--eval_text")
-    record, then = {"script": "extend_vocab.py", "arguments": asdict(args)}, earlier_run(output)
-    record["inputs"] = input_sums(base_folder, files, then.get("inputs") or {})
-    if already_done(output, record, then):
+    record = {"script": "extend_vocab.py", "arguments": asdict(args)}
+    record["inputs"] = input_sums(base_folder, files)
+    if already_done(output, record):
         return
 
     state = output.resolve().with_name(f".{output.name}.distilled")

@@ -1038,12 +1038,6 @@ def test_other_content_of_the_same_size_is_another_run(base, corpus, tmp_path, c
     assert capsys.readouterr().out.startswith("already done")
 
 
-def test_a_known_sum_spares_a_second_reading(base, corpus, tmp_path, monkeypatch):
-    script.main(options(base, corpus))
-    monkeypatch.setattr(script, "file_sum", lambda path: pytest.fail(f"{path} is read again"))
-    script.main(options(base, corpus))
-
-
 def test_the_weights_are_those_that_transformers_loads(base, corpus, tmp_path):
     """One file and, from an earlier model, an index with shards."""
     own = tmp_path / "base"
