@@ -389,10 +389,12 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
          "number everywhere (no padding rows, no added tokens)"),
         (config.get("quantization_config") or not dtypes <= {"BF16", "F16", "F32"},
          f"{given}: is quantised; expected weights in bf16, fp16 or fp32"))
-    if config.get("model_type") == "llama":  # a tied head and old buffers may be there too
+    if config.get("model_type") in ("llama", "mistral"):  # old ones may have buffers too
         found = {name: shape for name, (shape, _) in tensors.items() if "inv_freq" not in name}
-        tied = {HEAD: found.get(HEAD)} if HEAD in found and HEAD not in rows else {}
-        expect(found, llama_shapes(config, given) | tied, given, "by config.json", AGAIN)
+        expected = model_shapes(config, given)
+        if HEAD not in rows:  # tied
+            expected.pop(HEAD)
+        expect(found, expected, given, "by config.json", AGAIN)
     if args.init == "subtoken" and HEAD not in matrices:
         args.init = "mean_subtoken"  # one matrix has to serve both ends
     if args.init in TAUGHT:
@@ -416,33 +418,17 @@ def expect(found: dict, expected: dict, shown: str, why: str, remedy: str) -> No
         raise UserError(f"{shown}: {wrong[0]} is {has}; expected {due} {why}{more}; {remedy}")
 
 
-def llama_shapes(config: dict, shown: str) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a Llama of this config has. (Transformers would tell too, from an empty
-    model, but importing its models takes as long as merging a gigabyte.)"""
-    sizes = {key: config.get(key) for key in (
-        "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",
-        "num_hidden_layers")}
-    for key, number in sizes.items():
-        if not isinstance(number, int) or number < 1:
-            wrong = f"config.json: {key} is {number}; expected a number above 0"
-            raise UserError(f"{shown}: {wrong}; {AGAIN}")
-    width, inner, rows, heads, layers = sizes.values()
-    size = config.get("head_dim") or width // heads
-    wide, narrow = heads * size, (config.get("num_key_value_heads") or heads) * size
-    matrices = {
-        "self_attn.q_proj": (wide, width), "self_attn.k_proj": (narrow, width),
-        "self_attn.v_proj": (narrow, width), "self_attn.o_proj": (width, wide),
-        "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner)}
-    layer = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
-    for name, shape in matrices.items():
-        layer[f"{name}.weight"] = shape
-        if config.get("attention_bias" if "attn" in name else "mlp_bias"):
-            layer[f"{name}.bias"] = shape[:1]
-    head = {} if config.get("tie_word_embeddings") else {HEAD: (rows, width)}
-    return {EMBEDDING: (rows, width), "model.norm.weight": (width,)} | head | {
-        f"model.layers.{i}.{name}": shape
-        for i in range(layers) for name, shape in layer.items()}
+def model_shapes(config: dict, given: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a model of this config has, from an empty model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{given}: config.json makes no model ({reason}); {AGAIN}") from error
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def pickled(folder: Path) -> str | None:
@@ -463,7 +449,7 @@ def find_shards(folder: Path, given: str) -> dict[Path, dict[str, tuple[tuple, s
     for path in paths:
         try:
             with safe_open(path, "np") as file:  # it holds the header against the file's size
-                inside = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                inside = {name: file.get_slice(name) for name in file.offset_keys()}
                 shards[path] = {
                     n: (tuple(p.get_shape()), p.get_dtype()) for n, p in inside.items()}
         except (SafetensorError, OSError) as error:
@@ -482,18 +468,14 @@ def file_sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def input_sums(base_folder: Path, files: dict[str, list[Path]], known: dict) -> dict[str, str]:
+def input_sums(base_folder: Path, files: dict[str, list[Path]]) -> dict[str, str]:
     """What identifies everything that is read: a fingerprint of the base's weights, as the other
     scripts take it (a sum of 13.5 GB would take as long as copying them), and a sum of each other
-    file. A file whose path, size and times are those of a known sum is not read again."""
+    file."""
     papers = [path for name in ("tokenizer.model", "tokenizer_config.json", *PAPERS)
               for path in sorted(base_folder.glob(name))]
-    sums = {"base": fingerprint(base_folder)}
-    for path in filter(Path.is_file, chain(papers, *files.values())):
-        stat = path.stat()
-        seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-        sums[seen] = known.get(seen) or file_sum(path)
-    return sums
+    read = filter(Path.is_file, chain(papers, *files.values()))
+    return {"base": fingerprint(base_folder)} | {str(path): file_sum(path) for path in read}
 
 
 def fetch_hongloumeng(path: Path) -> None:
@@ -515,26 +497,26 @@ def fetch_hongloumeng(path: Path) -> None:
 
 
 def find_texts(name: str, option: str) -> list[Path]:
-    """The text files that a --corpus or --eval_text names. Files of a folder that are not read are
-    listed, each with the reason."""
+    """The text files that a --corpus or --eval_text names. What a folder holds besides is named;
+    hidden files in it belong to other programs."""
     path = Path(name)
     if name == HONGLOUMENG and not os.path.lexists(path):
         fetch_hongloumeng(path)
     refuse_dead_link(path, option)
-    inside = path.is_dir()
-    found = {file: reason_not_to_read(file, inside)
-             for file in (sorted(path.iterdir()) if inside else [path])}
-    files = [file for file, reason in found.items() if not reason]
-    others = [f"{file.name} ({why})" for file, why in found.items() if why] if inside else []
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    visible = [file for file in inside if not file.name.startswith(".")] if inside else [path]
+    files = [file for file in visible
+             if file.is_file() and file.suffix.lower() in TEXT_SUFFIXES]
+    others = [file.name for file in inside if file not in files]
+    names = ", ".join(others[:9]) + f" and {len(others) - 9} more" * (len(others) > 9)
     if not files:
         first = path.parts[:2] == ("data", "cc_filtered") and not path.exists()
         remedy = "run python filter_cc.py first" if first else "name such a file or folder"
         wanted = f"expected {', '.join(TEXT_SUFFIXES)} or a folder of them"
-        found = f"; it holds {', '.join(others[:3])}" if others else ""
+        found = f"; it holds {names}" if others else ""
         raise UserError(f"{option} {name}: no text there{found}; {wanted}; {remedy}")
     if others:
-        more = f" and {len(others) - 9} more" if len(others) > 9 else ""
-        print(f"{option} {name}: not read: {', '.join(others[:9])}{more}", flush=True)
+        print(f"{option} {name}: not read: {names}", flush=True)
     return files
 
 
@@ -543,20 +525,6 @@ def refuse_dead_link(path: Path, option: str) -> None:
     if path.is_symlink() and not path.exists():
         wrong = f"a link to {os.readlink(path)}, which is not there"
         raise UserError(f"{option} {path}: {wrong}; make it or remove the link")
-
-
-def reason_not_to_read(file: Path, inside: bool) -> str | None:
-    """Why a file is not read; None: it is read. Hidden files inside a folder belong to other
-    programs."""
-    if inside and file.name.startswith("."):
-        return "hidden"
-    if file.is_dir():
-        return "a folder"
-    if not file.exists():
-        return "a link that leads nowhere" if file.is_symlink() else "missing"
-    if file.suffix.lower() not in TEXT_SUFFIXES:
-        return f"not {', '.join(TEXT_SUFFIXES)}"
-    return None if file.is_file() else "not a regular file"
 
 
 def documents(path: Path, option: str) -> Iterator[str]:
@@ -1108,35 +1076,26 @@ def show(report: dict, text: str, model, picture: Path) -> None:
 # --- The output folder ---------------------------------------------------------------------------
 
 
-def earlier_run(output: Path) -> dict:
-    """The run.json of the run in the output folder; empty if there is none. Any other content is
-    refused."""
+def already_done(output: Path, record: dict) -> bool:
+    """Whether the output folder holds this same run, finished. Another run is refused, and any
+    other content."""
     refuse_dead_link(output, "--output_dir")
-    given, path = f"--output_dir {output}", output / "run.json"
+    given, now, path = f"--output_dir {output}", record["arguments"], output / "run.json"
     if not output.exists() or (output.is_dir() and FOREIGN.issuperset(os.listdir(output))):
-        return {}
-    then = load_json(path, given) if path.is_file() else {}
-    if then.get("script") != "extend_vocab.py":
-        raise UserError(f"{given}: extend_vocab.py did not make it; pass a new or empty folder")
-    return then
-
-
-def already_done(output: Path, record: dict, then: dict) -> bool:
-    """Whether the output folder holds this same run, finished. Another run is refused."""
-    given, now = f"--output_dir {output}", record["arguments"]
-    if not then:
         return False
+    then = load_json(path, given) if path.is_file() else {}
+    ours = then.get("script") == "extend_vocab.py"
+    refuse((not ours, f"{given}: extend_vocab.py did not make it; pass a new or empty folder"))
     if now["overwrite"]:
         refuse_others(output, then, given)
         return False
     before = asdict(Arguments()) | (then.get("arguments") or {})
     before |= {name: now[name] for name in ("overwrite", "picture")}
     differing = [f"--{name}" for name in now if now[name] != before.get(name)]
-    sums, sums_then = record["inputs"], then.get("inputs") or {}  # the keys hold paths and times
+    sums, sums_then = record["inputs"], then.get("inputs") or {}  # the keys are paths
     differing += ["the files it reads"] if [*sums.values()] != [*sums_then.values()] else []
-    if differing:
-        wrong = f"it holds a run with other settings ({', '.join(differing)})"
-        raise UserError(f"{given}: {wrong}; add --overwrite to replace it, or pass another folder")
+    refuse((differing, f"{given}: it holds a run with other settings ({', '.join(differing)}); add "
+            "--overwrite to replace it, or pass another folder"))
     print(f"already done: {output} (--overwrite builds it anew)")
     return True
 
@@ -1184,14 +1143,7 @@ def build_aside(output: Path, nbytes: float = 0) -> Iterator[Path]:
             old.rename(output)
         shutil.rmtree(old, ignore_errors=True)
 
-    def remove_parents() -> None:
-        with suppress(OSError):  # not empty: all went well, or others use them
-            for folder in made:
-                folder.rmdir()
-
-    made = [folder for folder in partial.parents if not folder.exists()]
     with ExitStack() as leaving:
-        leaving.callback(remove_parents)
         try:
             partial.mkdir(parents=True, exist_ok=True)
             lock = os.open(partial, os.O_RDONLY)
@@ -1244,9 +1196,9 @@ def main(argv: list[str] | None = None) -> None:
     files = {name: find_texts(name, "--corpus") for name in args.corpus}
     if args.eval_text is not None:
         files[args.eval_text] = find_texts(args.eval_text, "--eval_text")
-    record, then = {"script": "extend_vocab.py", "arguments": asdict(args)}, earlier_run(output)
-    record["inputs"] = input_sums(base_folder, files, then.get("inputs") or {})
-    if already_done(output, record, then):
+    record = {"script": "extend_vocab.py", "arguments": asdict(args)}
+    record["inputs"] = input_sums(base_folder, files)
+    if already_done(output, record):
         return
 
     state = output.resolve().with_name(f".{output.name}.distilled")

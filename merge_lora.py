@@ -78,28 +78,31 @@ ADAPTER_NAME = re.compile(rf"base_model\.model\.(.+?)\.({'|'.join(map(re.escape,
 # other field that is set belongs to a kind of LoRA that this script does not know.
 KNOWN_FIELDS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "lora_dropout", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
-    "trainable_token_indices", "use_dora", "use_rslora"}
+    "exclude_modules", "inference_mode", "lora_alpha", "lora_dropout", "megatron_core",
+    "modules_to_save", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "trainable_token_indices", "use_dora",
+    "use_rslora"}
 KNOWN_VALUES = {
     "peft_type": ("LORA",), "bias": ("none", None),
     # These leave the base as it was; PiSSA, OLoRA, LoftQ, ... change it before training begins.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
+WEIGHTS = "adapter_model.safetensors"
+RECORDED = ("arguments", "base", "files", "results", "settings", "versions")  # parts of run.json
 TERMS = ["LICENSE*", "NOTICE*", "USE_POLICY*"]  # Llama 2's licence travels with its weights
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja"]
-NF4 = {  # QLoRA's settings, for --merge_into dequantized if the adapter does not record its own
-    "quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": "bfloat16",
-    "skip_modules": ["lm_head"]}
+NF4_BLOCK = 64  # values that share a scale
+NOT_IN_4_BITS = {"lm_head", "embed_tokens"}
+VERIFY_TOKENS = 512
 # What --verify reads when no file is named.
 PASSAGE = (
     "颱風過後的早晨，巷口的早餐店照常開門。老闆娘一邊煎蛋餅，一邊跟熟客聊起昨晚的停電：整條街黑了三個"
     "小時，隔壁的阿伯搬出收音機，小孩反而高興，說終於看得見星星。我端著熱豆漿站在騎樓下，看清潔隊把吹落"
     "的樹枝一截一截鋸開，搬上卡車。捷運已經恢復行駛，學校也公布下午照常上課，日子好像什麼都沒發生過；只"
     "有公園那棵倒下的老榕樹，提醒路過的人，夜裡的風有多大。")
-# In the metadata of adapter_model.safetensors, train_pt.py records under this key how it held the
-# base: JSON with the names of BitsAndBytesConfig, and the device (cuda and cpu round differently).
+# The key in the metadata of adapter_model.safetensors under which train_pt.py records how it held
+# the base: JSON with the names of BitsAndBytesConfig, and the device (CUDA and CPU round
+# differently).
 QUANTIZATION = "luojiu_quantization"
 # What a file manager, Jupyter or a file system leaves in a folder.
 FOREIGN = {".DS_Store", ".ipynb_checkpoints", "lost+found"}
@@ -155,10 +158,9 @@ class Arguments:
         False, "Add it to embedding and head too, on the rows of the pieces that both models have.")
     max_shard_size: float = option(5.0, "Largest safetensors file in GB; more makes another file.")
     verify: str | None = field(default=None, metadata={"nargs": "?", "const": PASSAGE, "help":
-        "UTF-8 text on which base + adapter and the merged model are compared (mean KL, bits per "
-        "character). One whole model is in memory at a time. Without a value: a built-in passage. "
-        "None: no comparison."})
-    verify_tokens: int = option(512, "Read at most this many tokens of that text.")
+        "UTF-8 text whose first 512 tokens compare base + adapter and the merged model (mean KL, "
+        "bits per character). One whole model is in memory at a time. Without a value: a built-in "
+        "passage. None: no comparison."})
     push_to_hub: str | None = option(
         None, "Hub repository (user/name) to upload to, private if new; None: none.")
     push_dry_run: bool = option(
@@ -204,7 +206,6 @@ def check(args: Arguments) -> None:
     refuse(
         (not args.max_shard_size > 0,
          f"--max_shard_size {args.max_shard_size}: expected a number of GB above 0"),
-        (args.verify_tokens < 2, f"--verify_tokens {args.verify_tokens}: expected 2 or more"),
         (not 0 < args.chat_scale <= 10,
          f"--chat_scale {args.chat_scale}: expected a number above 0, to 10"),
         (args.chat_embeddings and not args.chat_model,
@@ -459,7 +460,7 @@ class Model:
     shown: str  # the option that named it, and its value
     config: dict  # config.json; of an adapter, adapter_config.json
     tensors: dict[str, Stored]
-    record: dict  # run.json; empty if there is none
+    record: dict  # run.json
 
 
 @dataclass
@@ -467,15 +468,16 @@ class Adapter(Model):
     """An adapter, and what it was trained on."""
 
     base: str  # as --base_model or adapter_config.json names it
-    quantization: dict | None  # the 4-bit settings of its training; empty: 16 bits; None: not known
+    nf4: dict | None  # how its training held a 4-bit base; empty: 16 bits; None: not known
 
 
 def run_record(folder: Path, shown: str) -> dict:
-    """A folder's run.json; empty where there is none, or one of another program."""
+    """A folder's run.json. Its parts are empty where there is none, or one of another program."""
     path = folder / "run.json"
     record = load_json(path, shown) if path.is_file() else {}
-    parts = ("arguments", "base", "files", "results", "settings", "versions")
-    return record if all(isinstance(record.get(part) or {}, dict) for part in parts) else {}
+    parts = {name: record.get(name) or {} for name in RECORDED}
+    ours = all(isinstance(part, dict) for part in parts.values())
+    return record | parts if ours else {name: {} for name in RECORDED}
 
 
 def read_model(name: str, option: str) -> Model:
@@ -546,53 +548,42 @@ def find_adapter(name: str) -> Path:
         wanted = ["adapter_*", "run.json", "trainloss.png", *TOKENIZER]
         with suppress(HfHubHTTPError, LocalEntryNotFoundError, ConnectionError):
             folder = Path(snapshot_download(name, allow_patterns=wanted))
-    config, weights = "adapter_config.json", "adapter_model.safetensors"
-    missing = [file for file in (config, weights) if not (folder / file).is_file()]
+    missing = [file for file in ("adapter_config.json", WEIGHTS) if not (folder / file).is_file()]
     steps = [path.parent.name[11:] for path in folder.glob("checkpoint-*/run.json")]  # sealed
     last = max((int(step) for step in steps if step.isdecimal()), default=None)
-    convert = ("import sys, torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v "
-               "in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])")
+    pickled, convert = folder / "adapter_model.bin", (
+        "import sys, torch, safetensors.torch as s; s.save_file({k: v.clone() for k, v in "
+        "torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])")
     refuse(
-        (folder.is_file(), f"{shown}: a file; pass its folder, --adapter {folder.parent}"),
         (missing and last,
          f"{shown}: training is not finished; pass --adapter {folder}/checkpoint-{last}"),
-        (missing == [weights] and (folder / "adapter_model.bin").is_file(),
-         f"{shown}: its weights are in adapter_model.bin; expected {weights}; convert them: "
-         f"python -c '{convert}' {folder}/adapter_model.bin {folder}/{weights}"),
+        (missing == [WEIGHTS] and pickled.is_file(),
+         f"{shown}: its weights are in {pickled.name}; expected {WEIGHTS}; convert them: "
+         f"python -c '{convert}' {pickled} {folder / WEIGHTS}"),
         (missing, f"{shown}: no {' and no '.join(missing)} there, nor on the hub if that can be "
-         "reached; expected a PEFT LoRA adapter; run python train_pt.py first"))
+         "reached; expected a PEFT LoRA adapter's folder; run python train_pt.py first"))
     return folder
 
 
-def read_adapters(args: Arguments) -> list[Adapter]:
-    """The adapters. They must have one base: else a mean of their merged weights means nothing."""
-    adapters: list[Adapter] = []
-    for name in args.adapter:
-        folder, shown = find_adapter(name), f"--adapter {name}"
-        lora, record = load_json(folder / "adapter_config.json", shown), run_record(folder, shown)
-        base = args.base_model or lora.get("base_model_name_or_path")
-        if not base:
-            raise UserError(f"{shown}: it names no base; pass --base_model")
-        tensors = {}
-        check_seal(folder, record, lora, shown)
-        for key, tensor in read_tensors(folder, shown, "adapter_model.safetensors").items():
-            match = ADAPTER_NAME.fullmatch(key)
-            raw = "_fsdp_wrapped_module." in key or ".default." in key
-            refuse((raw, f"{shown}: {key} is a name of the model in training; expected PEFT's own; "
-                    "save the adapter with PEFT's save_pretrained"),
-                   (not match, f"{shown}: {key} {NOT_HERE}"))
-            tensors[f"{match[1]}.{KINDS[match[2]]}"] = tensor
-        trained = read_quantization(folder, shown, record)
-        adapters.append(Adapter(folder, shown, lora, tensors, record, base, trained))
-        first = adapters[0]
-        refuse(
-            (base != first.base,
-             f"{shown}: its base is {base}, that of {first.shown} is {first.base}; expected one "
-             "base; pass it with --base_model"),
-            (trained != first.quantization and not args.merge_into,
-             f"{shown}: trained on {trained}, {first.shown} on {first.quantization}; expected one "
-             "base; say it with --merge_into"))
-    return adapters
+def read_adapter(name: str, base: str | None) -> Adapter:
+    """An adapter, its tensors by the module that they change. Its weights must have the sum that
+    its run.json records."""
+    folder, shown = find_adapter(name), f"--adapter {name}"
+    lora, record = load_json(folder / "adapter_config.json", shown), run_record(folder, shown)
+    base, tensors = base or lora.get("base_model_name_or_path"), {}
+    known = record["files"].get(WEIGHTS)
+    refuse(
+        (not base, f"{shown}: it names no base; pass --base_model"),
+        (known and known != file_sum(folder / WEIGHTS),
+         f"{shown}: {WEIGHTS} is not as it was written: its sum differs from that in run.json; "
+         f"{AGAIN}, or pass an earlier checkpoint"))
+    for key, tensor in read_tensors(folder, shown, WEIGHTS).items():
+        match = ADAPTER_NAME.fullmatch(key)
+        if not match or "_fsdp_wrapped_module." in key or ".default." in key:
+            remedy = "or save the adapter with PEFT's save_pretrained, if it was saved otherwise"
+            raise UserError(f"{shown}: {key} {NOT_HERE}, {remedy}")
+        tensors[f"{match[1]}.{KINDS[match[2]]}"] = tensor
+    return Adapter(folder, shown, lora, tensors, record, base, read_quantization(folder, shown))
 
 
 def file_sum(path: Path) -> str:
@@ -601,59 +592,28 @@ def file_sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_seal(folder: Path, record: dict, lora: dict, shown: str) -> None:
-    """Hold the weights against the sum in run.json, where there is one, and warn where the settings
-    are no longer those of the training."""
-    name, sums = "adapter_model.safetensors", record.get("files") or {}
-    if name in sums and file_sum(folder / name) != sums[name]:
-        wrong = f"{name} is not as it was written: its sum differs from that in run.json"
-        raise UserError(f"{shown}: {wrong}; {AGAIN}, or pass an earlier checkpoint")
-    settings = record.get("settings") or {}
-    for key, option in (("r", "lora_rank"), ("lora_alpha", "lora_alpha")):
-        if settings.get(option) not in (None, lora.get(key)):
-            print(f"warning: {shown}: {key} is {lora.get(key)} in adapter_config.json, but it was "
-                  f"trained with {settings[option]}", file=sys.stderr)
-
-
-def check_kind(lora: dict, shown: str) -> None:
-    """Refuse a kind of LoRA that this script does not know."""
-    for key, value in ({"peft_type": None} | lora).items():
-        known = key in KNOWN_FIELDS or not value
-        if value not in KNOWN_VALUES[key] if key in KNOWN_VALUES else not known:
-            raise UserError(f"{shown}: {key} = {value} {NOT_HERE}")
-    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        for number in (lora.get(key), *(lora.get(patterns) or {}).values()):
-            if not isinstance(number, int | float) or (key == "r" and number < 1):
-                wrong = f"adapter_config.json: {key} is {number}; expected a number of 1 or more"
-                raise UserError(f"{shown}: {wrong}; {AGAIN}")
-
-
-def read_quantization(folder: Path, shown: str, record: dict) -> dict | None:
-    """The 4-bit settings of an adapter's training, from its file's metadata, else from run.json."""
+def read_quantization(folder: Path, shown: str) -> dict | None:
+    """How the base was held while the adapter was trained: the number format and the device of a
+    4-bit base; empty for 16 bits; None if the file does not tell."""
     from safetensors import safe_open
-    with safe_open(folder / "adapter_model.safetensors", "np") as file:
+    with safe_open(folder / WEIGHTS, "np") as file:
         told = (file.metadata() or {}).get(QUANTIZATION)
-    if told is None and "quantization" not in record:
+    if told is None:
         return None
-    try:
-        found = dict(json.loads(told) if told else record["quantization"] or {})
-    except (ValueError, TypeError) as error:
-        wrong = f"its 4-bit settings are {told or record['quantization']}; expected a JSON object"
-        raise UserError(f"{shown}: {wrong}; {AGAIN}") from error
-    if not found or found.get("load_in_4bit") is False:
-        return {}
-    found = {key.removeprefix("bnb_4bit_").removeprefix("use_"): v for key, v in found.items()}
-    settings = NF4 | {key: found[key] for key in (*NF4, "device") if found.get(key) is not None}
-    settings["compute_dtype"] = str(settings["compute_dtype"]).removeprefix("torch.")
-    for key, choices in {"quant_type": ("nf4", "fp4"), "compute_dtype": DTYPES.values()}.items():
-        if settings[key] not in choices:
-            wrong = f"its 4-bit {key} is {settings[key]}; expected {' or '.join(choices)}"
-            raise UserError(f"{shown}: {wrong}; {AGAIN}")
-    return settings
+    with suppress(ValueError, LookupError, TypeError, AttributeError):  # not as expected
+        found = json.loads(told)
+        if not found.get("load_in_4bit"):
+            return {}
+        settings = {"compute_dtype": found["bnb_4bit_compute_dtype"], "device": found.get("device")}
+        if found["bnb_4bit_quant_type"] == "nf4" and settings["compute_dtype"] in DTYPES.values():
+            return settings
+    wrong = f"its 4-bit settings are {told}; expected NF4's in JSON, as train_pt.py writes them"
+    raise UserError(f"{shown}: {wrong}; {AGAIN}")
 
 
 def find_base(args: Arguments, adapters: list[Adapter]) -> Model:
-    """The model that the adapters were trained on."""
+    """The model that the adapters were trained on. It must be one, held in one way: else a mean of
+    their merged weights means nothing."""
     first = adapters[0]
     shown, revision = f"--base_model {first.base}", first.config.get("revision")
     if not args.base_model and revision not in (None, "main") and not Path(first.base).exists():
@@ -666,13 +626,19 @@ def find_base(args: Arguments, adapters: list[Adapter]) -> Model:
         named = f"{first.shown}: it names {first.base} as its base"
         raise UserError(f"{named}; {error}; pass the model with --base_model") from error
     held = fingerprint(base.folder)
-    for trained_on in (adapter.record.get("base") or {} for adapter in adapters):
-        if trained_on.get("fingerprint") not in (None, held):
-            name = trained_on.get("model_name_or_path")
-            wrong = f"the adapter is of another model, {name} as it was"
-            raise UserError(
-                f"{shown}: {wrong}; pass that one, or train again; if you know that this one "
-                "belongs to it, pass a copy of the adapter's folder without run.json")
+    for adapter in adapters:
+        trained_on = adapter.record["base"]
+        refuse(
+            (adapter.base != first.base,
+             f"{adapter.shown}: its base is {adapter.base}, that of {first.shown} is {first.base}; "
+             "expected one base; pass it with --base_model"),
+            (adapter.nf4 != first.nf4 and not args.merge_into,
+             f"{adapter.shown}: trained on {adapter.nf4}, {first.shown} on {first.nf4}; expected "
+             "one base; say it with --merge_into"),
+            (trained_on.get("fingerprint") not in (None, held),
+             f"{shown}: the adapter is of another model, {trained_on.get('model_name_or_path')} as "
+             "it was; pass that one, or train again; if you know that this one belongs to it, pass "
+             "a copy of the adapter's folder without run.json"))
     return base
 
 
@@ -693,7 +659,9 @@ def read_pieces(folder: Path, shown: str, names: Sequence[str] = TOKENIZERS) -> 
 
 
 def all_pieces(model: Model) -> dict[str, int]:
-    """A model's pieces and added tokens, with their ids."""
+    """A model's pieces and added tokens, with their ids; none if it has no tokenizer."""
+    if not any((model.folder / name).is_file() for name in TOKENIZERS):
+        return {}
     pieces, added = read_pieces(model.folder, model.shown)
     return pieces | added
 
@@ -710,24 +678,14 @@ def read_chat(args: Arguments, base: Model) -> tuple[Model | None, list[int]]:
         | {key: model.config.get(key) for key in ("model_type", "num_attention_heads")}
         for model in (chat, base))
     expect(theirs, ours, chat.shown, "as in the base", other)
-    differing = [f"{key} {it}, in the base {own}" for (key, it), own in zip(
-        arithmetic(chat).items(), arithmetic(base).values(), strict=True) if it != own]
-    if differing:
-        print(f"warning: {chat.shown}: it has {'; '.join(differing)}; the result keeps the base's",
-              file=sys.stderr)
     pieces, added = read_pieces(chat.folder, chat.shown)
-    pieces, known = pieces | added, all_pieces(base)
+    pieces, known, template = pieces | added, all_pieces(base), chat_template(chat) or ""
     shared = sorted(i for piece, i in pieces.items() if known.get(piece) == i)
-    template, named = chat_template(chat) or "", generation_ids(chat)
-    own = [piece for piece, i in pieces.items() if known.get(piece) != i
-           and (i in named or (piece in added and piece in template))]
+    own = [piece for piece, i in added.items() if known.get(piece) != i and piece in template]
     name = next(n for n, tensor in base.tensors.items() if len(tensor.shape) == 2 and n not in ENDS)
     bounds = row_blocks(base.tensors[name].shape)[0]
     pair = (model.tensors[name].block(*bounds).float().view(-1) for model in (chat, base))
     alike = torch.cosine_similarity(*pair, 0)
-    changed = (
-        not torch.equal(chat.tensors[n].block(0, 1).float(), tensor.block(0, 1).float())
-        for n, tensor in base.tensors.items() if n not in ENDS)
     refuse(
         (len(shared) < 0.9 * len(pieces),
          f"{chat.shown}: {len(shared)} of its {len(pieces)} pieces have the same ids in the base; "
@@ -735,27 +693,9 @@ def read_chat(args: Arguments, base: Model) -> tuple[Model | None, list[int]]:
         (alike < 0.5,  # of two unrelated models it is near 0
          f"{chat.shown}: {name} has a cosine of {alike:.2f} to the base's; expected above 0.5: it "
          f"was not trained from this base; {other}"),
-        (own, f"{chat.shown}: its template or generation_config.json needs "
-         f"{', '.join(own[:3])}, which the base has not; expected a chat model without tokens of "
-         f"its own, as Llama 2's; {other}"),
-        (not any(changed), f"{chat.shown}: it is the base itself; {other}"))
+        (own, f"{chat.shown}: its template needs {', '.join(own[:3])}, which the base has not; "
+         f"expected a chat model without tokens of its own, as Llama 2's; {other}"))
     return chat, shared
-
-
-def arithmetic(model: Model) -> dict:
-    """The numbers of a config, besides its shapes, by which a Llama computes."""
-    config = model.config
-    rope = config.get("rope_parameters") or config  # Transformers 4 has it at the top
-    return {"rope_theta": rope.get("rope_theta") or 10_000.0,
-            "rms_norm_eps": config.get("rms_norm_eps"), "hidden_act": config.get("hidden_act")}
-
-
-def generation_ids(model: Model) -> set[int]:
-    """The tokens that a model's generation config names."""
-    path = model.folder / "generation_config.json"
-    settings = load_json(path, model.shown) if path.is_file() else {}
-    ids = [value for key, value in settings.items() if key.endswith("_token_id")]
-    return {i for value in ids for i in (value if isinstance(value, list) else [value])}
 
 
 # --- Readers: where the rows of a merged tensor come from ----------------------------------------
@@ -771,20 +711,20 @@ def dequantized(tensor: Stored, nf4: dict, bounds: Bounds) -> Iterator["Tensor"]
     import bitsandbytes.functional as bnb
     import torch
     loaded_as = getattr(torch, nf4["compute_dtype"])  # as train_pt.py loads what it quantises
-    width, size, device = tensor.shape[1], nf4["blocksize"], nf4["device"]
+    width, device = tensor.shape[1], nf4["device"]
     packed = torch.empty((tensor.rows, width // 2), dtype=torch.uint8, device=device)
-    scales = torch.empty((tensor.rows, width // size), device=device)
+    scales = torch.empty((tensor.rows, width // NF4_BLOCK), device=device)
     for begin, end in bounds:
         rows = tensor.block(begin, end).to(device, loaded_as)
-        quantize(rows, nf4, packed[begin:end], scales[begin:end])
-    if nf4["double_quant"]:
-        mean = mean_by_threads(scales.view(-1), nf4["threads"] if device == "cpu" else 1)
-        scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256))
-        scales += mean
+        quantize(rows, packed[begin:end], scales[begin:end])
+    torch.set_num_threads(nf4["threads"])  # each sums a part, and this decides the last bit
+    mean = scales.mean()
+    torch.set_num_threads(1)
+    scales = bnb.dequantize_blockwise(*bnb.quantize_blockwise(scales - mean, blocksize=256)) + mean
     for begin, end in bounds:
         values, shape = packed[begin:end].view(-1, 1), (end - begin, width)
         yield torch.ops.bitsandbytes.dequantize_4bit(
-            values, scales[begin:end].view(-1), size, nf4["quant_type"], shape, loaded_as).cpu()
+            values, scales[begin:end].view(-1), NF4_BLOCK, "nf4", shape, loaded_as).cpu()
 
 
 def import_bitsandbytes() -> None:
@@ -796,7 +736,7 @@ def import_bitsandbytes() -> None:
         import bitsandbytes.functional  # noqa: F401
 
 
-def quantize(rows: "Tensor", nf4: dict, packed: "Tensor", scales: "Tensor") -> None:
+def quantize(rows: "Tensor", packed: "Tensor", scales: "Tensor") -> None:
     """bitsandbytes' quantize_4bit, written into two tensors: the packed values and the scale of
     each 64. On a CPU, bitsandbytes finds the nearest code by a binary search per value, which would
     take most of the merge. We count how many midpoints between codes lie below the value: the
@@ -804,32 +744,19 @@ def quantize(rows: "Tensor", nf4: dict, packed: "Tensor", scales: "Tensor") -> N
     import bitsandbytes.functional as bnb
     import numpy as np
     import torch
-    size, kind = nf4["blocksize"], nf4["quant_type"]
-    if (nf4["device"], kind) != ("cpu", "nf4"):
-        values, state = bnb.quantize_4bit(rows, blocksize=size, quant_type=kind)
+    if rows.is_cuda:
+        values, state = bnb.quantize_4bit(rows, blocksize=NF4_BLOCK, quant_type="nf4")
         packed[:], scales[:] = values.view(packed.shape), state.absmax.view(scales.shape)
         return
-    rows = rows.view(-1, size).float()
+    rows = rows.view(-1, NF4_BLOCK).float()
     torch.amax(rows.abs(), 1, out=scales.view(-1))
     rows *= (1 / scales.clamp(min=1e-38)).view(-1, 1)
-    code = bnb.get_4bit_type(kind, "cpu")
+    code = bnb.get_4bit_type("nf4", "cpu")
     nearest, below = np.zeros(rows.shape, np.uint8), np.empty(rows.shape, bool)
     for midpoint in ((code[:-1] + code[1:]) / 2).numpy():
         nearest += np.greater(rows.numpy(), midpoint, out=below).view(np.uint8)
     pairs = torch.from_numpy(nearest).view(torch.int16)  # of a pair, the first is the low byte
     packed[:] = ((pairs << 4) | (pairs >> 8)).view(packed.shape)
-
-
-def mean_by_threads(values: "Tensor", threads: int) -> "Tensor":
-    """A vector's mean as PyTorch computes it on a CPU with that many threads: each sums a part of
-    at least 32,768 values, and the parts decide the last bit. Starting threads takes far longer."""
-    parts = min(threads, -(-len(values) // 32_768))
-    if parts < 2:
-        return values.mean()
-    sums = values.new_zeros(threads)
-    for i, part in enumerate(values.split(-(-len(values) // parts))):
-        sums[i] = part.sum()
-    return sums.sum() / len(values)
 
 
 def adapted(
@@ -857,7 +784,7 @@ def adapted(
         if new and (hit := position[begin:end] >= 0).any():
             which = position[begin:end][hit]
             first, last = int(which.min()), int(which.max())
-            rows = rows.to(torch.float32, copy=True)
+            rows = rows.float()
             rows[hit] = new.block(first, last + 1)[which - first].float()
         yield rows
 
@@ -903,27 +830,24 @@ class Part:
         return math.prod(self.shape) * SIZES[self.dtype]
 
 
-def choose_base(args: Arguments, adapters: list[Adapter]) -> dict | None:
-    """The settings of the 4-bit copy to merge into; None: the base as it is."""
+def choose_base(args: Arguments, adapter: Adapter) -> dict | None:
+    """How to quantise the base that is merged into; None: not at all."""
     import torch
-    trained = adapters[0].quantization
-    if trained is None and not args.merge_into:
-        print(f"warning: {adapters[0].shown}: it does not tell whether it was trained in 4 bits; "
+    if adapter.nf4 is None and not args.merge_into:
+        print(f"warning: {adapter.shown}: it does not tell whether it was trained in 4 bits; "
               "merged into the base as it is; if it was (QLoRA), pass --merge_into dequantized",
               file=sys.stderr)
-    if (args.merge_into or ("dequantized" if trained else "original")) == "original":
+    if (args.merge_into or ("dequantized" if adapter.nf4 else "original")) == "original":
         return None
     here = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" != here:
         raise UserError("--device cuda: PyTorch sees no GPU here; expected one; pass --device cpu")
-    nf4 = NF4 | (trained or {})
-    trained_on = nf4.pop("device", None) or "an unknown device"
     import_bitsandbytes()
-    nf4["threads"] = torch.get_num_threads()
-    nf4["device"] = args.device or ("cpu" if trained_on == "cpu" else here)
-    print(f"quantising on {nf4['device']}; the adapter was trained on {trained_on}"
-          + ("" if trained_on == nf4["device"] else "; few values of 10,000 may differ"))
-    return nf4
+    nf4 = {"compute_dtype": "bfloat16", "device": None} | (adapter.nf4 or {})
+    trained_on, device = nf4["device"], args.device or ("cpu" if nf4["device"] == "cpu" else here)
+    print(f"quantising on {device}; the adapter was trained on {trained_on or 'an unknown device'}"
+          + ("" if trained_on == device else "; few values of 10,000 may differ"))
+    return nf4 | {"device": device, "threads": torch.get_num_threads()}
 
 
 def make_plan(
@@ -934,9 +858,8 @@ def make_plan(
     config, sources, plan = base.config, dict(base.tensors), {}
     if config["tie_word_embeddings"]:
         untied = {unties(adapter.config) for adapter in adapters}
-        if len(untied) > 1:
-            wrong = "they differ in modules_to_save on the tied embedding and head"
-            raise UserError(f"--adapter {' '.join(args.adapter)}: {wrong}; merge them one by one")
+        refuse((len(untied) > 1, f"--adapter {' '.join(args.adapter)}: they differ in "
+                "modules_to_save on the tied embedding and head; merge them one by one"))
         if True in untied:
             config["tie_word_embeddings"] = False
             sources[HEAD] = sources[EMBEDDING]
@@ -950,9 +873,7 @@ def make_plan(
             own = adapter.tensors.get(name, stored)
             readers.append(reader(name, read if own is stored else own.read, adapter))
             shapes.append(own.shape)
-        if len({*shapes}) > 1:
-            found = " and ".join(map(str, dict.fromkeys(shapes)))
-            raise UserError(f"{name}: the adapters have {found}; expected one shape")
+        refuse((len({*shapes}) > 1, f"{name}: the adapters have {shapes}; expected one shape"))
         read = readers[0] if len({*readers}) == 1 else partial(mean, readers)
         if chat and (name not in ENDS or args.chat_embeddings):
             theirs = chat.tensors.get(name, chat.tensors[EMBEDDING])
@@ -960,9 +881,9 @@ def make_plan(
             read = partial(with_chat, read, theirs, stored, args.chat_scale, rows)
         plan[name] = Part(name, read, shapes[0], dtype or stored.dtype)
     config["vocab_size"] = rows = plan[EMBEDDING].shape[0]  # which may have grown
-    if HEAD in plan and plan[HEAD].shape[0] != rows:
-        wrong = f"the embedding has {rows} rows, the head {plan[HEAD].shape[0]}"
-        raise UserError(f"{adapters[0].shown}: {wrong}; {OTHER_MODEL}")
+    head_rows = plan.get(HEAD, plan[EMBEDDING]).shape[0]
+    refuse((head_rows != rows, f"{adapters[0].shown}: the embedding has {rows} rows, the head "
+            f"{head_rows}; {OTHER_MODEL}"))
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[plan[EMBEDDING].dtype]
     return plan
 
@@ -977,32 +898,29 @@ def unties(lora: dict) -> bool:
 
 def in_4_bits(tensor: Stored, nf4: dict | None) -> bool:
     """Whether the base that the adapter was trained on held this tensor in 4 bits."""
-    skipped = {"lm_head", "embed_tokens", *(nf4["skip_modules"] or [])} if nf4 else set()
-    if not nf4 or len(tensor.shape) != 2 or skipped & {*tensor.name.split(".")}:
+    if not nf4 or len(tensor.shape) != 2 or NOT_IN_4_BITS & {*tensor.name.split(".")}:
         return False
-    if tensor.shape[1] % nf4["blocksize"]:  # 0.50's CPU kernel gives wrong values for, e.g., 96
+    if tensor.shape[1] % NF4_BLOCK:  # 0.50's CPU kernel gives wrong values for, e.g., 96
         wrong = f"{tensor.name} has rows of {tensor.shape[1]}, no multiple of bitsandbytes' blocks"
         raise UserError(f"--merge_into dequantized: {wrong}; pass --merge_into original")
     return True
 
 
 def check_promises(adapter: Adapter, sources: dict[str, Stored]) -> None:
-    """Refuse an adapter that lacks a tensor that its config promises for this base, or has another
-    shape or another tensor. PEFT would merge a part of it and give no error."""
+    """Refuse a kind of LoRA that this script does not know, and an adapter that lacks a tensor that
+    its config promises for this base, or has another shape or another tensor. PEFT would merge a
+    part of it and give no error."""
     tensors, shown = adapter.tensors, adapter.shown
-    check_kind(adapter.config, shown)
+    for key, value in adapter.config.items():
+        known = value in KNOWN_VALUES[key] if key in KNOWN_VALUES else key in KNOWN_FIELDS
+        refuse((value and not known, f"{shown}: {key} = {value} {NOT_HERE}"))
     if HEAD not in sources:  # tied
         if EMBEDDING in tensors:
             tensors.pop(HEAD, None)  # the embedding once more
         for name in tensors:
-            if name.startswith(("lm_head.", "model.embed_tokens.lora")):
-                wrong = f"{name} changes one of two tied matrices, which {INEXACT}"
-                raise UserError(f"{shown}: {wrong}")
-    try:
-        expected = promised_tensors(adapter, sources)
-    except re.error as error:
-        wrong = f"adapter_config.json: {error.pattern} is no pattern ({error})"
-        raise UserError(f"{shown}: {wrong}; expected one as PEFT writes it") from error
+            one = name.startswith(("lm_head.", "model.embed_tokens.lora"))
+            refuse((one, f"{shown}: {name} changes one of two tied matrices, which {INEXACT}"))
+    expected = promised_tensors(adapter, sources)
     refuse((not expected, f"{shown}: adapter_config.json promises no tensor; {OTHER_MODEL}"))
     found = {name: tensor.shape for name, tensor in tensors.items()}
     expect(found, expected, shown, "by adapter_config.json and the base", OTHER_MODEL)
@@ -1072,21 +990,10 @@ def is_target(module: str, lora: dict) -> bool:
             return bool(re.fullmatch(names, module))
         return any(f".{module}".endswith(f".{name}") for name in names or [])
 
-    targets, layers = lora.get("target_modules"), lora.get("layers_to_transform")
     saved = "|".join(lora.get("modules_to_save") or [])
-    if named(lora.get("exclude_modules")):
-        return False
     if saved and re.match(rf"(^|.*\.)({saved})($|\..*)", module):
         return False
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        return module.endswith("_proj")
-    if isinstance(targets, str) or layers in (None, []) or module in (targets or []):
-        return named(targets)
-    patterns = lora.get("layers_pattern") or [r"[^.]*"]
-    patterns = "|".join([patterns] if isinstance(patterns, str) else patterns)
-    layer = re.match(rf".*?\.(?:{patterns})\.(\d+)\.", f".{module}")
-    chosen = [layers] if isinstance(layers, int) else layers
-    return named(targets) and bool(layer) and int(layer[1]) in chosen
+    return named(lora["target_modules"]) and not named(lora.get("exclude_modules"))
 
 
 # --- Writing the weights -------------------------------------------------------------------------
@@ -1123,13 +1030,7 @@ def write_weights(folder: Path, plan: dict[str, Part], limit: float) -> None:
         text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
         with (folder / file_name).open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            try:
-                file.truncate(8 + len(text) + size)
-            except OSError as error:
-                if error.errno != errno.EFBIG:
-                    raise
-                wrong = f"this disk takes no file of {size / 1e9:.2g} GB"
-                raise UserError(f"--max_shard_size: {wrong}; pass a smaller one") from error
+            file.truncate(8 + len(text) + size)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         save_json(folder / "model.safetensors.index.json", index)
@@ -1167,20 +1068,20 @@ def copy_files(source: Path, folder: Path, *names: str) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def copy_rest(adapter: Adapter, base: Model, chat: Model | None, folder: Path) -> str:
+def copy_rest(adapter: Adapter, base: Model, chat: Model | None, folder: Path) -> Model:
     """Copy tokenizer (the adapter's files replace the base's), generation config, licence terms and
-    loss curve byte for byte, and a chat model's template. Return the option that named the
-    tokenizer's source."""
+    loss curve byte for byte, and a chat model's template. Return where the tokenizer is from."""
     copy_files(base.folder, folder, "generation_config.json", *TERMS, *TOKENIZER)
     copy_files(adapter.folder, folder, "trainloss.png", *TOKENIZER)
     if chat:
         copy_files(chat.folder, folder, "generation_config.json", *TERMS)
-        write_chat_template(chat, folder / "chat_template.jinja")
-    if not (folder / "generation_config.json").is_file():
-        ids = {key: value for key, value in base.config.items() if key.endswith("_token_id")}
-        save_json(folder / "generation_config.json", ids)
+        if template := chat_template(chat):
+            (folder / "chat_template.jinja").write_bytes(template.encode())
+        else:
+            print(f"warning: {chat.shown}: it has no chat template; the merged model takes no "
+                  "messages; add chat_template.jinja to it", file=sys.stderr)
     own = any((adapter.folder / name).is_file() for name in TOKENIZERS)
-    return adapter.shown if own else base.shown
+    return adapter if own else base
 
 
 def chat_template(chat: Model) -> str | None:
@@ -1188,27 +1089,16 @@ def chat_template(chat: Model) -> str | None:
     own, settings = chat.folder / "chat_template.jinja", chat.folder / "tokenizer_config.json"
     if own.is_file():
         return own.read_bytes().decode()
-    template = load_json(settings, chat.shown).get("chat_template") if settings.is_file() else None
-    if isinstance(template, list):  # several, by name
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    return template
-
-
-def write_chat_template(chat: Model, target: Path) -> None:
-    """Save the chat model's template; warn where it has none."""
-    if template := chat_template(chat):
-        target.write_bytes(template.encode())
-    else:
-        print(f"warning: {chat.shown}: it has no chat template; the merged model takes no "
-              f"messages; add {target.name} to it", file=sys.stderr)
+    return load_json(settings, chat.shown).get("chat_template") if settings.is_file() else None
 
 
 def check_tokenizer(folder: Path, rows: int, shown: str, base: Model) -> int:
     """Refuse a tokenizer whose files disagree, or which does not fit the embedding or is not the
-    base's, piece by piece; return the number of tokens."""
-    made, model = folder / "tokenizer.json", folder / "tokenizer.model"
-    spelled = read_pieces(folder, shown, ["tokenizer.model"])[0] if model.is_file() else None
-    if spelled and not made.is_file():
+    base's, piece by piece; return the number of tokens. Where it lacks a tokenizer.json, add it."""
+    made, model, of_model = folder / "tokenizer.json", folder / "tokenizer.model", None
+    if model.is_file():
+        of_model, _ = read_pieces(folder, shown, ["tokenizer.model"])
+    if of_model and not made.is_file():
         from transformers import AutoTokenizer  # which takes some time and memory
         try:
             AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(made))
@@ -1216,30 +1106,28 @@ def check_tokenizer(folder: Path, rows: int, shown: str, base: Model) -> int:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{shown}: no tokenizer of its files ({reason}); {AGAIN}") from error
     pieces, added = read_pieces(folder, shown)
-    tokens, count = max([len(pieces), *(i + 1 for i in added.values())]), len(pieces)
-    known, has = pieces | added, any((base.folder / name).is_file() for name in TOKENIZERS)
-    of_base = all_pieces(base) if has else {}
-    of_model = {piece: i for piece, i in (spelled or {}).items() if i not in added.values()}
+    known, count = pieces | added, len(of_model or pieces)
+    tokens = max([len(pieces), *(i + 1 for i in added.values())])
     remedy = "copy the tokenizer of this model there"
     if shown.startswith("--adapter"):
         remedy += ", or remove its tokenizer's files to take those of the base"
-    refuse(
-        ((spelled and len(spelled) != count) or not rows - 512 <= tokens <= rows,  # rounded up
-         f"{shown}: tokenizer.model has {len(spelled) if spelled else 'no'} pieces, "
-         f"tokenizer.json {count} and with added tokens {tokens}, the embedding {rows} rows; "
-         f"{remedy}"))
-    for where, theirs in (("tokenizer.model", of_model), ("the base's", of_base)):
+    refuse((
+        count != len(pieces) or not rows - 512 <= tokens <= rows,  # rounded up
+        f"{shown}: tokenizer.model has {len(of_model) if of_model else 'no'} pieces, "
+        f"tokenizer.json {len(pieces)} and with added tokens {tokens}, the embedding {rows} rows; "
+        f"{remedy}"))
+    spelled = {piece: i for piece, i in (of_model or {}).items() if i not in added.values()}
+    for where, theirs in (("tokenizer.model", spelled), ("the base's", all_pieces(base))):
         moved = [piece for piece, i in theirs.items() if known.get(piece) != i]
         refuse((moved, f"{shown}: its tokenizer.json lacks {len(moved)} pieces of {where} or gives "
                 f"them other ids, {', '.join(moved[:3])}; {remedy}"))
     return tokens
 
 
-def base_vocab_size(base: Model, adapter: Adapter) -> int | None:
-    """Size of the vocabulary before it was extended. train_pt.py trains the rows behind it, also
-    when the merged model becomes the next base."""
-    return ((base.record.get("results") or {}).get("base_vocab_size")
-            or (adapter.record.get("settings") or {}).get("first_new_row"))
+def origin(base: Model, adapter: Adapter) -> str:
+    """The published model at the start of the chain, also when a merged model was the base."""
+    made_from = base.record["base"].get("origin") or base.record["arguments"].get("base_model")
+    return made_from or adapter.base
 
 
 def write_papers(
@@ -1247,36 +1135,22 @@ def write_papers(
     """run.json and the model card: where the weights came from, and how to use them."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
     written = {path.name for path in folder.iterdir()} | {"README.md", "config.json", "run.json"}
+    source = {"model_name_or_path": adapter.base, "fingerprint": fingerprint(base.folder)}
+    source["origin"] = origin(base, adapter)
     save_json(folder / "run.json", {
-        "script": "merge_lora.py", "arguments": asdict(args),
-        "versions": {name: version(name) for name in packages}, "results": facts,
-        "base": {"model_name_or_path": adapter.base, "fingerprint": fingerprint(base.folder)},
-        "written": sorted(written)})
-    card = model_card(folder, args, adapter, base, facts)
+        "script": "merge_lora.py", "arguments": asdict(args), "base": source, "results": facts,
+        "versions": {name: version(name) for name in packages}, "written": sorted(written)})
+    card = model_card(folder, args, adapter, source["origin"], facts)
     (folder / "README.md").write_text(card, "utf-8", "backslashreplace")
 
 
-def origin(adapter: Adapter, base: Model) -> str:
-    """The published model at the start of the chain: each run.json names what its base was made
-    from."""
-    name, record = adapter.base, base.record
-    for _ in range(9):  # a record may name itself
-        name = ((record.get("arguments") or {}).get("base_model")
-                or (record.get("base") or {}).get("model_name_or_path") or name)
-        record = run_record(Path(name), name)
-    return name
-
-
-def model_card(folder: Path, args: Arguments, adapter: Adapter, base: Model, facts: dict) -> str:
+def model_card(folder: Path, args: Arguments, adapter: Adapter, name: str, facts: dict) -> str:
     """README.md with the front matter that the hub reads, from the records of the training."""
     from huggingface_hub import EvalResult, ModelCardData
-    run, name = adapter.record, origin(adapter, base)
-    results, settings = run.get("results") or {}, dict(run.get("settings") or {})
-    title = Path(args.push_to_hub or args.output_dir).resolve().name
+    title, run = Path(args.push_to_hub or args.output_dir).resolve().name, adapter.record
+    results, hyperparameters = run["results"], dict(run["settings"])
     size = {key: results[key] for key in ("documents", "tokens") if key in results}
-    texts = (run.get("arguments") or {}).get("dataset") or ["unknown"]
-    texts = [texts] if isinstance(texts, str) else texts  # one text, from runs of older versions
-    dataset = ", ".join(Path(text).name for text in texts)
+    dataset = ", ".join(Path(text).name for text in run["arguments"].get("dataset", ["unknown"]))
     kinds = ("loss", "train loss", "loss_last"), ("loss", "loss held out", "eval_loss"), (
         "bits_per_character", "bits per character held out", "eval_bits_per_character")
     losses = [
@@ -1287,13 +1161,14 @@ def model_card(folder: Path, args: Arguments, adapter: Adapter, base: Model, fac
         base_model=name if re.fullmatch(HUB_ID, name) and not Path(name).exists() else None,
         language="zh", license="llama2" if "llama-2" in name.lower() else "other",
         library_name="transformers", pipeline_tag="text-generation", model_name=title,
-        tags=["llama", "traditional-chinese", "qlora" if adapter.quantization else "lora"],
+        tags=["llama", "traditional-chinese", "qlora" if adapter.nf4 else "lora"],
         eval_results=losses or None)
+    for key in ("model", "dataset"):  # sums, which tell a reader nothing
+        hyperparameters.pop(key, None)
     sections = {
         "Training": {"dataset": dataset} | size if size else {},
         "Results": {loss.metric_name: loss.metric_value for loss in losses},
-        "Hyperparameters": {k: v for k, v in settings.items() if k not in ("model", "dataset")},
-        "Weights": facts, "Framework versions": run.get("versions") or {}}
+        "Hyperparameters": hyperparameters, "Weights": facts, "Framework versions": run["versions"]}
     text = [f"---\n{data.to_yaml()}\n---", f"# {title}"]
     text += ["![training loss](trainloss.png)"] * (folder / "trainloss.png").is_file()
     text += [f"{name}, trained further on Traditional Chinese text: a LoRA adapter merged into its "
@@ -1315,12 +1190,12 @@ def check_output(output: Path, inputs: list[Path]) -> None:
         wrong = f"a link to {os.readlink(output)}, which is not there"
         raise UserError(f"{shown}: {wrong}; make that folder or remove the link")
     for folder in inputs:
-        if folder.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"{shown}: {folder}, which is read, lies in it; pass another folder")
+        inside = folder.resolve().is_relative_to(output.resolve())
+        refuse((inside, f"{shown}: {folder}, which is read, lies in it; pass another folder"))
     if output.exists() and not (output.is_dir() and FOREIGN.issuperset(os.listdir(output))):
         record = run_record(output, shown)
-        if record.get("script") != "merge_lora.py":
-            raise UserError(f"{shown}: merge_lora.py did not make it; pass a new or empty folder")
+        ours = record.get("script") == "merge_lora.py"
+        refuse((not ours, f"{shown}: merge_lora.py did not make it; pass a new or empty folder"))
         refuse_others(output, record, shown)
 
 
@@ -1362,14 +1237,7 @@ def build_aside(output: Path, nbytes: float = 0) -> Iterator[Path]:
             old.rename(output)
         shutil.rmtree(old, ignore_errors=True)
 
-    def remove_parents() -> None:
-        with suppress(OSError):  # not empty: all went well, or others use them
-            for folder in made:
-                folder.rmdir()
-
-    made = [folder for folder in partial.parents if not folder.exists()]
     with ExitStack() as leaving:
-        leaving.callback(remove_parents)
         try:
             partial.mkdir(parents=True, exist_ok=True)
             lock = os.open(partial, os.O_RDONLY)
@@ -1421,31 +1289,29 @@ def read_passage(verify: str | None) -> str:
     raise UserError(f"--verify {verify}: nothing to read; expected a UTF-8 text file")
 
 
-def compare(args: Arguments, base: Path, adapter: Adapter, nf4: dict | None, text: str) -> dict:
+def compare(output: Path, base: Path, adapter: Adapter, nf4: dict | None, text: str) -> dict:
     """Mean KL divergence from base + adapter (PEFT, in 4 bits if so trained) to the merged model,
     and both models' bits per character, -log2 p(text) / characters."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    nf4 = NF4 | adapter.quantization if adapter.quantization else nf4
+    nf4 = adapter.nf4 or nf4
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.output_dir)
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, : args.verify_tokens]  # (1, T)
-    characters = len(tokenizer.decode(ids[0], skip_special_tokens=True))
-    refuse((not characters, f"--verify {args.verify}: no character but special tokens in it"))
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :VERIFY_TOKENS]  # (1, T)
+    characters = len(tokenizer.decode(ids[0], skip_special_tokens=True)) or 1
     options = {"dtype": "auto", "device_map": {"": device}}
 
     def log_probabilities(model: torch.nn.Module) -> torch.Tensor:  # (T - 1, V)
         with torch.no_grad():
             return model.eval()(ids.to(device)).logits[0, :-1].float().log_softmax(-1).cpu()
 
-    ours = log_probabilities(AutoModelForCausalLM.from_pretrained(args.output_dir, **options))
+    ours = log_probabilities(AutoModelForCausalLM.from_pretrained(output, **options))
     if nf4:
         options["dtype"] = getattr(torch, nf4["compute_dtype"])
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=nf4["quant_type"],
-            bnb_4bit_use_double_quant=nf4["double_quant"],
-            bnb_4bit_compute_dtype=options["dtype"], llm_int8_skip_modules=nf4["skip_modules"])
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"], llm_int8_skip_modules=["lm_head"])
     model = AutoModelForCausalLM.from_pretrained(base, **options)
     if model.config.vocab_size != ours.shape[1]:
         model.resize_token_embeddings(ours.shape[1], mean_resizing=False)
@@ -1485,9 +1351,9 @@ def main(argv: list[str] | None = None) -> None:
     args, began = parse_args(argv), time.time()
     check(args)
     text = read_passage(args.verify)
-    adapters = read_adapters(args)
+    adapters = [read_adapter(name, args.base_model) for name in args.adapter]
     base = find_base(args, adapters)
-    nf4 = choose_base(args, adapters)
+    nf4 = choose_base(args, adapters[0])
     chat, shared = read_chat(args, base)
     parts = make_plan(args, base, adapters, nf4, chat, shared)
     first, output, rows = adapters[0], Path(args.output_dir), base.config["vocab_size"]
@@ -1495,7 +1361,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output(output, [source.folder for source in inputs])
     with build_aside(output, nbytes + (64 << 20)) as folder:  # 64 MB for what is small
         tokenizer_from = copy_rest(first, base, chat, folder)
-        tokens = check_tokenizer(folder, rows, tokenizer_from, base)
+        tokens = check_tokenizer(folder, rows, tokenizer_from.shown, base)
         write_weights(folder, parts, args.max_shard_size * 1e9)
         facts = {
             "adapter": "mean of " * (len(adapters) > 1)
@@ -1504,11 +1370,13 @@ def main(argv: list[str] | None = None) -> None:
             "chat vector": f"{chat.folder}, times {args.chat_scale}" if chat else None,
             "weights": f"{len(parts)} tensors, {nbytes / 1e9:.2f} GB",
             "vocabulary": f"{rows} rows, {tokens} tokens",
-            "base_vocab_size": base_vocab_size(base, first)}
+            # Of the first base: when the merged model is trained again, the rows behind it are new.
+            "base_vocab_size": base.record["results"].get("base_vocab_size")
+            or first.record["settings"].get("first_new_row")}
         write_papers(folder, args, first, base, facts)
         save_json(folder / "config.json", base.config)  # last: without it it is no model
     if args.verify:
-        facts |= compare(args, base.folder, first, nf4, text)
+        facts |= compare(output, base.folder, first, nf4, text)
         write_papers(output, args, first, base, facts)
     print("\n".join(f"{key}: {value}" for key, value in facts.items() if value is not None))
     print(f"merged into {output} in {time.time() - began:.1f} s", flush=True)

@@ -376,10 +376,7 @@ def test_what_a_folder_holds_besides_text_is_named(tmp_path, capsys):
     files = script.find_texts(str(tmp_path / "place"), "--corpus")
     assert [file.name for file in files] == ["a.txt", "link.txt"]
     said = capsys.readouterr().out
-    for words in (".DS_Store (hidden)", "._a.txt (hidden)", ".ipynb_checkpoints (hidden)",
-                  "notes.md (not .txt, .jsonl, .parquet)", "sub (a folder)",
-                  "gone.txt (a link that leads nowhere)"):
-        assert words in said
+    assert ": not read: .DS_Store, ._a.txt, .ipynb_checkpoints, gone.txt, notes.md, sub\n" in said
 
 
 # --- The model -----------------------------------------------------------------------------------
@@ -672,7 +669,7 @@ def test_bits_per_character_equal_a_plain_loop(base):
         ("--corpus", "nothing.txt", "no text there"),
         ("--corpus", "data/cc_filtered", "run python filter_cc.py first"),
         ("--corpus", "empty", "no text there"),
-        ("--corpus", "zipped", "no text there; it holds a.jsonl.gz (not .txt"),
+        ("--corpus", "zipped", "no text there; it holds a.jsonl.gz; expected .txt"),
         ("--corpus", "gone", "a link to nowhere, which is not there"),
         ("--output_dir", "gone", "a link to nowhere, which is not there"),
         ("--picture", "vocab", "expected a file that ends in .png, .pdf or .svg"),
@@ -712,14 +709,8 @@ def test_wrong_values(option, value, said, base, corpus, tmp_path, monkeypatch, 
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 but no more")
     line = refusal(capsys, *options(base, corpus, option, value))
     assert line.startswith(f"error: {option} ") and said in line
-    assert not (tmp_path / "outputs").exists()
+    assert not [*tmp_path.glob("outputs/*")]
     assert (tmp_path / "data" / "mine").read_text() == "precious"
-
-
-def test_an_unknown_option_ends_with_code_2(base, corpus, capsys):
-    with pytest.raises(SystemExit) as stop:
-        script.main(options(base, corpus, "--vocab-sice", "3"))
-    assert stop.value.code == 2 and "unknown option: --vocab-sice" in capsys.readouterr().err
 
 
 def test_too_large_a_vocabulary_says_how_many_pieces_there_are(base, corpus, tmp_path, capsys):
@@ -804,7 +795,7 @@ def spoil(folder: Path, how: str) -> None:
         ("not safetensors", "is not a safetensors file"),
         ("a tensor missing", "layers.1.mlp.up_proj.weight is missing; expected (52, 36) by config"),
         ("another shape", "model.norm.weight is (35,); expected (36,) by config.json"),
-        ("no size", "config.json: intermediate_size is None; expected a number above 0"),
+        ("no size", "config.json makes no model ("),
         ("a bare model", "expected the same number everywhere"),
         ("an index of nothing", "no model.safetensors there, nor its index that can be read"),
         ("a pointer", "if it was cloned, run git lfs pull"),
@@ -816,7 +807,7 @@ def test_bases_that_cannot_be_extended(how, said, base, corpus, tmp_path, capsys
     spoil(tmp_path / "base", how)
     line = refusal(capsys, *options(tmp_path / "base", corpus))
     assert "--base_model" in line and said in line
-    assert not (tmp_path / "outputs").exists()
+    assert not [*tmp_path.glob("outputs/*")]
 
 
 def test_a_base_that_says_it_is_not_quantised(base, corpus, tmp_path):
@@ -839,13 +830,7 @@ def test_a_failed_proof_writes_nothing(base, corpus, tmp_path, monkeypatch, caps
     monkeypatch.setattr(script, "write_tokenizer", reversed_merges)
     line = refusal(capsys, *options(base, corpus))
     assert "proof failed, nothing was written: texts_differing" in line
-    assert not (tmp_path / "outputs").exists()
-
-
-def test_a_full_disk_ends_with_code_1(base, corpus, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
-    assert "GB" in refusal(capsys, *options(base, corpus), code=1)
-    assert not (tmp_path / "outputs").exists()
+    assert not [*tmp_path.glob("outputs/*")]
 
 
 # --- Runs ----------------------------------------------------------------------------------------
@@ -885,19 +870,17 @@ def test_killed_in_the_middle_leaves_nothing_that_looks_whole(base, corpus, tmp_
     root = str(Path(script.__file__).parent)
     environment = {"PYTHONPATH": root, "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
 
-    def kill(*more: str) -> list[str]:
-        command = [sys.executable, "-c", KILLED, *options(base, corpus, *more)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-        assert (outputs / ".extended.partial" / "model.safetensors").is_file()  # in the middle
-        return sorted(path.name for path in outputs.iterdir())
-
-    assert kill() == [".extended.partial"]
     script.main(options(base, corpus))
-    assert [path.name for path in outputs.iterdir()] == ["extended"]
     before = (outputs / "extended" / "run.json").read_bytes()
-    assert kill("--init", "mean", "--overwrite") == [".extended.partial", "extended"]
+    more = options(base, corpus, "--init", "mean", "--overwrite")
+    command = [sys.executable, "-c", KILLED, *more]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert (outputs / ".extended.partial" / "model.safetensors").is_file()  # in the middle
+    assert sorted(path.name for path in outputs.iterdir()) == [".extended.partial", "extended"]
     assert (outputs / "extended" / "run.json").read_bytes() == before
+    script.main(more)
+    assert [path.name for path in outputs.iterdir()] == ["extended"]
 
 
 def test_killed_between_the_two_renames_gives_the_earlier_result_back(tmp_path):
@@ -925,18 +908,6 @@ def test_a_second_run_is_refused_and_does_no_harm(tmp_path):
     assert not list(output.iterdir())
 
 
-@pytest.mark.parametrize("number", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
-def test_a_file_system_without_locks_is_a_warning(number, tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(getattr(errno, number), "no locks here")
-
-    monkeypatch.setattr(script.fcntl, "flock", refuse)
-    with script.build_aside(tmp_path / "extended") as folder:
-        (folder / "config.json").write_text("{}")
-    assert (tmp_path / "extended" / "config.json").is_file()
-    assert capsys.readouterr().err.startswith(f"warning: --output_dir {tmp_path / 'extended'}: ")
-
-
 def test_another_failure_of_the_lock_is_no_warning(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EIO, "Input/output error")
@@ -944,15 +915,6 @@ def test_another_failure_of_the_lock_is_no_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(script.fcntl, "flock", refuse)
     with pytest.raises(OSError, match="output error"), script.build_aside(tmp_path / "extended"):
         pass
-
-
-def test_an_output_that_is_a_link_stays_one(tmp_path):
-    (tmp_path / "disk" / "extended").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "disk" / "extended")
-    with script.build_aside(tmp_path / "link") as folder:
-        (folder / "config.json").write_text("{}")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "link" / "config.json").is_file()
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["config.json"]
 
 
 @pytest.mark.parametrize("place", [".extended.partial", "folder/extended"])
@@ -968,7 +930,7 @@ def test_no_place_for_the_picture_leaves_the_earlier_result(base, corpus, tmp_pa
     (tmp_path / "pictures").write_text("mine")
     line = refusal(capsys, *options(base, corpus))
     assert "pictures is in the way" in line
-    assert not (tmp_path / "outputs").exists()
+    assert not [*tmp_path.glob("outputs/*")]
     (tmp_path / "pictures").unlink()
     script.main(options(base, corpus))  # and not "already done"
     assert (tmp_path / "pictures" / "vocab.png").is_file()
@@ -1000,21 +962,6 @@ def test_paths_as_typed(base, corpus, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("already done")
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, MemoryError, script.UserError])
-def test_the_lock_ends_with_main(end, base, corpus, tmp_path, monkeypatch):
-    """In a notebook the process lives on after an interrupt, and the next run must start."""
-
-    def interrupted(*_):
-        raise end
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "prove", interrupted)
-        with pytest.raises((SystemExit, MemoryError)):
-            script.main(options(base, corpus))
-    with script.build_aside(tmp_path / "outputs" / "extended"):
-        pass
-
-
 def test_other_content_of_the_same_size_is_another_run(base, corpus, tmp_path, capsys):
     own, text = tmp_path / "base", tmp_path / "corpus.txt"
     shutil.copytree(base, own)
@@ -1039,12 +986,6 @@ def test_other_content_of_the_same_size_is_another_run(base, corpus, tmp_path, c
     capsys.readouterr()
     script.main(run)
     assert capsys.readouterr().out.startswith("already done")
-
-
-def test_a_known_sum_spares_a_second_reading(base, corpus, tmp_path, monkeypatch):
-    script.main(options(base, corpus))
-    monkeypatch.setattr(script, "file_sum", lambda path: pytest.fail(f"{path} is read again"))
-    script.main(options(base, corpus))
 
 
 def test_the_weights_are_those_that_transformers_loads(base, corpus, tmp_path):
@@ -1073,52 +1014,15 @@ def test_files_of_the_user_in_the_output_are_named_and_kept(base, corpus, tmp_pa
     script.main(options(base, corpus, "--overwrite"))
 
 
-@pytest.mark.parametrize("more", [["--corpus", "b"], ["--corpus=b"]])
-def test_a_list_given_twice_is_refused(more, capsys):
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--corpus", "a", *more])
-    assert stop.value.code == 2 and "--corpus is given twice" in capsys.readouterr().err
-
-
-@pytest.fixture
-def mount(tmp_path):
-    """An empty volume, as docker -v makes one."""
-    (tmp_path / "volume").mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", "volume"]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a volume cannot be mounted here")
-    yield tmp_path / "volume"
-    subprocess.run(["umount", tmp_path / "volume"], check=True)
-
-
-def test_a_mount_is_refused_before_the_work(base, corpus, mount, monkeypatch, capsys):
-    monkeypatch.setattr(script, "read_corpora", lambda *_: pytest.fail("it works"))
-    line = refusal(capsys, *options(base, corpus, "--output_dir", "volume"))
-    assert line.startswith("error: --output_dir volume: a mount or the current folder, which can")
-    monkeypatch.undo()
-    monkeypatch.chdir(mount.parent)
-    script.main(options(base, corpus, "--output_dir", "volume/extended"))
-    assert [path.name for path in mount.iterdir()] == ["extended"]
-
-
-def test_the_current_folder_is_refused(base, corpus, tmp_path, monkeypatch, capsys):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir("here")
-    line = refusal(capsys, *options(base, corpus, "--output_dir", "."))
-    assert line.startswith("error: --output_dir .: a mount or the current folder")
-
-
 def test_a_disk_too_small_is_seen_before_the_work(base, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
     monkeypatch.setattr(script, "read_corpora", lambda *_: pytest.fail("it works"))
     assert "make room or pass a folder on" in refusal(capsys, *options(base, corpus), code=1)
 
 
-def test_nobody_need_read_what_is_printed(base, corpus, tmp_path):
-    program = [sys.executable, str(Path(script.__file__)), *options(base, corpus)]
-    line = f"(sleep 1; exec {' '.join(program)}) | true"
+def test_nobody_need_read_what_is_printed():
+    line = f"(sleep 1; exec {sys.executable} {script.__file__} --help) | true"
     subprocess.run(["bash", "-o", "pipefail", "-c", line], check=True)
-    assert (tmp_path / "outputs" / "extended" / "run.json").is_file()
 
 
 def test_a_file_too_large_for_the_disk_is_one_line(base, corpus, tmp_path):

@@ -1,6 +1,5 @@
 """merge_lora.py against PEFT itself, bit for bit, and against everything that can go wrong."""
 
-import contextlib
 import errno
 import json
 import os
@@ -242,10 +241,16 @@ def qlora(tmp_path) -> tuple[Path, Path]:
     """An fp16 base and an adapter that was trained on its 4-bit copy, as train_pt.py leaves it."""
     base = make_base(tmp_path / "base", torch.float16, num_key_value_heads=4, **WIDE)
     adapter = make_adapter(base, tmp_path / "adapter", model=load_4bit(base), modules_to_save=NORMS)
-    record = {"quantization": merge_lora.NF4, "base": {"model_name_or_path": str(base)}}
-    record["base"]["fingerprint"] = merge_lora.fingerprint(base)
-    (adapter / "run.json").write_text(json.dumps(record))
+    record_settings(adapter)
     return base, adapter
+
+
+def record_settings(adapter: Path, text: str | None = None, **changes) -> None:
+    """Put the 4-bit settings of a training, or another text, into the file's metadata."""
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "device": "cpu",
+                "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    path, text = adapter / "adapter_model.safetensors", text or json.dumps(settings | changes)
+    save_file(load_file(path), path, metadata={"luojiu_quantization": text})
 
 
 def test_dequantized_is_what_linear4bit_holds_plus_the_same_delta(qlora):
@@ -283,10 +288,9 @@ def test_dequantized_is_nearer_to_what_was_trained(qlora, capsys):
     assert "bits per character" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_the_4bit_copy_is_that_of_bitsandbytes(tmp_path, dtype, threads, kind):
+def test_the_4bit_copy_is_that_of_bitsandbytes(tmp_path, dtype, threads):
     """Also where a mean depends on the number of threads, at ties and in blocks of zeros."""
     import bitsandbytes.functional as bnb
 
@@ -295,31 +299,19 @@ def test_the_4bit_copy_is_that_of_bitsandbytes(tmp_path, dtype, threads, kind):
     tensor[6] = torch.arange(2048) / 128 - 8
     save_file({"it": tensor.to(torch.bfloat16)}, tmp_path / "it.safetensors")
     stored = merge_lora.read_tensors(tmp_path, "it", "it.safetensors")["it"]
-    settings = {"quant_type": kind, "compute_dtype": dtype, "device": "cpu", "threads": threads}
+    settings = {"compute_dtype": dtype, "device": "cpu", "threads": threads}
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         whole = stored.block(0, stored.rows).to(getattr(torch, dtype))
         theirs = bnb.dequantize_4bit(*bnb.quantize_4bit(
-            whole, blocksize=64, compress_statistics=True, quant_type=kind))
+            whole, blocksize=64, compress_statistics=True, quant_type="nf4"))
+        torch.set_num_threads(1)  # as in a thread that merges
         bounds = merge_lora.row_blocks(stored.shape)
-        ours = torch.cat([*merge_lora.dequantized(stored, merge_lora.NF4 | settings, bounds)])
+        ours = torch.cat([*merge_lora.dequantized(stored, settings, bounds)])
     finally:
         torch.set_num_threads(before)
     assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 4, 7, 16])
-@pytest.mark.parametrize("count", [999, 32_768, 32_769, 176_128, 327_697])
-def test_a_mean_as_so_many_threads_compute_it(count, threads):
-    before, rng = torch.get_num_threads(), torch.Generator().manual_seed(count)
-    values = torch.rand((9, count), generator=rng) + 0.05
-    torch.set_num_threads(threads)
-    theirs = [row.mean() for row in values]
-    torch.set_num_threads(1)
-    ours = [merge_lora.mean_by_threads(row, threads) for row in values]
-    torch.set_num_threads(before)
-    assert ours == theirs
 
 
 def test_widths_that_bitsandbytes_misreads_are_refused(tmp_path, capsys):
@@ -490,10 +482,6 @@ def test_a_chat_model_without_a_template_is_a_warning(pair, tmp_path, capsys):
     edit(chat / "tokenizer_config.json", chat_template=None)
     merge(pair[1], "--chat_model", chat)
     assert "it has no chat template" in capsys.readouterr().err
-    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
-    edit(chat / "tokenizer_config.json", chat_template=named)
-    merge(pair[1], "--chat_model", chat)
-    assert Path("merged/chat_template.jinja").read_text() == "y"
 
 
 def test_a_chat_vector_on_a_4bit_base_is_of_the_base_on_disk(qlora, tmp_path):
@@ -655,7 +643,7 @@ def push(hub, adapter: Path, *options: str, token: str = "hf_right"):
 
 
 RECORD = {  # of train_pt.py
-    "arguments": {"dataset": "data/cc_filtered"}, "versions": {"torch": "2.13.0"},
+    "arguments": {"dataset": ["data/cc_filtered"]}, "versions": {"torch": "2.13.0"},
     "settings": {"learning_rate": 0.003, "seed": 42},
     "results": {"documents": 137, "tokens": 39562, "loss_last": 4.5678, "eval_loss": 5.4321}}
 
@@ -693,25 +681,24 @@ def test_push_to_hub_uploads_every_file_and_a_card_that_the_hub_can_read(pair, h
         assert words in text
 
 
-def test_a_dry_run_shows_what_would_go_and_sends_nothing(pair, hub):
-    done = push(hub, pair[1], "--push_dry_run", "true", token="")
-    assert done.returncode == 0, done.stderr
-    assert not hub.created and not hub.commits
+def test_a_dry_run_shows_what_would_go_and_sends_nothing(pair, capsys):
+    """The tests have no network: an upload would fail."""
+    merge(pair[1], "--push_to_hub", "me/luojiu", "--push_dry_run")
+    said = capsys.readouterr().out
     for path in Path("merged").iterdir():
-        assert f"{path.stat().st_size:,} bytes  {path.name}\n" in done.stdout
-    assert Path("merged/README.md").read_text() in done.stdout
+        assert f"{path.stat().st_size:,} bytes  {path.name}\n" in said
+    assert Path("merged/README.md").read_text() in said
 
 
 def test_uploads_that_are_refused(pair, hub, capsys, monkeypatch):
-    done = push(hub, pair[1], token="")
-    assert done.returncode == 2 and not Path("merged").exists()
-    assert done.stderr.splitlines()[-1] == (
-        "error: --push_to_hub me/luojiu: no token; run hf auth login, or set HF_TOKEN")
     done = push(hub, pair[1], token="hf_wrong")
     assert done.returncode == 2 and Path("merged/config.json").is_file()
     line = done.stderr.splitlines()[-1]
     assert "--push_to_hub me/luojiu" in line and "401" in line and "merged is whole" in line
     assert "--push_dry_run true: expected" in refusal(capsys, pair[1], "--push_dry_run", "true")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert "--push_to_hub me/luojiu: no token; run hf auth login, or set HF_TOKEN" in (
+        refusal(capsys, "nowhere", "--push_to_hub", "me/luojiu"))
 
 
 # --- What is refused -----------------------------------------------------------------------------
@@ -747,6 +734,7 @@ def edit_tensor(folder: Path, name: str, change) -> None:
         ("init_lora_weights", "pissa_niter_16"),
         ("lora_bias", True),
         ("layer_replication", [[0, 2]]),
+        ("layers_to_transform", [1]),
         ("peft_type", "LOHA"),
         ("target_parameters", ["experts.down_proj"]),
         ("a_field_of_tomorrow", True),
@@ -940,8 +928,7 @@ def test_output_folders_that_are_not_ours(pair, capsys):
 
 
 @pytest.mark.parametrize(("option", "value"), [
-    ("--max_shard_size", "0.0"), ("--max_shard_size", "nan"), ("--verify_tokens", "1"),
-    ("--push_to_hub", "my model")])
+    ("--max_shard_size", "0.0"), ("--max_shard_size", "nan"), ("--push_to_hub", "my model")])
 def test_values_that_are_refused_before_anything_is_read(capsys, option, value):
     assert f"{option} {value}: expected" in refusal(capsys, "nowhere", option, value)
 
@@ -968,11 +955,6 @@ TRUNCATED = {  # what the adapter promises, what is lost of it, the first tensor
     "one pair": ({}, "0.mlp.up_proj.", "model.layers.0.mlp.up_proj.lora_A is missing", 1),
     "a pattern's": (
         {"target_modules": ".*_proj"}, "k_proj", "0.self_attn.k_proj.lora_A is missing", 3),
-    "all-linear's": (
-        {"target_modules": "all-linear"}, "v_proj", "0.self_attn.v_proj.lora_A is missing", 3),
-    "the chosen layer's": (
-        {"layers_to_transform": [1], "layers_pattern": "layers"}, "q_proj",
-        "1.self_attn.q_proj.lora_A is missing", 1),
     "another rank's": (
         {"rank_pattern": {"down_proj": 9}}, "down_proj",
         "0.mlp.down_proj.lora_A is missing; expected (9, 131)", 3),
@@ -1009,10 +991,6 @@ def test_an_adapter_that_lacks_what_it_promises_is_refused(tmp_path, capsys, cas
     {"target_modules": r".*layers\.[1-9]\d*\.self_attn\.[qv]_proj"},
     {"target_modules": LINEAR, "exclude_modules": ["k_proj", "layers.2.mlp.up_proj"]},
     {"target_modules": LINEAR, "exclude_modules": ".*mlp.*"},
-    {"target_modules": LINEAR, "layers_to_transform": 1},
-    {"target_modules": LINEAR, "layers_to_transform": [0, 12], "layers_pattern": ["h", "layers"]},
-    {"target_modules": LINEAR, "layers_to_transform": [0], "layers_pattern": "blocks"},
-    {"target_modules": [*LINEAR, "model.layers.2.mlp.up_proj"], "layers_to_transform": [0]},
     {"target_modules": [*LINEAR, "lm_head"], "modules_to_save": ["mlp", "lm_head"]},
 ])  # fmt: skip
 def test_targets_are_those_of_peft(promise):
@@ -1028,22 +1006,9 @@ def test_targets_are_those_of_peft(promise):
         assert merge_lora.is_target(module, promise) == bool(theirs), module
 
 
-@pytest.mark.parametrize(("field", "value", "words"), [
-    ("r", None, "r is None; expected a number"), ("r", 0, "r is 0; expected a number"),
-    ("rank_pattern", {"q_proj": "8"}, "r is 8; expected a number"),
-    ("alpha_pattern", {"q_proj": "8"}, "lora_alpha is 8; expected a number"),
-    ("lora_alpha", "16", "lora_alpha is 16; expected a number"),
-    ("target_modules", "(q_proj", "(q_proj is no pattern"),
-    ("rank_pattern", {"*q_proj": 4}, "*q_proj)$ is no pattern")])
-def test_settings_of_an_adapter_that_make_no_sense(pair, capsys, field, value, words):
-    edit(pair[1] / "adapter_config.json", **{field: value})
-    line = refusal(capsys, pair[1])
-    assert f"--adapter {pair[1]}: " in line and words in line.replace("(.*\\.)?(*", "*")
-
-
 def test_layers_that_are_not_promised_are_named(pair, capsys):
     """PEFT leaves them out with a warning."""
-    edit(pair[1] / "adapter_config.json", layers_to_transform=[0])
+    edit(pair[1] / "adapter_config.json", exclude_modules=".*layers.1.*")
     line = refusal(capsys, pair[1])
     assert "model.layers.1.mlp.down_proj.lora_A is (5, 131); expected no such tensor" in line
     assert "(13 more differ)" in line
@@ -1055,32 +1020,14 @@ def test_an_adapter_that_promises_nothing_is_refused(pair, capsys):
     assert "adapter_config.json promises no tensor" in refusal(capsys, pair[1])
 
 
-@pytest.mark.parametrize("place", ["run.json", "metadata"])
-def test_4bit_settings_travel_with_the_adapter(qlora, place, capsys):
-    adapter = qlora[1]
-    expected = merge(adapter)
-    (adapter / "run.json").rename("kept.json")
-    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "device": "cpu",
-                "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16"}
-    path = adapter / "adapter_model.safetensors"
-    if place == "run.json":
-        Path("kept.json").rename(adapter / "run.json")
-    else:
-        metadata = {"luojiu_quantization": json.dumps(settings)}
-        save_file(load_file(path), path, metadata=metadata)
-    ours = merge(adapter)
-    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
-    assert "warning" not in capsys.readouterr().err
-
-
 def test_settings_that_are_not_known_are_one_warning(qlora, capsys):
     base, adapter = qlora
-    (adapter / "run.json").unlink()
+    path = adapter / "adapter_model.safetensors"
+    save_file(load_file(path), path)
     assert_same_bits(merge(adapter), peft_merge(base, adapter))
     said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: ")]
     assert len(said) == 1 and "4 bits" in said[0] and "--merge_into dequantized" in said[0]
-    path = adapter / "adapter_model.safetensors"
-    save_file(load_file(path), path, metadata={"luojiu_quantization": '{"load_in_4bit": false}'})
+    record_settings(adapter, load_in_4bit=False)
     merge(adapter)
     merge(adapter, "--merge_into", "dequantized")
     assert "warning" not in capsys.readouterr().err
@@ -1089,21 +1036,19 @@ def test_settings_that_are_not_known_are_one_warning(qlora, capsys):
 def test_it_says_where_it_quantises_and_where_the_adapter_was_trained(qlora, capsys, monkeypatch):
     adapter = qlora[1]
     for device, words in (("cpu", "trained on cpu"), ("cuda", "trained on cuda; few values of 10")):
-        record = {"quantization": merge_lora.NF4 | {"device": device}}
-        (adapter / "run.json").write_text(json.dumps(record))
+        record_settings(adapter, device=device)
         merge(adapter, "--device", "cpu")
         assert f"quantising on cpu; the adapter was {words}" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--device cuda: PyTorch sees no GPU here" in refusal(capsys, adapter, "--device", "cuda")
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ("{", "expected a JSON object"), ("[4]", "expected a JSON object"),
-    ('{"bnb_4bit_quant_type": "int4"}', "quant_type is int4; expected nf4 or fp4")])
-def test_settings_that_cannot_be_read(pair, capsys, settings, words):
-    path = pair[1] / "adapter_model.safetensors"
-    save_file(load_file(path), path, metadata={"luojiu_quantization": settings})
-    assert words in refusal(capsys, pair[1])
+@pytest.mark.parametrize("settings", [
+    "{", "[4]", '{"load_in_4bit": true}', '{"load_in_4bit": true, "bnb_4bit_quant_type": "fp4", '
+    '"bnb_4bit_compute_dtype": "bfloat16"}'])
+def test_settings_that_cannot_be_read(pair, capsys, settings):
+    record_settings(pair[1], settings)
+    assert f"its 4-bit settings are {settings}; expected NF4's" in refusal(capsys, pair[1])
 
 
 def test_paths_with_a_tilde_are_one_place(qlora, monkeypatch):
@@ -1117,7 +1062,6 @@ def test_paths_with_a_tilde_are_one_place(qlora, monkeypatch):
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
     assert not Path("~").exists()
     edit(adapter / "adapter_config.json", base_model_name_or_path="~/base")
-    (adapter / "run.json").unlink()
     assert merge(adapter)
 
 
@@ -1195,7 +1139,7 @@ def test_a_file_system_without_locks_is_a_warning(pair, capsys, monkeypatch, num
 
 @pytest.mark.parametrize("wrong", [KeyboardInterrupt, SystemExit, RuntimeError])
 def test_the_lock_ends_with_main(pair, monkeypatch, wrong):
-    """As in a notebook, where the process goes on."""
+    """As in a notebook, where the process goes on; nothing is left either."""
     def stop(*args):
         raise wrong
 
@@ -1203,10 +1147,8 @@ def test_the_lock_ends_with_main(pair, monkeypatch, wrong):
         patch.setattr(merge_lora, "write_weights", stop)
         with pytest.raises((SystemExit, RuntimeError)):
             merge(pair[1])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(pair[1]), "--output_dir",
-         "merged"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert not list(Path().glob("*merged*"))
+    assert merge(pair[1])
 
 
 def test_a_merged_model_tells_what_was_new_in_it(pair):
@@ -1246,18 +1188,6 @@ def test_weights_that_differ_from_their_sum_are_refused(pair, capsys):
     assert f"--adapter {adapter}: adapter_model.safetensors is not as it was written" in line
     (adapter / "run.json").unlink()
     assert merge(adapter)
-
-
-@pytest.mark.parametrize(("key", "option", "trained"), [
-    ("r", "lora_rank", 5), ("lora_alpha", "lora_alpha", 7)])
-def test_settings_edited_after_the_training_are_a_warning(pair, capsys, key, option, trained):
-    record = {"settings": {option: trained + 9}}
-    for settings, words in ((record, f"{key} is {trained} in adapter_config.json, but it was "
-                             f"trained with {trained + 9}"), ({"settings": {option: trained}}, "")):
-        (pair[1] / "run.json").write_text(json.dumps(settings))
-        merge(pair[1])
-        said = [x for x in capsys.readouterr().err.splitlines() if "trained with" in x]
-        assert [words in x for x in said] == [True] * bool(words)
 
 
 def test_files_that_the_model_does_not_name_do_not_count(pair):
@@ -1381,34 +1311,9 @@ def test_a_chat_model_with_tokens_of_its_own_is_refused(pair, tmp_path, capsys):
         edit_tensor_exactly(chat, name, lambda t: torch.cat([t, t[:1]]))
     edit(chat / "config.json", vocab_size=1001)
     assert merge(adapter, "--chat_model", chat)
-    template, settings = chat / "tokenizer_config.json", chat / "generation_config.json"
-    for path, key, value in ((template, "chat_template", "{{ messages }}<|im_end|>"),
-                             (settings, "eos_token_id", [2, 1000]),
-                             (settings, "pad_token_id", 1000)):
-        before = path.read_bytes()
-        edit(path, **{key: value})
-        line = refusal(capsys, adapter, "--chat_model", chat)
-        assert f"--chat_model {chat}: " in line and "needs <|im_end|>, which the base has" in line
-        path.write_bytes(before)
-
-
-def test_a_chat_model_that_is_the_base_is_refused(pair, capsys):
-    assert "it is the base itself" in refusal(capsys, pair[1], "--chat_model", pair[0])
-
-
-@pytest.mark.parametrize(("change", "words"), [
-    ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, "rope_theta 1000000.0, in"),
-    ({"rope_parameters": None, "rope_theta": 5e5}, "rope_theta 500000.0, in the base 10000.0"),
-    ({"rms_norm_eps": 1e-3}, "rms_norm_eps 0.001, in the base 1e-06"),
-    ({"hidden_act": "gelu"}, "hidden_act gelu, in the base silu"),
-    ({"rope_parameters": None, "rope_theta": 1e4}, None)])
-def test_a_chat_model_that_computes_differently_is_a_warning(
-        pair, tmp_path, capsys, change, words):
-    chat = make_chat(pair[0], tmp_path / "chat")
-    edit(chat / "config.json", **change)
-    merge(pair[1], "--chat_model", chat)
-    said = capsys.readouterr().err
-    assert words in said if words else "in the base" not in said
+    edit(chat / "tokenizer_config.json", chat_template="{{ messages }}<|im_end|>")
+    line = refusal(capsys, adapter, "--chat_model", chat)
+    assert f"--chat_model {chat}: " in line and "needs <|im_end|>, which the base has" in line
 
 
 def test_files_of_the_user_in_the_output_are_named_and_kept(pair, capsys):
@@ -1459,7 +1364,7 @@ def test_an_output_that_cannot_be_renamed_is_refused_before_the_work(pair, capsy
     assert line.startswith("error: --output_dir .: a mount or the current folder")
 
 
-@pytest.mark.parametrize("closed", ["| true", ">&-", "2>&-"])
+@pytest.mark.parametrize("closed", ["| true", ">&- 2>&-"])
 def test_nobody_need_read_what_is_printed(pair, closed):
     """The pipe's reader is gone before the first line is printed."""
     script = [sys.executable, str(ROOT / "merge_lora.py"), "--adapter", str(pair[1]),
@@ -1469,29 +1374,9 @@ def test_nobody_need_read_what_is_printed(pair, closed):
     assert Path("merged/config.json").is_file()
 
 
-def test_a_shard_too_large_for_the_disk_names_the_option(pair):
-    code = f"""if True:
-        import resource, sys
-        sys.path.insert(0, {str(ROOT)!r})
-        import merge_lora
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        merge_lora.main(sys.argv[1:])"""
-    options = [sys.executable, "-c", code, "--adapter", str(pair[1]), "--output_dir", "merged"]
-    done = subprocess.run(options, capture_output=True, text=True, check=False)
-    line = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and line.startswith("error: --max_shard_size: this disk takes no")
-    assert not list(Path().glob("*merged*"))
-    assert subprocess.run([*options, "--max_shard_size", "1.5e-4"], check=False).returncode == 0
-
-
 def test_the_title_of_a_card_is_the_folders_name(pair):
     merge(pair[1], "--output_dir", "there/")
     assert "\n# there\n" in Path("there/README.md").read_text()
-
-
-def test_an_adapters_file_points_to_its_folder(pair, capsys):
-    path = pair[1] / "adapter_model.safetensors"
-    assert f"{path}: a file; pass its folder, --adapter {pair[1]}" in refusal(capsys, path)
 
 
 @pytest.mark.parametrize(("place", "other"), [
@@ -1506,11 +1391,6 @@ def test_an_adapter_in_float64_says_what_to_save(pair, capsys):
     path = pair[1] / "adapter_model.safetensors"
     save_file({name: t.double() for name, t in load_file(path).items()}, path)
     assert "stored as F64; expected BF16, F16 or F32; save it in one" in refusal(capsys, pair[1])
-
-
-def test_a_text_of_special_tokens_alone_cannot_be_compared(pair, capsys):
-    Path("text").write_text("</s>")
-    assert "--verify text: no character but" in refusal(capsys, pair[1], "--verify", "text")
 
 
 # --- A full disk, a kill -------------------------------------------------------------------------
@@ -1538,7 +1418,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_model(pair, capsys, monkeypatch
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("moment", ["merged", "copy_rest", "write_papers"])
+@pytest.mark.parametrize("moment", ["merged", "write_papers"])
 def test_a_killed_run_leaves_nothing_that_looks_finished(pair, moment):
     """kill -9 from within; what is left has no config.json, and the next run clears it away."""
     adapter = pair[1]
@@ -1559,11 +1439,3 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(pair, moment):
     assert sorted(p.name for p in Path().glob("*merged*")) == ["merged"]
 
 
-def test_ctrl_c_cleans_up(pair, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(merge_lora, "write_papers", interrupt)
-    with contextlib.suppress(SystemExit):
-        merge(pair[1])
-    assert not list(Path().glob("*merged*"))
