@@ -673,10 +673,11 @@ def read_chat(args: Arguments, base: Model) -> tuple[Model | None, list[int]]:
     if not args.chat_model:
         return None, []
     chat, other = read_model(args.chat_model, "--chat_model"), "pass a chat model of the same base"
+    keys = ("model_type", "num_attention_heads", "hidden_act")
     theirs, ours = (
         {name: tensor.shape for name, tensor in model.tensors.items() if name not in ENDS}
-        | {key: model.config.get(key) for key in ("model_type", "num_attention_heads")}
-        for model in (chat, base))
+        | {key: model.config.get(key) for key in keys}
+        | {"rope_theta": rope_theta(model.config)} for model in (chat, base))
     expect(theirs, ours, chat.shown, "as in the base", other)
     pieces, added = read_pieces(chat.folder, chat.shown)
     pieces, known, template = pieces | added, all_pieces(base), chat_template(chat) or ""
@@ -696,6 +697,11 @@ def read_chat(args: Arguments, base: Model) -> tuple[Model | None, list[int]]:
         (own, f"{chat.shown}: its template needs {', '.join(own[:3])}, which the base has not; "
          f"expected a chat model without tokens of its own, as Llama 2's; {other}"))
     return chat, shared
+
+
+def rope_theta(config: dict) -> float:
+    """The base of the rotary embedding. Transformers 4 has it at the top of the config."""
+    return (config.get("rope_parameters") or config).get("rope_theta") or 10_000.0
 
 
 # --- Readers: where the rows of a merged tensor come from ----------------------------------------
@@ -913,7 +919,12 @@ def check_promises(adapter: Adapter, sources: dict[str, Stored]) -> None:
     tensors, shown = adapter.tensors, adapter.shown
     for key, value in adapter.config.items():
         known = value in KNOWN_VALUES[key] if key in KNOWN_VALUES else key in KNOWN_FIELDS
-        refuse((value and not known, f"{shown}: {key} = {value} {NOT_HERE}"))
+        other = not known and (value or key in KNOWN_VALUES)
+        refuse((other, f"{shown}: {key} = {value} {NOT_HERE}"))
+    for key in ("r", "lora_alpha"):
+        number = adapter.config.get(key)
+        wrong = f"{shown}: {key} is {number!r}; expected a number; {AGAIN}"
+        refuse((not isinstance(number, int | float), wrong))
     if HEAD not in sources:  # tied
         if EMBEDDING in tensors:
             tensors.pop(HEAD, None)  # the embedding once more
