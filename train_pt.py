@@ -50,6 +50,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from functools import cache, partial, wraps
 from importlib.metadata import version
 from inspect import unwrap
@@ -257,10 +258,14 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     # and break every later run of this process.
     for name, reason in UNSUPPORTED.items():
         refuse((value := getattr(asked, name), f"--{name} {value}: {reason}"))
+    names = [f"--{name}" for name in {**vars(args), **known}]
+    near = get_close_matches(unknown[0].partition("=")[0], names, 1) if unknown else []
+    hint = f"did you mean {near[0]}? " if near else ""
     refuse(
         (asked.fsdp and os.environ.get("WORLD_SIZE", "1") == "1", f"--fsdp {asked.fsdp}: expected "
          "several processes: torchrun --nproc_per_node 4 train_pt.py"),
-        (unknown, f"unknown option: {' '.join(unknown)}; --help and --help_trainer list them"))
+        (unknown,
+         f"unknown option: {' '.join(unknown)}; {hint}--help and --help_trainer list them"))
     with refusals_of():
         training, _ = trainer_parser.parse_args_into_dataclasses(rest, **parse)
     training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
@@ -740,9 +745,11 @@ def cut_text(text: str) -> list[str]:
 
 def batches_of_text(texts: Iterator[str]) -> Iterator[list[tuple[str, bool, bool]]]:
     """(part, is it its document's first, its last), about BATCH characters at a time."""
-    batch, size = [], 0
+    batch, size, repaired = [], 0, 0
     for text in texts:
-        parts = cut_text(SURROGATES.sub("\ufffd", text))
+        text, lone = SURROGATES.subn("\ufffd", text)
+        repaired += lone
+        parts = cut_text(text)
         for number, part in enumerate(parts):
             batch.append((part, number == 0, number == len(parts) - 1))
             size += len(part)
@@ -751,6 +758,8 @@ def batches_of_text(texts: Iterator[str]) -> Iterator[list[tuple[str, bool, bool
                 batch, size = [], 0
     if batch:
         yield batch
+    if repaired:
+        print(f"note: {repaired} lone surrogates in the text are U+FFFD now")
 
 
 def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -> None:

@@ -155,7 +155,8 @@ def test_a_folder_of_the_same_name_that_appears_meanwhile_is_replaced(command, m
         (["--push_to_hub", "true"], ["--push_to_hub True", "hf upload"]),
         (["--deepspeed", "ds.json"], ["--deepspeed", "accelerate launch"]),
         (["--auto_find_batch_size", "true"], ["--auto_find_batch_size True", "--plan"]),
-        (["--warmup_ratio", "0.1"], ["unknown option: --warmup_ratio 0.1", "--help_trainer"]),
+        (["--warmup_ratio", "0.1"],
+         ["unknown option: --warmup_ratio 0.1", "--warmup_steps?", "--help_trainer"]),
         (["--lr_scheduler_type", "warmup_stable_decay"],
          ["--lr_scheduler_type warmup_stable_decay", "num_decay_steps"]),
         (["--lr_scheduler_type", "cosine_with_min_lr"],
@@ -250,10 +251,11 @@ def test_control_tokens_in_a_page_stay_text(tokenizer, tmp_path):
     assert tokenizer.decode(ids[1:-1]) == page
 
 
-def test_lone_surrogates_are_replaced(tokenizer, tmp_path):
+def test_lone_surrogates_are_replaced_and_counted(tokenizer, tmp_path, capsys):
     one, two = encoded(["a\ud83db\ud83d", "😀"], tokenizer, tmp_path / "a")
     assert tokenizer.decode(one[1:-1]) == "a\ufffdb\ufffd"
     assert tokenizer.decode(two[1:-1]) == "😀", "a pair is no lone one"
+    assert "2 lone surrogates in the text are U+FFFD now" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
