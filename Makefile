@@ -6,8 +6,8 @@
 # make clean  removes what the demo (or any run with default paths) has written
 
 SHELL := /bin/bash
-PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' 2>/dev/null \
 	&& { echo $$p; break; }; done)
 VENV := .venv
 
@@ -17,7 +17,7 @@ VENV := .venv
 install: $(VENV)/installed
 
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 is needed; name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11, 3.12 or 3.13 is needed; name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: requirements.txt | $(VENV)/bin/python
