@@ -123,7 +123,7 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass
 class Settings:
-    """What decides the result: an unfinished run goes on only under the same settings."""
+    """Options that change the result: a run resumes only with the same ones."""
 
     block_size: int = option(2048, "Tokens in a training sequence, packed with documents.")
     group_size: int | None = option(None, "Tokens in a group of S²; None: a quarter of block_size.")
@@ -217,8 +217,8 @@ def refuse_twice(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
 
 def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
-    """Read the command line (None: sys.argv) into our Arguments and transformers.TrainingArguments;
-    refuse what is unknown, and what the Trainer would take but a run would fail of."""
+    """Read the command line (None: sys.argv) into our Arguments and transformers.TrainingArguments.
+    Refuse unknown options, and those that Trainer accepts but under which a run would fail."""
     form = {"formatter_class": HelpFormatter, "usage": "%(prog)s [options]", "allow_abbrev": False}
     parse = {"return_remaining_strings": True, "look_for_args_file": False}
     parser = HfArgumentParser(Arguments, description=__doc__, **form)
@@ -229,7 +229,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     args, extra, rest = parser.parse_args_into_dataclasses(argv, **parse)
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read when CUDA starts
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package we need not
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package
     import torch
     from transformers import TrainingArguments
     from transformers.utils import is_liger_kernel_available
@@ -269,7 +269,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     with refusals_of():
         training, _ = trainer_parser.parse_args_into_dataclasses(rest, **parse)
     training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
-    if asked.greater_is_better is None and training.metric_for_best_model:  # by its kind
+    if asked.greater_is_better is None and training.metric_for_best_model:  # Trainer knows losses
         name = training.metric_for_best_model.removeprefix("eval_")
         training.greater_is_better = name.startswith(SHARES)
     liger_runs = is_liger_kernel_available() and not training.use_cpu
@@ -295,7 +295,7 @@ def try_trainer(args: Arguments, training: Any) -> None:
     import torch
     from transformers import Trainer
     options, rows = copy(training), [{"labels": 0}]
-    with TemporaryDirectory() as options.output_dir, refusals_of():  # it makes its folder
+    with TemporaryDirectory() as options.output_dir, refusals_of():  # Trainer makes the folder
         trainer = Trainer(torch.nn.Linear(1, 1), options, train_dataset=rows, eval_dataset=rows)
         trainer.create_optimizer()
         trainer.get_train_dataloader()
@@ -361,10 +361,10 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def refusals_of(what: str = "") -> Iterator[None]:
-    """Turn what another library says into one line, behind our own words."""
+    """Turn an exception of another library into a UserError: `what`, then its text in one line."""
     try:
         yield
-    except Exception as error:  # files of nonsense fail in many ways
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(what + " ".join(str(error).split())[:300]) from error
 
 
@@ -453,7 +453,7 @@ def find_shapes(name_or_path: str, option: str) -> Path:
         small = {"allow_patterns": ["config.json", "tokenizer*"], "ignore_patterns": "*/*"}
         with suppress(HfHubHTTPError, LocalEntryNotFoundError, ConnectionError):
             return Path(snapshot_download(name_or_path, **small))
-    return find_model(name_or_path, option)  # which says what is wrong
+    return find_model(name_or_path, option)  # it raises the right error
 
 
 def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
@@ -505,7 +505,7 @@ def check_weights(folder: Path, config: Any, model: str) -> None:
         llama = AutoModelForCausalLM.from_config(deepcopy(config))
     for path in paths:
         with (refusals_of(f"{model}: {path.name} is not whole; fetch it again: "),
-              safe_open(path, "np") as file):  # it holds the header against the file's size
+              safe_open(path, "np") as file):  # it checks the header against the file's size
             names = file.keys()
             found |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
     expected = {name: tuple(tensor.shape) for name, tensor in llama.state_dict().items()}
@@ -770,7 +770,7 @@ def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return tokenizer(texts, **options)["input_ids"]
 
-    # A Llama tokenizer sets a space before its text, but a later part of a text must have none. So
+    # A Llama tokenizer puts a space before its text, but a later part of a text must have none. So
     # it is encoded behind a line break, and the tokens of space and line break are cut off.
     lead = encode(["\n"])[0]
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -934,7 +934,7 @@ def pack_sources(
 
 
 def count(corpora: list[Corpus], blocks: Mixture, held_out: dict, training: Any) -> dict[str, int]:
-    """The run in numbers."""
+    """Documents, tokens, sequences and steps of the run."""
     return {
         "documents": sum(len(corpus.lengths) for corpus in corpora[: len(blocks.sources)]),
         "tokens": sum(source.total for source in blocks.sources), "sequences": len(blocks),
@@ -944,7 +944,7 @@ def count(corpora: list[Corpus], blocks: Mixture, held_out: dict, training: Any)
 
 @dataclass
 class Collate:
-    """Blocks to a batch with its cut points; input_ids stand first, by which Trainer counts."""
+    """Make a batch with cut points. Trainer takes its size from the first entry, input_ids."""
 
     group_size: int
     flash: bool
@@ -976,7 +976,7 @@ def in_context_tasks(task: str, count: int = 32) -> list[tuple[str, str]]:
     them (4 examples, other letters), or `map` a letter to the one beside it (8 examples)."""
     draw, found = np.random.default_rng(0), []
     for _ in range(count):
-        letters = draw.permutation(list(ascii_uppercase))  # of which any tokenizer has each
+        letters = draw.permutation(list(ascii_uppercase))  # any tokenizer has a piece for each
         if task == "map":
             lines = list(zip(letters[:8], letters[8:16], strict=True))
             lines.append(lines[draw.integers(8)])
@@ -1136,7 +1136,7 @@ class ChunkedLoss:
             total += ((mass.log() - right) * kept).sum()
             if train:
                 slope = logits.mul_(kept / mass).scatter_add_(1, y, -kept).to(dtype)
-                logits = None  # make room
+                logits = None  # free the memory
                 d_hidden[part] = (slope[:, :split] @ body).addmm_(slope[:, split:], tail)
                 if d_tail is not None:
                     d_tail += slope[:, split:].T @ x
@@ -1237,7 +1237,7 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"],
-        bnb_4bit_quant_storage=dtype if fsdp_version(training) else None)  # FSDP cuts floats alone
+        bnb_4bit_quant_storage=dtype if fsdp_version(training) else None)  # FSDP shards only floats
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="s2",
         quantization_config=nf4 if args.quantization == "nf4" else None,
@@ -1316,12 +1316,12 @@ def save_adapter(model: Any, folder: Path, base: str, quantization: dict | None 
     building = folder / "adapter_model.building"
     metadata = {"luojiu_quantization": json.dumps(quantization)} if quantization else {}
     save_file(tensors, building, {"format": "pt"} | metadata)
-    building.chmod((folder / "adapter_config.json").stat().st_mode)  # it was for the owner alone
+    building.chmod((folder / "adapter_config.json").stat().st_mode)  # else the owner's alone
     building.rename(folder / "adapter_model.safetensors")
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Put a checkpoint's weights back, exactly."""
+    """Load the weights of an adapter or a checkpoint into the model, bit for bit."""
     from safetensors.torch import load_file
     from torch.distributed.tensor import DTensor, distribute_tensor
     saved, tensors = load_file(folder / "adapter_model.safetensors"), adapter_tensors(model)
@@ -1428,7 +1428,7 @@ class PackedTraining:
         return loss
 
     def stopping(self) -> bool:
-        """Whether a signal has come, to whichever process: they stop together."""
+        """Whether any process has received a signal: all stop at the same step."""
         if self.args.world_size == 1:
             return bool(self.signals)
         import torch
@@ -1806,7 +1806,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file is as it was written; what else lies there does not count."""
+    """Whether every recorded file still has its checksum; other files do not count."""
     sums = read_record(checkpoint).get("files")
     try:
         return bool(sums) and all(file_sum(checkpoint / name) == sums[name] for name in sums)
@@ -1817,7 +1817,7 @@ def is_whole(checkpoint: Path) -> bool:
 def describe_run(
     args: Arguments, training: Any, folder: Path, first_new: int, keys: list[str]
 ) -> dict:
-    """What run.json holds from the start: with other settings or inputs it is another run."""
+    """The content of run.json at the start of a run. Its settings identify the run."""
     settings = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
     settings |= {n: v for n, v in training.to_dict().items() if TRAINER_SETTINGS.match(n)}
     settings |= {
@@ -1850,10 +1850,10 @@ def open_run(args: Arguments, record: dict) -> str | None:
     """What output_dir holds: "done", a checkpoint to resume from, or None for a new run. Refuses
     another run's folder, and one in which every checkpoint is broken."""
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    begun = {".lock", "run.json.building"} | FOREIGN  # of a start that failed
+    begun = {".lock", "run.json.building"} | FOREIGN  # left by a start that failed
     held = output.iterdir() if output.is_dir() else [output] if output.exists() else []
     names = sorted({path.name for path in held} - begun)
-    old = read_record(output) or next(map(read_record, checkpoints(output)), {})  # it was lost
+    old = read_record(output) or next(map(read_record, checkpoints(output)), {})  # without run.json
     foreign = old.get("script") != "train_pt.py" or not {"settings", "results"} <= old.keys()
     refuse((names and foreign, f"--output_dir {output}: holds something else "
             f"({', '.join(names[:3])}); choose another folder"))
@@ -1878,7 +1878,7 @@ def open_run(args: Arguments, record: dict) -> str | None:
 
 
 def refuse_other(record: dict, old: dict, what: str) -> None:
-    """Refuse to go on where more than the schedule differs."""
+    """Refuse to resume if other settings than the schedule's differ."""
     changed = changed_settings(record, old)
     refuse((not SCHEDULE.issuperset(changed), f"{what} with other settings "
             f"({'; '.join(changed.values())}); to resume give the same settings; for a new run "
@@ -1911,7 +1911,7 @@ def check_schedule(args: Arguments, record: dict, checkpoint: str, steps: int) -
 
 
 def same_schedule_so_far(record: dict, checkpoint: Path, steps: int) -> bool:
-    """Whether a checkpoint was saved under the learning rates that this run has up to its step."""
+    """Whether this run has the same learning rates as the checkpoint up to its step."""
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     new, old = record["settings"], read_record(checkpoint)["settings"]
     if steps == state["max_steps"] and all(new.get(n) == old.get(n) for n in SCHEDULE):
@@ -1979,7 +1979,7 @@ def sizes(config: Any, args: Arguments, first_new: int) -> tuple[int, int, int]:
 
 
 def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block: int) -> dict:
-    """Bytes on the GPU at the peak: derived from the shapes, and held against a trace of every
+    """Bytes on the GPU at the peak, derived from the shapes and compared with a trace of every
     allocation (benchmarks/bench_plan.py)."""
     D, M, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     V, tokens = config.vocab_size, batch * block
@@ -2100,7 +2100,7 @@ class Report:
         self.output, self.drawn = Path(args.output_dir), -math.inf
 
     def begin(self, training: Any, blocks: Mixture, *lines: str) -> None:
-        """Write the record, and say what comes."""
+        """Write run.json and print what the run will do."""
         run = os.getenv("WANDB_RUN_ID") or read_record(self.output).get("wandb_run_id")
         self.record["wandb_run_id"] = run or uuid4().hex[:8]
         if "wandb" in training.report_to:  # Trainer logs to the run that it finds begun
@@ -2185,7 +2185,7 @@ class Report:
         return {"eval_sample": self.tokenizer.decode(new, skip_special_tokens=True)}
 
     def stopped(self, trainer: Any) -> None:
-        """Say what a signal left."""
+        """Print which step is saved after a signal."""
         step, auto = trainer.state.global_step, self.args.resume_from_checkpoint == "auto"
         how = "the same command" if auto else "--resume_from_checkpoint auto"
         said = f"stopped; step {step} is saved" if step else "stopped before the first step"
@@ -2302,7 +2302,7 @@ def unusable(file: Path) -> str | None:
 
 
 def slow_device(training: Any, folder: Path) -> str | None:
-    """Why the run will be slower on this device than it need be."""
+    """Why training is slow on this device; None if it is not."""
     import torch
     from transformers.utils import is_liger_kernel_available
     if training.use_cpu:

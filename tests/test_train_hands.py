@@ -306,10 +306,9 @@ def test_one_txt_alone_says_that_nothing_is_held_out(command, tmp_path, capsys):
 # Locks.
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_a_warning(number, command, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_a_warning(command, monkeypatch, capsys):
     def no_locks(*args):
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     train_pt.main(command("--max_steps", "1", "--eval_strategy", "no"))
