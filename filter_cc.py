@@ -524,10 +524,9 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
             tally.others[kind[1].decode()] += 1
             return False
         refused = judge.glance(start) if start else "language" if FOREIGN.search(header) else None
-        if save or not refused:
-            return True
-        tally.count(refused, length)
-        return False
+        if refused and not save:
+            tally.count(refused, length)
+        return save or not refused
 
     lost = lost_unread(tally, damage)
     for data, at, length in stream_records(stream, wanted, lost, tally):
@@ -2139,10 +2138,8 @@ def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
         f" {sum(account['damaged'].values()):,} damaged,"
         f" {sum(account['no_page'].values()):,} no pages ({', '.join(account['no_page']) or '-'})")
     if not results["pages"]:
-        counts = [counts["pages"] for counts in results["left_after"].values()]
-        rule = max(range(len(RULES)), key=lambda at: counts[at] - counts[at + 1])
-        name, what = list(RULES.items())[rule]
-        print(f"every page was refused, most by {name} ({what});"
+        rule = max(account["refused"], key=account["refused"].get)
+        print(f"every page was refused, most by {rule} ({RULES[rule]});"
               " --save_rejected, into another --output_dir, shows them")
     print(
         f"{results['pages']:,} pages, {results['characters']:,} characters in {args.output_dir},"
