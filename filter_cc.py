@@ -313,8 +313,8 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def mapped(stream) -> Iterator[mmap.mmap]:
-    """Give a stream's bytes as if they lay in memory. A stream that is no file of this machine is
-    copied into a temporary one."""
+    """Map a stream's bytes into memory. A stream that is not a local file is copied into a
+    temporary file first."""
     with tempfile.TemporaryFile() as file:
         try:
             stream.fileno()
@@ -327,8 +327,8 @@ def mapped(stream) -> Iterator[mmap.mmap]:
 
 
 def file_records(data: mmap.mmap, wanted: Callable, damage: Callable, tally: "Tally") -> Iterator:
-    """Yield the records of a file of WARC bytes, each with the place and length of its body; where
-    a length is wrong, go on at the next record's header."""
+    """Yield the records of plain WARC bytes, each with the place and length of its body. Where a
+    length is wrong, search for the next record's header."""
     at, lost = 0, False
     while (start := data.find(b"WARC/1.", at)) >= 0:
         if not lost and data[at : min(start, at + HEAD)].strip():
@@ -361,10 +361,10 @@ def file_records(data: mmap.mmap, wanted: Callable, damage: Callable, tally: "Ta
 
 
 def only_record(data: mmap.mmap, at: int, end: int, wanted: Callable) -> tuple | None:
-    """Return the record of the gzip member data[at:end] if it is healthy and holds just one, with
-    the place and length of its body; () if `wanted` refuses it for its header or for its first
-    bytes, and then the rest is not even inflated; None if the member is anything else. Its last
-    four bytes, the inflated size, must be the record's own. Bytes after it do no harm."""
+    """Return the record of the gzip member data[at:end], with the place and length of its body.
+    Return () if `wanted` refuses its header or its first bytes: the rest is not inflated then.
+    Return None if the member is damaged or does not hold exactly one record. The member's last four
+    bytes, the inflated size, must be the record's size."""
     try:
         inflate, fed = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), at + HEAD
         head, size = inflate.decompress(data[at:fed]), int.from_bytes(data[end - 4 : end], "little")
@@ -400,9 +400,10 @@ def inflate_member(data: mmap.mmap, at: int, file) -> int | None:
 
 
 def gzip_records(data: mmap.mmap, wanted: Callable, damage: Callable, tally: "Tally") -> Iterator:
-    """Cut records out of gzip members. Magic bytes divide these, so that damage ends with its
-    member. A member should hold one record. Any other member (many records, a wrong length, damage,
-    magic bytes inside compressed data) is inflated into a file and searched for records."""
+    """Yield the records of gzip members. A member is searched for by its magic bytes, so that
+    damage costs one member. A member should hold one record. Any other member (many records, a
+    wrong length, damage, magic bytes inside compressed data) is inflated into a file, and that is
+    searched for records."""
     at = 0
     while at < len(data):
         following = MEMBER.search(data, at + 1)
@@ -444,8 +445,8 @@ def stream_records(stream, wanted: Callable, damage: Callable, tally: "Tally") -
 
 
 def decompressed(stream, start: bytes):
-    """Return a stream without its compression, which its first bytes tell; itself if it has none.
-    """
+    """Return a stream that decompresses another, whose first bytes name the compression; return
+    the same stream if it is not compressed."""
     if start.startswith(GZIP):
         return gzip.GzipFile(fileobj=stream)
     if start.startswith((b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")):
@@ -530,10 +531,9 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
             tally.others[kind[1].decode()] += 1
             return False
         refused = judge.glance(start) if start else "language" if FOREIGN.search(header) else None
-        if save or not refused:
-            return True
-        tally.count(refused, length)
-        return False
+        if refused and not save:
+            tally.count(refused, length)
+        return save or not refused
 
     lost = lost_unread(tally, damage)
     for data, at, length in stream_records(stream, wanted, lost, tally):
@@ -609,9 +609,9 @@ def join_chunks(body: bytes) -> bytes:
 
 
 def html_page(block: bytes, judge: "Judge") -> tuple[bytes | None, str | None]:
-    """Return the main text of an HTML response as UTF-8 and the rule that refuses it before it is
-    worth extracting; no text if it is not HTML. Extraction takes 10 ms, so the characters of the
-    whole page are counted first."""
+    """Return the main text of an HTML response as UTF-8, and the rule that refuses the page. The
+    text is None if the response is not HTML. Extraction takes 10 ms, so the scripts of the whole
+    page are counted first, and a page that they refuse is not extracted."""
     fields, body = http_payload(block)
     kind = fields.get("content-type", "").lower()
     if "html" not in kind:
@@ -1065,8 +1065,8 @@ class Words:
         return found
 
     def is_joint(self, text: str, at: int, word: str) -> bool:
-        """Whether what looks like a wrong conversion is right, because the character belongs to the
-        neighbouring word: 要瞭 in 要瞭解, 併時 in 合併時."""
+        """Whether a word that looks wrongly converted is part of two right words: 要瞭 in 要瞭解,
+        併時 in 合併時."""
         if self.kinds[word] != "converted":
             return False
         wrong = at + self.wrong[word]
@@ -1174,10 +1174,10 @@ class Judge:
             yield rule, scores[rule] > getattr(limits, f"max_{rule}")
 
     def usage(self, text: str, codes: np.ndarray, han: int) -> dict[str, float]:
-        """Return how far the wording of a page is from Taiwan's, and how much of it advertises, per
-        1,000 Han. Different words count, so no topic decides, and one word never does. Topics,
-        such as places and institutions, count no more than wording that agrees with them; Taiwan's
-        own words are taken off."""
+        """Return the scores of wording, per 1,000 Han: mainland, Hong Kong, converted, spam, spun
+        and terms. A word counts once, however often it occurs (but for spam), so that no topic
+        decides. Words of a topic (places, institutions) count at most as much as the other words of
+        the same kind. Taiwan's own words are subtracted."""
         found = self.words.count(text, codes)
         kinds = Counter(map(self.words.kinds.get, found))
         curly = 0 if "「" in text else min(2, len(CURLY.findall(text)))
@@ -1206,8 +1206,9 @@ def lead_bytes(text: bytes) -> int:
 
 
 def clean_lines(text: str, article: bool = False) -> str:
-    """Return the lines that are prose, headings or verse; menus, footers and notices go. Of a text
-    that is known to be an article, lines between paragraphs stay unless they are a menu's."""
+    """Return the lines that are prose, headings or verse, without menus, footers and notices. If
+    the text is known to be an article, lines between paragraphs stay unless they look like a
+    menu."""
     lines = text.splitlines()
     marks = [at for at, line in enumerate(lines) if line.lstrip().startswith(FENCES)]
     listings = zip(marks[::2], marks[1::2], strict=False)  # between two fences
@@ -1244,7 +1245,7 @@ def single_spaced(line: str) -> str:
 
 
 def drop_links(lines: list[str], kinds: list[str]) -> None:
-    """Turn what stands below a heading like 延伸閱讀 or 留言 into furniture, up to a paragraph."""
+    """Mark the lines below a heading like 延伸閱讀 or 留言 as furniture, to the next paragraph."""
     links = comments = False
     read = 0
     for at, line in enumerate(lines):
@@ -1329,9 +1330,9 @@ def is_notice(line: str) -> bool:
 def block_lines(
     lines: list[str], kinds: list[str], lead: str, before_prose: bool, article: bool
 ) -> list[str]:
-    """Return what to keep of lines between prose: a heading and a byline, verse, what a line of
-    prose (`lead`) leads to, or data and code that stand within the article without any word of
-    menus."""
+    """Return the lines to keep of a block between lines of prose: headings, verse, what the line of
+    prose above it (`lead`) announces, and data and code. Data and code stay only in a block without
+    words of menus."""
     plain = "furniture" not in kinds
     if plain and len(lines) < 30 and (lead.endswith(COLONS) or lines[0].endswith(COLONS)):
         return lines
@@ -2145,10 +2146,8 @@ def report(args: Arguments, results: dict, work: Path, seconds: float) -> None:
         f" {sum(account['damaged'].values()):,} damaged,"
         f" {sum(account['no_page'].values()):,} no pages ({', '.join(account['no_page']) or '-'})")
     if not results["pages"]:
-        counts = [counts["pages"] for counts in results["left_after"].values()]
-        rule = max(range(len(RULES)), key=lambda at: counts[at] - counts[at + 1])
-        name, what = list(RULES.items())[rule]
-        print(f"every page was refused, most by {name} ({what});"
+        rule = max(account["refused"], key=account["refused"].get)
+        print(f"every page was refused, most by {rule} ({RULES[rule]});"
               " --save_rejected, into another --output_dir, shows them")
     print(
         f"{results['pages']:,} pages, {results['characters']:,} characters in {args.output_dir},"
