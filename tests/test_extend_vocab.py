@@ -756,7 +756,7 @@ def spoil(folder: Path, how: str) -> None:
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
         save_file(tensors, shard)
     elif how == "no size":
-        config["intermediate_size"] = None
+        config["num_hidden_layers"] = None
     elif how == "a bare model":
         tensors = {name.removeprefix("model."): t for name, t in load_file(shard).items()}
         save_file(tensors, shard)
@@ -795,7 +795,7 @@ def spoil(folder: Path, how: str) -> None:
         ("not safetensors", "is not a safetensors file"),
         ("a tensor missing", "layers.1.mlp.up_proj.weight is missing; expected (52, 36) by config"),
         ("another shape", "model.norm.weight is (35,); expected (36,) by config.json"),
-        ("no size", "config.json makes no model ("),
+        ("no size", "layers.0.input_layernorm.weight is (36,); expected no such tensor by config"),
         ("a bare model", "expected the same number everywhere"),
         ("an index of nothing", "no model.safetensors there, nor its index that can be read"),
         ("a pointer", "if it was cloned, run git lfs pull"),
