@@ -372,29 +372,24 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
          f"the base's {size} and less than 10 million"))
     config, shards = load_json(folder / "config.json", given), find_shards(folder, given)
     tensors = {name: found for inside in shards.values() for name, found in inside.items()}
-    matrices = {name: tensors[name] for name in tensors.keys() & {EMBEDDING, HEAD}}
-    rows = {EMBEDDING: 0} if config.get("tie_word_embeddings") else {EMBEDDING: 0, HEAD: 0}
-    rows |= {name: shape[0] for name, (shape, _) in matrices.items()}
-    rows["config.json"] = config.get("vocab_size")
-    dtypes = {dtype for _, dtype in matrices.values()}
+    found = {name: shape for name, (shape, _) in tensors.items() if "inv_freq" not in name}
+    dtypes, rows = {tensors[name][1] for name in found}, config.get("vocab_size")
+    if config.get("tie_word_embeddings"):
+        found.pop(HEAD, None)  # the embedding once more
     refuse(
-        (set(rows.values()) != {size},
-         f"{given}: its tokenizer.model has {size} pieces, its rows are {rows}; expected the same "
-         "number everywhere (no padding rows, no added tokens)"),
         (config.get("quantization_config") or not dtypes <= {"BF16", "F16", "F32"},
-         f"{given}: is quantised; expected weights in bf16, fp16 or fp32"))
-    if config.get("model_type") in ("llama", "mistral"):  # old ones may have buffers too
-        found = {name: shape for name, (shape, _) in tensors.items() if "inv_freq" not in name}
-        if config.get("tie_word_embeddings"):
-            found.pop(HEAD, None)  # the embedding once more
-        expect(found, llama_shapes(found, config), given, "by config.json", AGAIN)
-    if args.init == "subtoken" and HEAD not in matrices:
+         f"{given}: is quantised; expected weights in bf16, fp16 or fp32"),
+        (EMBEDDING not in found, f"{given}: no {EMBEDDING} in it; expected a Llama"),
+        (rows != size, f"{given}: its tokenizer.model has {size} pieces, its vocab_size is {rows}; "
+         "expected the same number (no padding rows, no added tokens)"))
+    expect(found, llama_shapes(found, config), given, "by config.json", AGAIN)
+    if args.init == "subtoken" and HEAD not in tensors:
         args.init = "mean_subtoken"  # one matrix has to serve both ends
     if args.init in TAUGHT:
         import torch
         nbytes = sum(path.stat().st_size for path in shards)
         refuse(
-            (HEAD not in matrices, f"--init {args.init}: the base's head is its embedding; "
+            (HEAD not in tensors, f"--init {args.init}: the base's head is its embedding; "
              "expected two matrices; choose another --init"),
             (nbytes > CPU_LOSS_BYTES and not torch.cuda.is_available(),
              f"--init {args.init}: {nbytes / 1e9:.1f} GB of weights and no GPU; expected a GPU, or "
