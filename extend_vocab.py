@@ -45,6 +45,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
 from io import BytesIO
@@ -180,7 +181,10 @@ def parse_args(argv: list[str] | None) -> Arguments:
     args, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
+        names = [f"--{setting.name}" for setting in fields(Arguments)]
+        near = get_close_matches(unknown[0].partition("=")[0], names, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        parser.error(f"unknown option: {' '.join(unknown)}; {hint}--help lists the options")
     return args
 
 
@@ -216,6 +220,8 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
+    with suppress(AttributeError):  # no option of a notebook's stdout
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be UTF-8
     refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
@@ -1097,7 +1103,7 @@ def refuse_others(output: Path, record: dict, shown: str) -> None:
 
 def save_json(path: Path, content: dict) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", "utf-8", "backslashreplace")
 
 
 def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") -> bool:

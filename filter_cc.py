@@ -45,18 +45,18 @@ import tempfile
 import threading
 import time
 import zlib
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, groupby
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
+import brotli
 import fsspec  # datatrove, matplotlib and ray are imported where they are used: --help stays quick
 import numpy as np
 import zstandard
@@ -69,11 +69,7 @@ from transformers import HfArgumentParser
 CRAWL_URL = "https://data.commoncrawl.org/"
 # What a file system without locks answers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-KINDS = (".wet", ".warc", ".jsonl", ".ndjson", ".json")
-COMPRESSIONS = ("", ".gz", ".zst", ".xz", ".bz2")
-ENDINGS = (".parquet", *(
-    kind + packed for kind in KINDS for packed in COMPRESSIONS
-    if kind + packed != ".json"))  # in a folder these are settings, not rows
+READABLE = re.compile(r"\.(?:parquet|(?:wet|warc|jsonl|ndjson|json)(?:\.(?:gz|zst|xz|bz2))?)$")
 TEXT_COLUMNS = ("text", "content", "raw_content")  # the first of these that a row has
 MAX_TASKS = 256  # deduplication opens one file of every task at once
 FIRST_TURN = 32  # files read before the yield of a crawl is known (--target_size)
@@ -81,16 +77,16 @@ BLOCK = 1 << 18  # bytes that a stream gives at a time
 MAX_RECORD = 16 << 20  # bytes; no page of prose is larger
 HEAD = 384  # compressed bytes that hold a record's header
 SAMPLE = 640  # further bytes that show its script
+GZIP = b"\x1f\x8b"
+MEMBER = re.compile(rb"(?s)\x1f\x8b\x08[\0-\x1f].{4}[\0-\4]")  # the header of a gzip member
 HAN_LEADS = bytes(range(0xE4, 0xEA))  # they begin nearly every Han character in UTF-8
 SCORES = (
     "han", "traditional", "repeated", "distinct", "top", "closing", "pronouns", "mainland",
     "hongkong", "converted", "spam", "spun", "terms")
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
-RANGES = {  # of the numbers that are neither a share nor a count without a limit
-    "max_mainland": (-1000, math.inf), "max_hongkong": (-1000, math.inf),
-    "max_converted": (0, math.inf), "max_spam": (0, math.inf), "max_spun": (0, math.inf),
-    "max_terms": (0, math.inf), "keep_best": (0.001, 1), "workers": (1, 4096),
-    "minhash_buckets": (1, 1000), "minhash_rows": (1, 1000)}
+RANGES = {
+    "keep_best": (0.001, 1), "workers": (1, 4096), "minhash_buckets": (1, 1000),
+    "minhash_rows": (1, 1000)}
 
 # Rules in the order in which they are applied; stats.json and the picture follow it.
 RULES = {
@@ -112,20 +108,16 @@ RULES = {
     "spam": "gambling, loan, adult and drug vocabulary",
     "spun": "words of article spinners, formulas of content farms",
     "terms": "terms of service, privacy policies",
-    "url": "the address is on a block list",
     "duplicate": "the text of another page, or nearly",
     "like": "less like the text of --like than the share that --keep_best keeps",
     "target": "beyond the target size"}
 
-# The header of a WET record, in lower case: how it begins, its type, and languages that it names
-# without Chinese.
-CONVERSION = b"warc/1.0\r\nwarc-type: conversion"
+# Fields of a record's header, in lower case: its type, and languages without Chinese.
 RECORD_TYPE = re.compile(rb"\nwarc-type:[ \t]*([\w-]+)")
 FOREIGN = re.compile(rb"\nwarc-identified-content-language:(?!.*zho)")
 
 # Lines are searched in lower case. Where every alternative of a pattern begins with a plain letter,
 # re looks for these letters by a table, many times as fast: hence 上一?頁|下一?頁, not [上下]一?頁.
-
 
 
 def listed(name: str) -> list[str]:
@@ -140,37 +132,22 @@ def listed_words(name: str) -> list[str]:
     return " ".join(listed(name)).split()
 
 
-# Words of menus, lines that are furniture although they read like a sentence, and short prompts.
-FURNITURE, NOTICE, PROMPT = (
-    re.compile("|".join(listed(name))) for name in ("furniture", "notice", "prompt"))
-# Headings of links to other pages, whose titles may read like a sentence, and of comments.
-RELATED = re.compile(
-    r"(?:延伸|推薦|相關|熱門|人氣|最新|更多|近期|其他|猜你|可能|related\s).{0,6}"
-    r"(?:閱讀|文章|新聞|報導|興趣|喜歡|想看|話題|問答|作品|詩作|posts|articles)")
-COMMENTS = re.compile(
-    r"(?i)(?:發[佈表]|\d+\s?[則篇個]?\s?)?(?:留言|回應|迴響|評論|comments?)\s?[(（]?\d*[)）]?[:：]?")
-# Lines about the page: when, by whom, where in the site.
-DAY = r"(?:\d\d){1,2}\s?[年./-]\s?\d\d?\s?[月./-]\s?\d\d?"
-ABOUT = re.compile(
-    rf"{DAY}[\s\d:#日上下午星期週一二三四五六（）()]*$|{DAY}日?\s.{{0,8}}$|\d?\d:\d\d$|"
-    r"\d\d?[月/]\d\d?日?\s\d?\d:\d\d$|.{0,12}發[表佈布]於|"
-    r"(?:記者|編譯|特派員|文|圖).{1,14}[／/].{1,12}$|"
-    r"\S{0,4}(?:編號|次數|人數|來源|領域|評價|評分|難度|單位|類別|類型|語文|字數|日期|時間|標籤|分類|"
-    r"關鍵字|[者首])\s?[:：].{0,24}$|[A-Z][A-Za-z-]{1,20}:\s|"
-    r".{1,20}\s(?:[>/»›＞|]|>>)\s.{1,20}$|.*[»›].*[»›]")
-# Headings and formulas, however few of their characters are words; data and code.
-NUMBERED = re.compile(
-    "[壹貳參肆伍陸柒捌玖拾一二三四五六七八九十]+、|"
-    "第 ?[一二三四五六七八九十百0-9-]+ ?[章節條步編款]")
-ITEM = re.compile(r"- |[(（][A-Za-z甲乙丙丁一二三四五六七八九十][)）]|[A-E][.、．] ?")
-TIMING = re.compile(r"\d+|(?:\d\d:)+\d\d[,.]\d{3} --> .*")  # of a subtitle
+def listed_pattern(name: str) -> re.Pattern:
+    """Return one pattern for all that a list holds."""
+    return re.compile("|".join(listed(name)))
+
+
+# What marks a line as furniture, as one about the page, as a heading, or as an item of an article.
+FURNITURE, NOTICE, PROMPT, ABOUT, RELATED, COMMENTS, CONTACT, NUMBERED, ITEM, EXCERPT = map(
+    listed_pattern, (
+        "furniture", "notice", "prompt", "about", "related", "comments", "contact", "numbered",
+        "item", "excerpt"))
+CONTACT_LINE = re.compile(rf"\S{{0,2}}(?:{CONTACT.pattern})\s.{{0,12}}\d")
+CONTACT = re.compile(rf"(?:{CONTACT.pattern})\s*[:：]")
+# Of subtitles, formulas, data and code.
+TIMING = re.compile(r"\d+|(?:\d\d:)+\d\d[,.]\d{3} --> .*")
 FORMULA = re.compile(r"\S [=≈≤≥] \S")
 DATA = re.compile(r"[\d=(){};]")
-LABELS = (
-    "地址|電話|傳真|信箱|e-?mail|tel|fax|服務時間|營業時間|看診時間|門診時間|開放時間|開館時間|開店時間|"
-    "客服時間|上班時間|統一?編號?|專線|郵遞區號|聯絡人")
-CONTACT, CONTACT_LINE = re.compile(rf"(?:{LABELS})\s*[:：]"), re.compile(
-    rf"\S{{0,2}}(?:{LABELS})\s.{{0,12}}\d")
 HAN, LATIN = re.compile("[\u3400-\u9fff]"), re.compile("[a-z]")
 SENTENCE = re.compile(  # Chinese punctuation, or ASCII's behind Han
     "[。！？；，,.!?;](?:(?<=[。！？；，])|(?<=[\u3400-\u9fff」）].)(?=\\s|$|[\u3400-\u9fff「]))")
@@ -178,8 +155,6 @@ STOPS = re.compile("[。？！?!]")
 ENDED = re.compile("[。？！．｡﹒﹖﹗︒︕︖]")
 CLOSING = tuple("。！？…」』）；：.!?\"')~～．｡﹒﹖﹗︒︕︖︰，,、﹐︐﹔;")
 COLONS = (":", "：")
-EXCERPT = re.compile(
-    r"(?i)(?:\.\.\.|…)$|read more|continue reading|繼續閱讀|閱讀(?:全文|更多)|(?:詳|看)全文")
 FENCES = ("```", "~~~")  # around code in Markdown
 CODE = re.compile(r"[{}<>=;$\\|`#]|\w[(\[.:_/]\w|^\s*[\w.-]+$")
 WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+(?:['’-][A-Za-z]+)*|[\u0370-\u1fff]+")
@@ -188,13 +163,8 @@ INVISIBLE = re.compile(  # no line break; colours of a terminal go whole
     "\u202a-\u202e\u2060-\u2064\ufeff]")
 PARAGRAPH = tuple("。；：，」』）.\"')~～")  # the ends of these; a title may end in ？ or ！
 SEPARATORS = re.compile(r"[\s|｜│>»›＞/／·•．‧★◆■]+")
-FUNCTION_WORDS = frozenset(
-    "的了是我你妳他她它在不有這那著也就都而又還說到過裡吧嗎呢啊讓把被與和卻才很")
-
-PRONOUNS = ("它", "們的", "你的", "一個")  # English needs them where Chinese does not
-UNCONVERTED = set("后里干几准云余咸淀松斗谷丑郁仆朴面")  # 之后, 家里: Taiwan writes 後, 裡
-# Forms of OpenCC's own standard, in use neither in Taiwan nor in Hong Kong: a conversion left them.
-VARIANTS = "爲僞衆竈覈纔"
+FUNCTION_WORDS, PRONOUNS, UNCONVERTED, VARIANTS = map(
+    listed_words, ("function_words", "pronouns", "unconverted", "variants"))
 CURLY = re.compile("“[\u4e00-\u9fff]")  # Taiwan quotes with 「」; conversion leaves quotes alone
 # Personal data. Digits and letters around them must have ended; that is asked after the first
 # character, because a pattern that begins with a set of characters is found much faster.
@@ -272,7 +242,6 @@ class Arguments:
         None, "Text that you trust (.txt, .jsonl, .parquet): every page gets the column `like`, how"
         " much more likely it is there than in the crawl.")
     keep_best: float = option(1.0, "Share of pages to keep, those most like the text of --like.")
-    url_lists: bool = option(False, "Refuse datatrove's listed addresses too (0.8 GB a worker).")
     minhash_buckets: int = option(20, "MinHash bands: more find more near duplicates.")
     minhash_rows: int = option(8, "MinHash values in a band: more are stricter.")
     partition: str = option("cpu", "Slurm partition.")
@@ -300,7 +269,10 @@ def parse_args(argv: list[str] | None) -> Arguments:
     args, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
+        names = [f"--{setting.name}" for setting in fields(Arguments)]
+        near = get_close_matches(unknown[0].partition("=")[0], names, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        parser.error(f"unknown option: {' '.join(unknown)}; {hint}--help lists the options")
     return args
 
 
@@ -316,6 +288,8 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
+    with suppress(AttributeError):  # no option of a notebook's stdout
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be UTF-8
     refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
@@ -337,45 +311,56 @@ def user_errors() -> Iterator[None]:
 # --- Records out of damaged files ----------------------------------------------------------------
 
 
-def file_records(file, wanted: Callable, damage: Callable, tally: "Tally") -> Iterator[tuple]:
+@contextmanager
+def mapped(stream) -> Iterator[mmap.mmap]:
+    """Give a stream's bytes as if they lay in memory. A stream that is no file of this machine is
+    copied into a temporary one."""
+    with tempfile.TemporaryFile() as file:
+        try:
+            stream.fileno()
+        except OSError:
+            shutil.copyfileobj(stream, file, BLOCK)
+            stream = file
+        stream.flush()
+        size = os.fstat(stream.fileno()).st_size
+        yield mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+
+
+def file_records(data: mmap.mmap, wanted: Callable, damage: Callable, tally: "Tally") -> Iterator:
     """Yield the records of a file of WARC bytes, each with the place and length of its body; where
     a length is wrong, go on at the next record's header."""
-    file.flush()
-    if not file.tell():
-        return
     at, lost = 0, False
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while (start := data.find(b"WARC/1.", at)) >= 0:
-            if not lost and data[at : min(start, at + HEAD)].strip():
-                damage("foreign bytes")
-            head = data[start : start + (1 << 16)]
-            end = re.search(rb"\r?\n\r?\n", head)
-            body = end.end() if end else 4
-            header = head[:body].lower()
-            said = header.partition(b"\ncontent-length:")[2].partition(b"\n")[0].strip()
-            length = int(said[:20]) if said.isdigit() else 0  # int() refuses thousands of digits
-            at = start + body + length
-            kind = None
-            if not said.isdigit():
-                kind = "record without a length"
-            elif length > MAX_RECORD:
-                kind = "oversized record"
-            elif at > len(data):
-                kind = "truncated record"
-            elif not b"WARC/1.".startswith(data[at : at + 11].lstrip(b"\r\n")[:7]):
-                kind = "record with a wrong length"
-            if lost := kind is not None:
-                damage(kind)
-                at = start + 7  # past this header's WARC/1., on to the next
-                continue
-            tally.read += 1
-            if wanted(header, length):
-                yield data[start:at], body, length
-        if not lost and data[at : at + HEAD].strip():
+    while (start := data.find(b"WARC/1.", at)) >= 0:
+        if not lost and data[at : min(start, at + HEAD)].strip():
             damage("foreign bytes")
+        head = data[start : start + (1 << 16)]
+        end = re.search(rb"\r?\n\r?\n", head)
+        body = end.end() if end else 4
+        header = head[:body].lower()
+        said = header.partition(b"\ncontent-length:")[2].partition(b"\n")[0].strip()
+        length = int(said[:20]) if said.isdigit() else 0  # int() refuses thousands of digits
+        at = start + body + length
+        kind = None
+        if not said.isdigit():
+            kind = "record without a length"
+        elif length > MAX_RECORD:
+            kind = "oversized record"
+        elif at > len(data):
+            kind = "truncated record"
+        elif not b"WARC/1.".startswith(data[at : at + 11].lstrip(b"\r\n")[:7]):
+            kind = "record with a wrong length"
+        if lost := kind is not None:
+            damage(kind)
+            at = start + 7  # past this header's WARC/1., on to the next
+            continue
+        tally.read += 1
+        if wanted(header, length):
+            yield data[start:at], body, length
+    if not lost and data[at : at + HEAD].strip():
+        damage("foreign bytes")
 
 
-def only_record(data: bytes, at: int, end: int, wanted: Callable) -> tuple | None:
+def only_record(data: mmap.mmap, at: int, end: int, wanted: Callable) -> tuple | None:
     """Return the record of the gzip member data[at:end] if it is healthy and holds just one, with
     the place and length of its body; () if `wanted` refuses it for its header or for its first
     bytes, and then the rest is not even inflated; None if the member is anything else. Its last
@@ -403,60 +388,25 @@ def only_record(data: bytes, at: int, end: int, wanted: Callable) -> tuple | Non
         return None
 
 
-def member_starts(data: bytes) -> list[int]:
-    """Return where gzip members start in `data`, the first place left out."""
-    codes = np.frombuffer(data, np.uint8)
-    at = np.flatnonzero(codes[1:-8] == 0x1F) + 1
-    at = at[(codes[at + 1] == 0x8B) & (codes[at + 2] == 8) & (codes[at + 3] < 32)]
-    return at[codes[at + 8] <= 4].tolist()
+def inflate_member(data: mmap.mmap, at: int, file) -> int | None:
+    """Inflate the gzip member at `at` into a file; return its end, None if it is damaged."""
+    inflate, fed = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), at
+    with suppress(igzip_lib.IsalError):
+        while not inflate.eof and (fed < len(data) or not inflate.needs_input):
+            given = data[fed : fed + BLOCK] if inflate.needs_input else b""
+            fed += len(given)
+            file.write(inflate.decompress(given, BLOCK))
+    return fed - len(inflate.unused_data) if inflate.eof else None
 
 
-def gzip_records(
-    stream, data: bytes, wanted: Callable, damage: Callable, tally: "Tally"
-) -> Iterator[tuple]:
-    """Cut records out of the gzip members in `data` and then `stream`. Magic bytes divide them, so
-    that damage ends with its member. A member should hold one record. Any other member (many
-    records, a wrong length, damage, magic bytes inside compressed data) is inflated into a file and
-    searched for records.
-    """
-    at, more, starts = 0, True, [*member_starts(data), len(data)]
-
-    def refill(keep: int) -> bool:
-        """Read another block; what lies before `keep` is done with."""
-        nonlocal data, at, more, starts
-        block = stream.read(BLOCK) if more else b""
-        if more := bool(block):
-            data, at = data[keep:] + block, at - keep
-            starts = [*member_starts(data), len(data)]
-        return more
-
-    def inflate_into(file) -> bool:
-        """Inflate the member at `at` and go to its end; False, and stay, if it is damaged."""
-        nonlocal at
-        inflate, fed = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), at
-        with contextlib.suppress(igzip_lib.IsalError):
-            while not inflate.eof:
-                given = b""
-                if inflate.needs_input:
-                    if fed == len(data):
-                        keep = at if fed - at < 2 * MAX_RECORD else fed  # too large to come back to
-                        if not refill(keep):
-                            return False
-                        fed -= keep
-                    given = data[fed : fed + BLOCK]
-                    fed += len(given)
-                file.write(inflate.decompress(given, BLOCK))
-            at = fed - len(inflate.unused_data)
-        return inflate.eof
-
-    while True:
-        if at == len(data):
-            if not refill(at):
-                return
-            continue
-        end = starts[bisect(starts, at)]
-        if end == len(data) and end - at < MAX_RECORD and refill(at):
-            continue
+def gzip_records(data: mmap.mmap, wanted: Callable, damage: Callable, tally: "Tally") -> Iterator:
+    """Cut records out of gzip members. Magic bytes divide these, so that damage ends with its
+    member. A member should hold one record. Any other member (many records, a wrong length, damage,
+    magic bytes inside compressed data) is inflated into a file and searched for records."""
+    at = 0
+    while at < len(data):
+        following = MEMBER.search(data, at + 1)
+        end = following.start() if following else len(data)
         found = only_record(data, at, end, wanted)
         if found is not None:
             tally.read += 1
@@ -465,85 +415,56 @@ def gzip_records(
                 yield found
             continue
         with tempfile.TemporaryFile() as file:
-            kind = "damaged gzip member" if data.startswith(b"\x1f\x8b", at) else "foreign bytes"
-            whole = inflate_into(file)
-            if not whole:
-                damage(kind)
-                at = starts[bisect(starts, at)]
-            yield from file_records(file, wanted, damage if whole else lambda kind: None, tally)
+            whole = inflate_member(data, at, file)
+            if whole is None:
+                damaged = MEMBER.match(data, at)
+                damage("damaged gzip member" if damaged else "foreign bytes")
+            at = whole or end
+            with mapped(file) as records:
+                told = damage if whole else lambda kind: None  # one member, counted once
+                yield from file_records(records, wanted, told, tally)
 
 
-def stream_records(
-    stream, wanted: Callable, damage: Callable, tally: "Tally"
-) -> Iterator[tuple]:
+def stream_records(stream, wanted: Callable, damage: Callable, tally: "Tally") -> Iterator[tuple]:
     """Yield the wanted records of a WET or WARC file, compressed or not, whatever its name says."""
-    start = stream.read(BLOCK)
-    if not start:
-        damage("empty file")
-    if start.startswith(b"\x1f\x8b"):
-        yield from gzip_records(stream, start, wanted, damage, tally)
-        return
-    with tempfile.TemporaryFile() as file:
-        with contextlib.suppress(EOFError):
-            shutil.copyfileobj(decompressed(stream, start, damage), file, BLOCK)
-        yield from file_records(file, wanted, damage, tally)
+    with mapped(stream) as data:
+        if not data:
+            damage("empty file")
+        elif data[:2] == GZIP:
+            yield from gzip_records(data, wanted, damage, tally)
+        elif (plain := decompressed(data, data[:6])) is data:
+            yield from file_records(data, wanted, damage, tally)
+        else:
+            with tempfile.TemporaryFile() as file:
+                with broken_compression(damage):
+                    while block := plain.read1(BLOCK):
+                        file.write(block)
+                with mapped(file) as records:
+                    yield from file_records(records, wanted, damage, tally)
 
 
-class Joined(io.RawIOBase):
-    """A stream of bytes that were read already and those that follow."""
-
-    def __init__(self, start: bytes, rest):
-        self.start, self.rest = start, rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        data = self.start[: len(buffer)] or self.rest.read(len(buffer))
-        self.start = self.start[len(buffer) :]
-        buffer[: len(data)] = data
-        return len(data)
+def decompressed(stream, start: bytes):
+    """Return a stream without its compression, which its first bytes tell; itself if it has none.
+    """
+    if start.startswith(GZIP):
+        return gzip.GzipFile(fileobj=stream)
+    if start.startswith((b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")):
+        reader = zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
+        return io.BufferedReader(reader, BLOCK)
+    if start.startswith(b"\xfd7zXZ"):
+        return lzma.LZMAFile(stream)
+    return bz2.BZ2File(stream) if start.startswith(b"BZh") else stream
 
 
-class Inflating(io.RawIOBase):
-    """What a damaged compressed stream holds up to its damage, which is counted."""
-
-    def __init__(self, stream, damage: Callable):
-        self.stream, self.damage, self.ended = stream, damage, False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        if self.ended:
-            return 0
-        try:
-            data = self.stream.read1(len(buffer))
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
-            if getattr(error, "errno", None) is not None:
-                raise  # the disk's or the network's fault
-            self.damage(f"damaged compression ({type(error).__name__})")
-            self.ended = True
-            return 0
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def decompressed(stream, start: bytes, damage: Callable) -> io.BufferedReader:
-    """Return a stream without its compression, which its first bytes tell."""
-    joined = io.BufferedReader(Joined(start, stream), BLOCK)
-    if start.startswith(b"\x1f\x8b"):
-        plain = gzip.GzipFile(fileobj=joined)
-    elif start.startswith((b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")):
-        reader = zstandard.ZstdDecompressor().stream_reader(joined, read_across_frames=True)
-        plain = io.BufferedReader(reader, BLOCK)
-    elif start.startswith(b"\xfd7zXZ"):
-        plain = lzma.LZMAFile(joined)  # noqa: SIM115 (the caller's stream)
-    elif start.startswith(b"BZh"):
-        plain = bz2.BZ2File(joined)
-    else:
-        return joined
-    return io.BufferedReader(Inflating(plain, damage), BLOCK)
+@contextmanager
+def broken_compression(damage: Callable) -> Iterator[None]:
+    """Count the damage that ends a compressed stream; what it held before has been read."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the disk's or the network's fault
+        damage(f"damaged compression ({type(error).__name__})")
 
 
 # --- Pages out of records ------------------------------------------------------------------------
@@ -571,8 +492,7 @@ class Tally:
         """Write the counts; with `every`, only if the last time is that many seconds ago."""
         if time.monotonic() - self.saved >= every:
             self.saved = time.monotonic()
-            names = ("files", "read", "pages", "bytes", "damage", "others")
-            counts = {name: getattr(self, name) for name in names}
+            counts = {k: v for k, v in vars(self).items() if k not in ("path", "saved")}
             write_whole(Path(self.path), json.dumps(counts, sort_keys=True))
 
 
@@ -580,7 +500,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, "utf-8", "backslashreplace")
     os.replace(temporary, path)
 
 
@@ -600,16 +520,15 @@ def read_pages(stream, tally: Tally, damage: Callable, judge: "Judge") -> Iterat
     save = judge.limits.save_rejected
 
     def wanted(header: bytes, length: int, start: bytes = b"") -> bool:
-        if not header.startswith(CONVERSION):
-            kind = RECORD_TYPE.search(header)
-            if kind is None:
-                damage("record without a type")
-                return False
-            if kind[1] == b"response":
-                return True
-            if kind[1] != b"conversion":
-                tally.others[kind[1].decode()] += 1
-                return False
+        kind = RECORD_TYPE.search(header)
+        if kind is None:
+            damage("record without a type")
+            return False
+        if kind[1] == b"response":
+            return True
+        if kind[1] != b"conversion":
+            tally.others[kind[1].decode()] += 1
+            return False
         refused = judge.glance(start) if start else "language" if FOREIGN.search(header) else None
         if save or not refused:
             return True
@@ -653,31 +572,25 @@ def http_payload(block: bytes) -> tuple[dict[str, str], bytes]:
     already joined and inflated below a header that says otherwise: the bytes decide."""
     fields, body = {}, block
     if re.match(rb"HTTP/\d", block):
-        end = re.search(rb"\r?\n\r?\n", block) or re.search(rb"\Z", block)
+        end = re.search(rb"\r?\n\r?\n|\Z", block)
         fields, body = header_fields(block[: end.start()]), block[end.end() :]
     chunked = "chunked" in fields.get("transfer-encoding", "").lower()
     if chunked or (CHUNK.match(body) and body.endswith(b"\r\n0\r\n\r\n")):
         body = join_chunks(body)
-    while body.startswith(b"\x1f\x8b"):  # some servers compress twice
+    while body.startswith(GZIP):  # some servers compress twice
         rest, body = body, b""
-        while rest.startswith(b"\x1f\x8b"):
+        while rest.startswith(GZIP):
             member = zlib.decompressobj(31)
             body += member.decompress(rest, MAX_RECORD)
             rest = member.unused_data
     if body.startswith(b"\x28\xb5\x2f\xfd"):
         body = zstandard.ZstdDecompressor().decompressobj().decompress(body)
     elif fields.get("content-encoding", "").lower() in ("br", "deflate"):
-        for inflate in (zlib.decompress, lambda data: zlib.decompress(data, -15), inflate_brotli):
-            with contextlib.suppress(Exception):
+        raw_deflate = partial(zlib.decompress, wbits=-15)
+        for inflate in (zlib.decompress, raw_deflate, brotli.decompress):
+            with suppress(zlib.error, brotli.error):
                 return fields, inflate(body)
     return fields, body
-
-
-def inflate_brotli(data: bytes) -> bytes:
-    """Return the plain bytes of a Brotli stream."""
-    import brotli
-
-    return brotli.decompress(data)
 
 
 CHUNK = re.compile(rb"[ \t]*([0-9a-fA-F]{1,16})[^\r\n]{0,64}\r?\n")
@@ -725,7 +638,7 @@ def decode_html(body: bytes, content_type: str, judge: "Judge") -> str:
     believed unless bytes do not fit it, or fit only as Han that nobody uses (Big5 read as GBK)."""
     from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 
-    with contextlib.suppress(UnicodeDecodeError):
+    with suppress(UnicodeDecodeError):
         return body.decode("utf-8-sig")
     meta = re.search(
         rb"(?i)<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)",
@@ -759,27 +672,17 @@ def big5_extension(error: UnicodeError) -> tuple[str, int]:
     """Decode a pair that Big5-HKSCS lacks as code page 950 has it, or one U+FFFD; an ASCII byte
     after a stray lead byte stays (WHATWG Encoding, 12.1.1)."""
     pair = error.object[error.start : error.start + 2]
-    with contextlib.suppress(UnicodeDecodeError):
+    with suppress(UnicodeDecodeError):
         return pair.decode("cp950"), error.start + 2
     return "\ufffd", error.start + (2 if len(pair) > 1 and pair[1] >= 0x80 else 1)
 
 
 READINGS = re.compile(r"(?is)<r[tp]c?\b[^>]*>.*?(?=<r[tpb]c?\b|</r[tp]c?\s*>|</ruby)")
-SILENT = frozenset([  # elements that hold no text of a page
-    "audio", "button", "canvas", "datalist", "head", "iframe", "input", "noscript", "object",
-    "option", "rp", "rt", "rtc", "script", "select", "style", "svg", "template", "textarea",
-    "title", "video"])
-BLOCKS = frozenset([  # elements that begin a line
-    "address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details",
-    "dialog", "div", "dl", "dt", "fieldset", "figcaption", "figure", "footer", "form", "h1",
-    "h2", "h3", "h4", "h5", "h6", "header", "hr", "legend", "li", "main", "menu", "nav", "ol",
-    "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead", "tr", "ul"])
+SILENT, BLOCKS = (frozenset(listed_words(name)) for name in ("html_silent", "html_blocks"))
 GUTTER = re.compile(r"(?i)\b(?:gutter|line-?num(?:ber)?s?|linenos?)\b")  # numbers of lines of code
 BESIDE = re.compile(  # names of elements, classes and ids beside an article
     r"(?i)(?:^|\s)(?:site-|page-)?header\b|"
-    r"(?:^|[\s_-])(?:nav|aside|footer|menu|side(?:bar)?|comments?|respond|shar(?:e|ing)|"
-    r"social|related|recommend\w*|breadcrumbs?|tags?|pag(?:ination|er)|ads?|advert\w*|banner|"
-    r"popular|widgets?|login|cookies?)(?:$|[\s_-])")
+    rf"(?:^|[\s_-])(?:{listed_pattern('html_beside').pattern})(?:$|[\s_-])")
 TITLE = re.compile(r"(?i)h[1-6]\b|.* \S*(?:title|headline|subject)\b")
 ELSEWHERE = re.compile(r"(?!javascript:)[^#]+")  # a link that leaves the page
 WIDE = "[\u3000-\u9fff\uff00-\uffef]"
@@ -914,33 +817,31 @@ def as_label(value: Any) -> str | None:
 
 def jsonl_rows(stream, damage: Callable) -> Iterator[tuple[int, dict]]:
     """Yield the objects of a file of JSON lines with their number. A row is damaged alone."""
-    lines = decompressed(stream, stream.read(BLOCK), damage)
-    number = 0
-    while line := lines.readline(MAX_RECORD):
-        number += 1
-        whole = line.endswith(b"\n") or len(line) < MAX_RECORD
-        while not whole:  # go to the end of the row
-            rest = lines.readline(MAX_RECORD)
-            whole = rest.endswith(b"\n") or len(rest) < MAX_RECORD
-            line = None
-        if line is None:
-            damage("oversized row", number)
-            continue
-        if not (line := line.strip().lstrip(codecs.BOM_UTF8)):
-            continue
-        text = line.decode("utf-8", "replace")
-        if text.count("\ufffd") - line.count(b"\xef\xbf\xbd") > 0.002 * len(text) + 2:
-            damage("row that is not UTF-8", number)
-            continue
-        try:
-            row = json.loads(text, strict=False)
-        except (ValueError, RecursionError):
-            damage("row that is not JSON", number)
-            continue
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            damage("row that is not an object", number)
+    number, stream = 0, io.BufferedReader(stream, BLOCK)
+    lines = decompressed(stream, stream.peek(6))
+    with broken_compression(damage):
+        while line := lines.readline(MAX_RECORD):
+            number += 1
+            rest = line
+            while len(rest) == MAX_RECORD and not rest.endswith(b"\n"):  # go to the row's end
+                rest = lines.readline(MAX_RECORD)
+            if rest is not line:
+                damage("oversized row", number)
+                continue
+            if not (line := line.strip().lstrip(codecs.BOM_UTF8)):
+                continue
+            text = line.decode("utf-8", "replace")
+            if text.count("\ufffd") - line.count(b"\xef\xbf\xbd") > 0.002 * len(text) + 2:
+                damage("row that is not UTF-8", number)
+                continue
+            try:
+                row = json.loads(text, strict=False)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                damage("row that is not a JSON object", number)
 
 
 def parquet_rows(file, column: str | None, damage: Callable) -> Iterator[tuple[int, dict]]:
@@ -988,16 +889,37 @@ def plain_values(column) -> list:
     strings where Arrow has a way to write them."""
     import pyarrow as pa
 
-    kind = column.type
-    if pa.types.is_dictionary(kind):
+    if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-        kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return column.cast(pa.large_binary()).to_pylist()
-    if not pa.types.is_nested(kind) and not pa.types.is_large_binary(kind):
-        with contextlib.suppress(pa.ArrowException):
-            return column.cast(pa.binary() if pa.types.is_binary(kind) else pa.string()).to_pylist()
+    for kind in () if pa.types.is_nested(column.type) else (pa.large_binary(), pa.string()):
+        with suppress(pa.ArrowException):
+            return column.cast(kind).to_pylist()
     return column.to_pylist()
+
+
+def row_pages(path: str, tally: Tally, damage: Callable, judge: "Judge") -> Iterator[dict]:
+    """Yield the pages of a JSONL or Parquet file whose bytes no rule refuses; with --save_rejected
+    the others as well, with the rule under "refused"."""
+    for number, row, given in text_rows(
+            path, judge.limits.text_column, lost_unread(tally, damage)):
+        tally.read += 1
+        text = as_text(given)
+        if text is None:
+            what = "without a text" if given is None else "whose text is no string"
+            damage(f"row {what}", number)
+            continue
+        page = text.encode("utf-8", "replace")
+        refused = judge.refuse_bytes(page)
+        if refused and not judge.limits.save_rejected:
+            tally.count(refused, len(page))
+            continue
+        name = row.get("id")
+        name = as_text(name) if isinstance(name, str | bytes) else None
+        if name and "\ufffd" in name:  # others may look the same
+            name = None
+        yield {
+            "text": text, "id": name or f"{path}:{number}", "refused": refused,
+            "url": as_label(row.get("url")), "date": as_label(row.get("date")), "article": False}
 
 
 # --- Verdicts ------------------------------------------------------------------------------------
@@ -1103,7 +1025,7 @@ def converted_words() -> tuple[dict[str, int], set[str]]:
         for at in (0, 1):
             # the first is the usual one; most characters that were not converted are in use
             others = {*several.get(simple[at], ())[1:], *simple[at]}
-            for other in others - ({simple[at]} - UNCONVERTED):
+            for other in others - ({simple[at]} - {*UNCONVERTED}):
                 wrong[full[0][:at] + other + full[0][at + 1 :]] = at
     words = to_taiwan("\n".join(wrong)).split("\n")
     wrong = {word: at for word, at in zip(words, wrong.values(), strict=True) if word not in right}
@@ -1204,49 +1126,52 @@ class Judge:
         few = counts.traditional < self.limits.min_traditional * telling
         return "simplified" if few else None
 
-    def verdict(self, text: str, article: bool = False) -> tuple[str, dict, str | None]:
-        """Return a page's prose, its scores, and the rule that refuses it (None: it is good)."""
-        limits = self.limits
+    def verdict(
+        self, text: str, article: bool = False, refused: str | None = None
+    ) -> tuple[str, dict, str | None]:
+        """Return a page's prose, its scores, and the rule that refuses it (None: it is good). The
+        bytes of the page may have refused it before."""
+        scores = {}
+        if refused:
+            return text, scores, refused
         text = clean_lines(INVISIBLE.sub("", text), article)
-        codes = code_points(text)
+        for rule, broken in self.checks(text, scores):
+            if broken:
+                return text, scores, rule
+        return hide_private(text), scores, None
+
+    def checks(self, text: str, scores: dict) -> Iterator[tuple[str | None, bool]]:
+        """Yield the rules, cheap ones first, each with whether the page breaks it; fill in `scores`
+        on the way."""
+        limits, codes = self.limits, code_points(text)
         counts = self.count(codes)
         han = sum(counts[1:5])
         lost = text.count("?") > 0.04 * len(text)  # characters that another encoding did not have
-        if lost or counts.broken > max(5, limits.max_broken * len(text)):
-            return text, {}, "mojibake"
-        if refused := self.refuse_scripts(counts):
-            return text, {}, refused
-        if han < limits.min_length:
-            return text, {}, "length"
+        yield "mojibake", lost or counts.broken > max(5, limits.max_broken * len(text))
+        scripts = self.refuse_scripts(counts)
+        yield scripts, scripts is not None
+        yield "length", han < limits.min_length
         prose = "\n".join(filter(is_language, text.split("\n")))
         words, dense = len(WORD.findall(prose)), code_points(prose)
         dense = dense[dense >= 0x3400]  # code, formulas and tables repeat themselves
-        scores = {
-            "han": han / (han + counts.kana + counts.hangul + words),
-            "traditional": counts.traditional / max(1, counts.traditional + counts.simplified)}
-        if scores["han"] < limits.min_han:
-            return text, scores, "han"
+        scores["han"] = han / (han + counts.kana + counts.hangul + words)
+        scores["traditional"] = counts.traditional / max(1, counts.traditional + counts.simplified)
+        yield "han", scores["han"] < limits.min_han
         spoken = [number for char in self.cantonese if (number := text.count(char))]
-        if len(spoken) > 2 and sum(spoken) > limits.max_cantonese * han:
-            return text, scores, "cantonese"
-        if counts.rare > limits.max_rare * han:
-            return text, scores, "mojibake"
+        yield "cantonese", len(spoken) > 2 and sum(spoken) > limits.max_cantonese * han
+        yield "mojibake", counts.rare > limits.max_rare * han
         scores["distinct"] = distinct_share(shingles(dense[:1000], 2))
-        if scores["distinct"] < limits.min_distinct:
-            return text, scores, "repetition"
+        yield "repetition", scores["distinct"] < limits.min_distinct
         scores["repeated"] = 1 - distinct_share(shingles(dense, 10))
         scores["top"] = 4 * most_frequent(shingles(dense, 4)) / max(1, len(dense))
-        if scores["repeated"] > limits.max_repeated or scores["top"] > limits.max_top:
-            return text, scores, "repetition"
+        yield "repetition", scores["repeated"] > limits.max_repeated
+        yield "repetition", scores["top"] > limits.max_top
         scores["closing"] = closing_share(prose)
-        if scores["closing"] < limits.min_closing:
-            return text, scores, "punctuation"
+        yield "punctuation", scores["closing"] < limits.min_closing
         scores["pronouns"] = sum(map(text.count, PRONOUNS)) / han
         scores |= self.usage(text, codes, han)
         for rule in SCORES[SCORES.index("pronouns") :]:
-            if scores[rule] > getattr(limits, f"max_{rule}"):
-                return text, scores, rule
-        return hide_private(text), scores, None
+            yield rule, scores[rule] > getattr(limits, f"max_{rule}")
 
     def usage(self, text: str, codes: np.ndarray, han: int) -> dict[str, float]:
         """Return how far the wording of a page is from Taiwan's, and how much of it advertises, per
@@ -1283,18 +1208,17 @@ def lead_bytes(text: bytes) -> int:
 def clean_lines(text: str, article: bool = False) -> str:
     """Return the lines that are prose, headings or verse; menus, footers and notices go. Of a text
     that is known to be an article, lines between paragraphs stay unless they are a menu's."""
-    lines, fenced = [], False
-    for line in text.splitlines():
-        fence = line.lstrip().startswith(FENCES)
-        lines.append(line.rstrip() if fenced and not fence else single_spaced(line))
-        fenced ^= fence
-    lines = list(filter(None, lines))
-    if sum(" --> " in line for line in lines) > 3:
-        lines = [line for line in lines if not TIMING.fullmatch(line)]
-    kinds = [line_kind(line) for line in lines]
-    fences = [at for at, line in enumerate(lines) if line.startswith(FENCES)]
-    for first, last in zip(fences[::2], fences[1::2], strict=False):
-        kinds[first : last + 1] = ["prose"] * (last + 1 - first)
+    lines = text.splitlines()
+    marks = [at for at, line in enumerate(lines) if line.lstrip().startswith(FENCES)]
+    listings = zip(marks[::2], marks[1::2], strict=False)  # between two fences
+    code = {at for first, last in listings for at in range(first, last + 1)}
+    rows = [
+        (line.rstrip(), "prose") if at in code else (single_spaced(line), None)
+        for at, line in enumerate(lines)]
+    subtitles = text.count(" --> ") > 3
+    rows = [row for row in rows if row[0] and not (subtitles and TIMING.fullmatch(row[0]))]
+    lines = [line for line, _ in rows]
+    kinds = [kind or line_kind(line) for line, kind in rows]
     if {"furniture", "table", "short"}.intersection(kinds):
         drop_links(lines, kinds)
         drop_islands(lines, kinds)
@@ -1329,7 +1253,7 @@ def drop_links(lines: list[str], kinds: list[str]) -> None:
             closed = not comments and line.endswith(PARAGRAPH)
         if prose and (closed or len(line) > (100 if comments else 45)):
             links = comments = False
-        elif not prose and read >= 100 and COMMENTS.fullmatch(line):
+        elif not prose and read >= 100 and COMMENTS.fullmatch(line.lower()):
             comments = True
         elif not prose and len(line) < 20 and RELATED.search(line.lower()):
             links, kinds[at] = True, "furniture"
@@ -1460,6 +1384,11 @@ def hide_private(text: str) -> str:
     return text
 
 
+def utf8_bytes(text: str) -> int:
+    """Return the number of bytes of a text in UTF-8."""
+    return len(text.encode("utf-8", errors="replace"))
+
+
 def code_points(text: str) -> np.ndarray:
     """Return the text's characters as numbers."""
     return np.frombuffer(text.encode("utf-32-le", errors="replace"), np.uint32)
@@ -1499,7 +1428,7 @@ def closing_share(prose: str) -> float:
 def is_closed(line: str) -> bool:
     """Whether a line ends like a sentence, holds the end of one, or runs on after a comma, as in
     mail and on boards. A line that is cut, with ... or a link to the rest, is an excerpt."""
-    if len(line) > 15 and EXCERPT.search(line[-60:]):
+    if len(line) > 15 and EXCERPT.search(line[-60:].lower()):
         return False
     ended = line.endswith(CLOSING) or ENDED.search(line)
     return bool(ended) or ("，" in line and has_grammar(line))
@@ -1521,23 +1450,15 @@ def has_grammar(text: str) -> bool:
 
 def shingles(codes: np.ndarray, size: int) -> np.ndarray:
     """Return a 32-bit hash of every run of `size` characters: a polynomial in their mixed codes
-    (Karp and Rabin 1987). Runs of two are made of runs of one, of four of those of two, and so on;
-    `size` says in binary which to join."""
-    power, length, hashes, have = codes * np.uint32(0x9E3779B1), 1, None, 0
-    power ^= power >> np.uint32(15)
-    while True:
-        if size & length:
-            hashes = power if hashes is None else join(hashes, power[have:], length)
-            have += length
-        if have == size:
-            return hashes
-        power, length = join(power, power[length:], length), 2 * length
-
-
-def join(left: np.ndarray, right: np.ndarray, length: int) -> np.ndarray:
-    """Return the hashes of runs, each followed by one of `length` characters."""
-    size = min(len(left), len(right))
-    return left[:size] * np.uint32(pow(0x85EBCA6B, length, 1 << 32)) + right[:size]
+    (Karp and Rabin 1987)."""
+    mixed = codes * np.uint32(0x9E3779B1)
+    mixed ^= mixed >> np.uint32(15)
+    count = max(0, len(codes) - size + 1)
+    hashes = mixed[:count].copy()
+    for at in range(1, size):
+        hashes *= np.uint32(0x85EBCA6B)
+        hashes += mixed[at : at + count]
+    return hashes
 
 
 # --- Likeness to a trusted text ------------------------------------------------------------------
@@ -1558,17 +1479,9 @@ def gram_shares(texts: Iterator[str]) -> np.ndarray:
     return counts / max(1, counts.sum())
 
 
-def like_table(trusted: np.ndarray, crawl: np.ndarray) -> np.ndarray:
-    """Return for each bucket how much more likely it is in the trusted text than in the crawl, as a
-    logarithm: hashed n-grams as in DSIR (Xie et al. 2023, section 3). The model of the trusted text
-    is half the crawl's (Jelinek and Mercer 1980), so that no bucket weighs less than log 1/2."""
-    ratio = np.divide(trusted, crawl, out=np.ones_like(crawl), where=crawl > 0)
-    return np.log((ratio + 1) / 2).astype(np.float32)
-
-
 def trusted_texts(path: str) -> Iterator[str]:
     """Yield the text of --like: the rows of JSON lines or Parquet, or a plain text in parts."""
-    if path.endswith(ENDINGS):
+    if READABLE.search(path):
         texts = (as_text(given) for _, _, given in text_rows(path, None, lambda *what: None))
         yield from filter(None, texts)
         return
@@ -1576,197 +1489,130 @@ def trusted_texts(path: str) -> Iterator[str]:
         yield from iter(lambda: text.read(1 << 20), "")
 
 
-def keep_most_like(args: Arguments, pages: Path, best: Path) -> tuple[int, int]:
-    """Copy the pages of a folder that are most like the text of --like into another one, with their
-    score; return their number and their bytes."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def like_scores(like: str, paths: list[Path]) -> list[np.ndarray]:
+    """Return for each page of Parquet files how much more likely it is in the trusted text than in
+    the crawl, as a logarithm: hashed n-grams as in DSIR (Xie et al. 2023, section 3). The model of
+    the trusted text is half the crawl's (Jelinek and Mercer 1980), so that no bucket weighs less
+    than log 1/2."""
     import pyarrow.parquet as pq
 
     def texts(path: Path) -> Iterator[list[str]]:
         for batch in pq.ParquetFile(path).iter_batches(1000, columns=["text"]):
             yield batch.column("text").to_pylist()
 
-    paths = sorted(pages.glob("*.parquet"))
-    trusted = gram_shares(trusted_texts(args.like))
+    trusted = gram_shares(trusted_texts(like))
     crawl = gram_shares("\n".join(batch) for path in paths for batch in texts(path))
-    table, scores = like_table(trusted, crawl), []
+    ratio = np.divide(trusted, crawl, out=np.ones_like(crawl), where=crawl > 0)
+    table, scores = np.log((ratio + 1) / 2).astype(np.float32), []
     for path in tqdm(paths, desc="like", unit="file"):
         found = [table[gram_buckets(text)].mean() for batch in texts(path) for text in batch]
         scores.append(np.array(found, np.float32))
-    count = math.ceil(args.keep_best * sum(map(len, scores)))
-    least = np.sort(np.concatenate(scores))[-count] if count else 0
-    left, size = 0, 0
-    best.mkdir(exist_ok=True)
-    for path, found in zip(paths, scores, strict=True):
-        rows = pq.read_table(path).append_column("like", pa.array(found))
-        rows = rows.filter(pa.array(found >= least))
-        pq.write_table(rows, best / path.name, compression="lz4")
-        left += len(rows)
-        size += pc.sum(pc.binary_length(rows["text"].cast(pa.binary()))).as_py() or 0
-    return left, size
+    return scores
 
 
-# --- Blocks for datatrove ------------------------------------------------------------------------
+# --- Steps for datatrove -------------------------------------------------------------------------
+
+# A step is a generator, whose first arguments functools.partial fills in. datatrove calls it with
+# what the step before it yields, with the task's number, and with the number of tasks.
 
 
-@lru_cache(1)
-def blocks() -> SimpleNamespace:
-    """Return our pipeline steps; defined here because datatrove is imported only when it runs."""
-    from datatrove.data import Document
-    from datatrove.io import get_datafolder, get_shard_from_paths_file
-    from datatrove.pipeline.base import PipelineStep
-    from datatrove.pipeline.dedup import MinhashDedupSignature
-    from datatrove.pipeline.filters.base_filter import BaseFilter
-    from datatrove.pipeline.readers import ParquetReader
-    from datatrove.pipeline.readers.base import BaseDiskReader
+def file_pages(path: str, tally: Tally, judge: Judge) -> Iterator[dict]:
+    """Yield the pages of a file. A file that cannot be read is damage, if it is on this machine."""
     from datatrove.utils.logging import logger
 
-    class CrawlReader(BaseDiskReader):
-        """Reads pages out of WET, WARC, JSON lines and Parquet, and counts what they hold."""
+    def damage(kind: str, row: int | None = None) -> None:
+        tally.damage[kind] += 1
+        logger.warning(f"{path}{f', row {row}' if row else ''}: {kind}")
 
-        name = "Luojiu crawl reader"
-
-        def __init__(self, paths_file: str, tallies: str, judge: Judge):
-            super().__init__("/", paths_file, add_file_path=False)
-            self.tallies, self.judge = tallies, judge
-
-        def run(self, data=None, rank: int = 0, world_size: int = 1):
-            self.tally = Tally(self.tallies.format(rank))
-            for path in get_shard_from_paths_file(self.paths_file, rank, world_size):
-                for document in self.read_file(path):
-                    yield document
-                    self.tally.save(every=1.0)
-            self.tally.save()
-
-        def read_file(self, filepath: str):
-            def damage(kind: str, row: int | None = None) -> None:
-                self.tally.damage[kind] += 1
-                logger.warning(f"{filepath}{f', row {row}' if row else ''}: {kind}")
-
-            crawl = re.search(r"\.(wet|warc)(\.\w+)?$", filepath)
-            pages = self.read_crawl if crawl else self.read_rows
-            try:
-                for page in pages(filepath, damage):
-                    text, name = page.pop("text"), page.pop("id")
-                    if text:
-                        yield Document(text, str(name), metadata=page | {"tally": self.tally})
-                    else:
-                        self.tally.count(page["refused"] or "han", 0)
-            except Exception as error:
-                if "://" in filepath:  # the network's fault: the task fails, and runs again
-                    what = f"{filepath} ({type(error).__name__}: {error})"
-                    raise ConnectionError(what) from error
-                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                lost_unread(self.tally, damage)(f"unreadable file ({type(error).__name__})")
-            self.tally.files += 1
-            self.tally.save(every=1.0)
-
-        def read_crawl(self, path: str, damage: Callable) -> Iterator[dict]:
+    try:
+        if re.search(r"\.(wet|warc)(\.\w+)?$", path):
             with fsspec.open(path, "rb") as stream:
-                yield from read_pages(stream, self.tally, damage, self.judge)
+                yield from read_pages(stream, tally, damage, judge)
+        else:
+            yield from row_pages(path, tally, damage, judge)
+    except Exception as error:
+        if "://" in path:  # the network's fault: the task fails, and runs again
+            raise ConnectionError(f"{path} ({type(error).__name__}: {error})") from error
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        lost_unread(tally, damage)(f"unreadable file ({type(error).__name__})")
 
-        def read_rows(self, path: str, damage: Callable) -> Iterator[dict]:
-            limits = self.judge.limits
-            lost = lost_unread(self.tally, damage)
-            for number, row, given in text_rows(path, limits.text_column, lost):
-                self.tally.read += 1
-                text = as_text(given)
-                if text is None:
-                    what = "without a text" if given is None else "whose text is no string"
-                    damage(f"row {what}", number)
-                    continue
-                page = text.encode("utf-8", "replace")
-                refused = self.judge.refuse_bytes(page)
-                if refused and not limits.save_rejected:
-                    self.tally.count(refused, len(page))
-                    continue
-                name = row.get("id")
-                name = as_text(name) if isinstance(name, str | bytes) else None
-                if name and "\ufffd" in name:  # others may look the same
-                    name = None
-                yield {
-                    "text": text, "id": name or f"{path}:{number}", "refused": refused,
-                    "url": as_label(row.get("url")), "date": as_label(row.get("date"))}
 
-    class Verdicts(BaseFilter):
-        """Cleans a page, scores it and refuses it by the first rule that it breaks."""
+def judged_pages(
+    listing: Path, tallies: str, judge: Judge, rejected: Any, data: None, rank: int, world_size: int
+) -> Iterator:
+    """Read the listed files, count what they hold, and yield the pages that no rule refuses, clean
+    and with their scores; `rejected` gets the others."""
+    from datatrove.data import Document
+    from datatrove.utils.batching import batched
 
-        name = "Luojiu verdicts"
+    tally = Tally(tallies.format(rank))
+    with rejected or contextlib.nullcontext():
+        for path in listing.read_text(encoding="utf-8").split("\n")[rank::world_size]:
+            for batch in batched(file_pages(path, tally, judge), 100):  # the tables stay in cache
+                verdicts = [judge.verdict(p["text"], p["article"], p["refused"]) for p in batch]
+                for page, (text, scores, refused) in zip(batch, verdicts, strict=True):
+                    known = {"url": page["url"], "date": page["date"]} | scores
+                    document = Document(text, str(page["id"]), metadata=known)
+                    before, after = utf8_bytes(page["text"]), utf8_bytes(text)
+                    tally.count(refused or "kept", before if refused else after)
+                    if not refused:
+                        tally.bytes["lines"] += before - after
+                        yield document
+                    elif rejected:
+                        document.text, known["filter_reason"] = page["text"], refused
+                        rejected.write(document, rank)
+                tally.save(every=1.0)
+            tally.files += 1
+    tally.save()
 
-        def __init__(self, judge: Judge, url_filter, exclusion_writer):
-            super().__init__(exclusion_writer)
-            self.batch_size = 100  # its tables stay in the cache
-            self.judge, self.url_filter = judge, url_filter
 
-        def run(self, data, rank: int = 0, world_size: int = 1):
-            self.tally = None
-            yield from super().run(data, rank, world_size)
-            if self.tally:
-                self.tally.save()  # with the last batch
+def kept_pages(
+    folder: Path, names: list[str], data: None, rank: int, world_size: int) -> Iterator:
+    """Read what a task of the first pass kept; it wrote no file if that was nothing."""
+    import pyarrow.parquet as pq
+    from datatrove.data import Document
 
-        def filter(self, doc):
-            tally = self.tally = doc.metadata.pop("tally")
-            refused, article = doc.metadata.pop("refused"), doc.metadata.pop("article", False)
-            before = len(doc.text.encode("utf-8", errors="replace"))
-            if not refused:
-                text, scores, refused = self.judge.verdict(doc.text, article)
-                if not refused and self.url_filter and doc.metadata["url"]:
-                    refused = "url" if self.url_filter.filter(doc) is not True else None
-                doc.metadata |= scores
-            if refused:
-                tally.count(refused, before)
-                return False, refused
-            doc.text = text
-            after = len(text.encode("utf-8", errors="replace"))
-            tally.count("kept", after)
-            tally.bytes["lines"] += before - after
-            return True
+    path = folder / names[rank]
+    for batch in pq.ParquetFile(path).iter_batches(1000) if path.exists() else ():
+        for row in batch.to_pylist():
+            yield Document(row.pop("text"), row.pop("id"), metadata=row)
 
-    class KeptReader(ParquetReader):
-        """Reads what a task of the first pass kept; it wrote no file if that was nothing."""
 
-        def read_file(self, filepath: str):
-            if self.data_folder.isfile(filepath):
-                yield from super().read_file(filepath)
+def one_of_each(
+    clusters: str, tallies: str, rejected: Any, data: Iterator, rank: int, world_size: int
+) -> Iterator:
+    """Keep one page of each cluster of near duplicates and say how many copies it had."""
+    def numbers(kind: str) -> np.ndarray:
+        """Return what the clustering wrote of this task's pages; no file if that is nothing."""
+        path = Path(f"{clusters}/{rank:06d}.{kind}")
+        return np.fromfile(path, "<u4") if path.exists() else np.empty(0, "<u4")
 
-    class OneOfEach(BaseFilter):
-        """Keeps one page of each cluster of near duplicates and says how many copies it had."""
+    removed = set(numbers("remove").tolist())
+    copies = dict(numbers("sizes").reshape(-1, 2).tolist())
+    tally = Tally(tallies.format(rank))
+    with rejected or contextlib.nullcontext():
+        for at, page in enumerate(data):
+            if at not in removed:
+                page.metadata["copies"] = copies.get(at, 1)
+                tally.count("kept", utf8_bytes(page.text))
+                yield page
+            elif rejected:
+                rejected.write(page, rank)
+    tally.save()
 
-        name = "Luojiu one of each"
 
-        def __init__(self, clusters: str, tallies: str, exclusion_writer):
-            super().__init__(exclusion_writer)
-            self.clusters, self.tallies = clusters, tallies
-
-        def run(self, data, rank: int = 0, world_size: int = 1):
-            self.removed = set(self.numbers(rank, "remove").tolist())
-            self.copies = dict(self.numbers(rank, "sizes").reshape(-1, 2).tolist())
-            self.tally, self.at = Tally(self.tallies.format(rank)), -1
-            yield from super().run(data, rank, world_size)
-            self.tally.save()
-
-        def numbers(self, rank: int, kind: str) -> np.ndarray:
-            """Return what the clustering wrote of this task's pages; no file if that is nothing."""
-            path = Path(f"{self.clusters}/{rank:06d}.{kind}")
-            return np.fromfile(path, "<u4") if path.exists() else np.empty(0, "<u4")
-
-        def filter(self, doc):
-            self.at += 1
-            if self.at in self.removed:
-                return False
-            doc.metadata["copies"] = self.copies.get(self.at, 1)
-            self.tally.count("kept", len(doc.text.encode("utf-8", errors="replace")))
-            return True
+def signatures_step(folder: str, config: Any) -> Any:
+    """Return datatrove's first MinHash stage on runs of characters, where it has words."""
+    from datatrove.io import get_datafolder
+    from datatrove.pipeline.base import PipelineStep
+    from datatrove.pipeline.dedup import MinhashDedupSignature
 
     class CharacterSignatures(MinhashDedupSignature):
-        """datatrove's first MinHash stage on runs of characters, where it has words.
+        """A value is the upper half of a * shingle + b modulo 2^64 (multiply-shift, Dietzfelbinger
+        et al. 1997), which numpy does without a division."""
 
-        A value is the upper half of a * shingle + b modulo 2^64 (multiply-shift, Dietzfelbinger et
-        al. 1997), which numpy does without a division."""
-
-        def __init__(self, folder: str, config):
+        def __init__(self):
             PipelineStep.__init__(self)  # datatrove's own would want a word tokenizer
             self.output_folder, self.config = get_datafolder(folder), config
             self.num_hashes = config.num_buckets * config.hashes_per_bucket
@@ -1786,7 +1632,7 @@ def blocks() -> SimpleNamespace:
             bands = np.split(lowest >> np.uint64(32), self.config.num_buckets)
             return [band.tolist() for band in bands]
 
-    return SimpleNamespace(**{k: v for k, v in locals().items() if isinstance(v, type)})
+    return CharacterSignatures()
 
 
 class TaskLock:
@@ -1795,12 +1641,10 @@ class TaskLock:
     def __init__(self, folder: str):
         self.folder = folder
 
-    def __call__(self, data=None, rank: int = 0, world_size: int = 1):
+    def __call__(self, data: None, rank: int, world_size: int) -> None:
         os.makedirs(self.folder, exist_ok=True)
         self.file = open(f"{self.folder}/{rank:05d}", "w")  # noqa: SIM115 (held on to)
-        with contextlib.suppress(OSError):  # file systems without locks
-            fcntl.lockf(self.file, fcntl.LOCK_EX)
-        return data
+        take_lock(self.file, self.folder, wait=True, kind="lockf")
 
 
 # --- Stages --------------------------------------------------------------------------------------
@@ -1835,16 +1679,13 @@ def reject_writer(args: Arguments, name: str):
 
 def judging(args: Arguments, work: Path, turn: int, files: list[str]) -> tuple:
     """Return the stage that reads the files of a turn and keeps the good pages."""
-    from datatrove.pipeline.filters import URLFilter
-
     listing = work / f"inputs_{turn:02d}.txt"
     write_whole(listing, "\n".join(files))
     judge = Judge(args)
     rejected = reject_writer(args, "${filter_reason}/" + f"{turn:02d}_${{rank}}.jsonl")
     tallies = f"{work}/tally/{turn:02d}_{{:05d}}.json"
     steps = [
-        blocks().CrawlReader(str(listing), tallies, judge),
-        blocks().Verdicts(judge, URLFilter() if args.url_lists else None, rejected),
+        partial(judged_pages, listing, tallies, judge, rejected),
         parquet_writer(f"{work}/kept", f"{turn:02d}_${{rank}}.parquet", "lz4")]
     return (f"judge_{turn:02d}", steps, task_count(args, files))
 
@@ -1854,23 +1695,18 @@ def deduplication(args: Arguments, work: Path, kept: list[str], turn: int) -> li
     from datatrove.pipeline import dedup
     from datatrove.utils.hashing import HashConfig
 
-    place = f"{work}/dedup_{turn:02d}"
-    write_whole(Path(place, "kept.txt"), "\n".join(kept))
+    place, read = f"{work}/dedup_{turn:02d}", partial(kept_pages, work / "kept", kept)
     buckets, rows = args.minhash_buckets, args.minhash_rows
     minhash = dedup.MinhashConfig(5, buckets, rows, hash_config=HashConfig(precision=32))
     signatures, pairs, found = (f"{place}/{name}" for name in ("signatures", "pairs", "found"))
-
-    def read():
-        return blocks().KeptReader(f"{work}/kept", f"{place}/kept.txt")
-
     stages = {
-        "signatures": [read(), blocks().CharacterSignatures(signatures, minhash)],
+        "signatures": [read, signatures_step(signatures, minhash)],
         "buckets": [dedup.MinhashDedupBuckets(signatures, pairs, config=minhash)],
         "clusters": [dedup.MinhashDedupCluster(pairs, found, minhash, save_cluster_size=True)],
         "write": [
-            read(),
-            blocks().OneOfEach(
-                found, f"{place}/tally/{{:05d}}.json",
+            read,
+            partial(
+                one_of_each, found, f"{place}/tally/{{:05d}}.json",
                 reject_writer(args, "duplicate/${rank}.jsonl")),
             parquet_writer(f"{place}/final", "${rank}.parquet", "lz4")]}
     tasks = {"clusters": 1, "buckets": buckets}
@@ -1878,25 +1714,25 @@ def deduplication(args: Arguments, work: Path, kept: list[str], turn: int) -> li
         (f"{turn:02d}_{name}", steps, tasks.get(name, len(kept))) for name, steps in stages.items()]
 
 
-def run_stages(stages: list[tuple], args: Arguments, work: Path, files: int) -> bool:
+def run_stages(stages: list[tuple], args: Arguments, work: Path) -> bool:
     """Run the stages one after another on the chosen executor; what an earlier run finished stays.
     False if Slurm has been given jobs that have still to run."""
     executor = None
     for name, steps, tasks in stages:
         steps = [TaskLock(f"{work}/locks/{name}"), *steps]
         executor = make_executor(args, steps, tasks, work / "logs" / name, executor)
-        if args.executor != "slurm":
-            with progress(executor, name, work / "tally" if "judge" in name else None, files):
-                try:
-                    executor.run()
-                except ConnectionError as error:
-                    raise UserError(
-                        f"cannot read {error}; expected an answer from its server; check the"
-                        " network and run the same command again: what is finished stays"
-                    ) from error
-            if failed := executor.get_incomplete_ranks():
-                logs = f"{work}/logs/{name}/logs"
-                raise RuntimeError(f"{len(failed)} of {tasks} tasks of {name} failed; see {logs}")
+        if args.executor == "slurm":
+            continue
+        with progress(executor, name, work / "tally" if "judge" in name else None):
+            try:
+                executor.run()
+            except ConnectionError as error:
+                raise UserError(
+                    f"cannot read {error}; expected an answer from its server; check the network"
+                    " and run the same command again: what is finished stays") from error
+        if failed := executor.get_incomplete_ranks():
+            logs = f"{work}/logs/{name}/logs"
+            raise RuntimeError(f"{len(failed)} of {tasks} tasks of {name} failed; see {logs}")
     if args.executor == "slurm" and executor.get_incomplete_ranks():
         executor.run()
         return False
@@ -1936,7 +1772,7 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
     # every stage has workers of its own; they start from a process that has these imported
     heavy = "fsspec isal pandas pyarrow.parquet tqdm transformers.hf_argparser"
     heavy += " datatrove.executor datatrove.pipeline.dedup datatrove.pipeline.readers"
-    heavy += " datatrove.pipeline.filters datatrove.pipeline.writers"
+    heavy += " datatrove.pipeline.writers"
     multiprocess.set_forkserver_preload(heavy.split())
 
     class QuietExecutor(LocalPipelineExecutor):
@@ -1948,13 +1784,12 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
 
 
 @contextmanager
-def progress(executor, name: str, tallies: Path | None, files: int) -> Iterator[None]:
-    """Show a bar while a stage runs: tasks, and for the first pass files, MB/s and pages kept."""
+def progress(executor, name: str, tallies: Path | None) -> Iterator[None]:
+    """Show a bar of tasks while a stage runs, and for the first pass files, MB/s, pages kept."""
     from datatrove.utils.logging import logger
 
     logger.remove()
-    total, unit = (files, "file") if tallies else (executor.world_size, "task")
-    bar, ended, start = tqdm(total=total, desc=name, unit=unit), threading.Event(), time.monotonic()
+    bar, ended = tqdm(total=executor.world_size, desc=name, unit="task"), threading.Event()
     before = sum_tallies(tallies).bytes.total() if tallies else 0
 
     def watch() -> None:
@@ -1964,9 +1799,9 @@ def progress(executor, name: str, tallies: Path | None, files: int) -> Iterator[
             bar.n = executor.world_size - len(executor.get_incomplete_ranks())
             if tallies:
                 tally = sum_tallies(tallies)
-                bar.n = tally.files
-                speed = (tally.bytes.total() - before) / 1e6 / (time.monotonic() - start)
-                bar.set_postfix_str(f"{speed:.0f} MB/s, {tally.pages['kept']:,} pages kept")
+                speed = (tally.bytes.total() - before) / 1e6 / bar.format_dict["elapsed"]
+                bar.set_postfix_str(
+                    f"{tally.files:,} files, {speed:.0f} MB/s, {tally.pages['kept']:,} pages kept")
             bar.refresh()
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -1979,15 +1814,15 @@ def progress(executor, name: str, tallies: Path | None, files: int) -> Iterator[
         bar.close()
 
 
-def sum_tallies(folder: Path, pattern: str = "*.json") -> Tally:
+def sum_tallies(folder: Path) -> Tally:
     """Return the sum of the counts that tasks wrote."""
     total = Tally("")
-    for path in sorted(folder.glob(pattern)):
-        part = json.loads(path.read_text())
-        total.files += part["files"]
-        total.read += part["read"]
-        for name in ("pages", "bytes", "damage", "others"):
-            getattr(total, name).update(part[name])
+    for path in sorted(folder.glob("*.json")):
+        for name, counted in json.loads(path.read_text()).items():
+            if isinstance(counted, dict):
+                getattr(total, name).update(counted)
+            else:
+                setattr(total, name, getattr(total, name) + counted)
     return total
 
 
@@ -2001,7 +1836,7 @@ def filter_files(args: Arguments, files: list[str], work: Path) -> int | None:
         done += len(chosen)
         kept += [f"{turn:02d}_{rank:05d}.parquet" for rank in range(task_count(args, chosen))]
         stages = [judging(args, work, turn, chosen), *deduplication(args, work, kept, turn)]
-        if not run_stages(stages, args, work, done):
+        if not run_stages(stages, args, work):
             return None
         have = sum_tallies(work / f"dedup_{turn:02d}" / "tally").bytes["kept"] * args.keep_best
         if target is None or have >= target or done == len(files):
@@ -2021,6 +1856,8 @@ def check(args: Arguments) -> None:
     for name, value in asdict(args).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             usual = (0, 1) if isinstance(value, float) else (1, math.inf)
+            if name.startswith("max_") and getattr(Arguments, name) > 1:
+                usual = (-1000, math.inf)  # words per 1,000 Han, less Taiwan's
             least, most = RANGES.get(name, usual)
             expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
             if not least <= value <= most:  # a NaN lies in no range
@@ -2035,11 +1872,13 @@ def check(args: Arguments) -> None:
     if Path(args.output_dir).is_file():
         raise UserError(f"--output_dir {args.output_dir}: a file; expected a folder; give another")
     if Path(args.picture).suffix not in (".png", ".pdf", ".svg"):
-        expected = "expected a file that ends in .png, .pdf or .svg; change it"
-        raise UserError(f"--picture {args.picture}: no picture's name; {expected}")
+        raise UserError(
+            f"--picture {args.picture}: no picture's name; expected a file that ends in .png, .pdf"
+            " or .svg; change it")
     if args.executor == "slurm" and not shutil.which("sbatch"):
-        expected = "expected a Slurm cluster; use --executor local"
-        raise UserError(f"--executor slurm: no sbatch on this machine; {expected}")
+        raise UserError(
+            "--executor slurm: no sbatch on this machine; expected a Slurm cluster; use --executor"
+            " local")
     if args.executor == "ray" and not importlib.util.find_spec("ray"):
         raise UserError("--executor ray: not installed; expected Ray; pip install ray")
 
@@ -2088,7 +1927,7 @@ def expand_input(given: str) -> list[str]:
     remote = "://" in given
     try:
         system, path = fsspec.core.url_to_fs(given)
-        if system.isdir(path):
+        if folder := system.isdir(path):
             names = read_folder(given, system, path)
         elif system.exists(path):  # a name with [1] in it is a name first
             names = [path]
@@ -2101,11 +1940,10 @@ def expand_input(given: str) -> list[str]:
         why = str(error).partition("\n")[0]
         raise UserError(f"--input {given}: no access ({why}); {expected}; {remedy}") from error
     if not names:
-        what = "holds no such file" if Path(given).is_dir() else "does not exist"
-        what, remedy = ("no answer", "address and the network") if remote else (what, "path")
-        raise UserError(f"--input {given}: {what}; {expected}; check the {remedy}")
+        what = "no answer" if remote else "holds no such file" if folder else "does not exist"
+        raise UserError(f"--input {given}: {what}; {expected}; check the path and the network")
     for name in names:
-        if not name.endswith((*ENDINGS, ".json")):  # a folder's .json are settings
+        if not READABLE.search(name):
             remedy = 'write other text as JSON lines, {"text": "..."} for each document'
             raise UserError(f"--input {given}: {name} is of another kind; {expected}; {remedy}")
     if names == [path] and remote:
@@ -2116,18 +1954,18 @@ def expand_input(given: str) -> list[str]:
 def read_folder(given: str, system: Any, path: str) -> list[str]:
     """Return the files of a folder that can be read, links to files too; say what it holds besides.
     """
-    entries = system.ls(path, detail=True)
-    folders = {e["name"] for e in entries if e["type"] != "file" and system.isdir(e["name"])}
-    names = sorted(entry["name"] for entry in entries)
-    chosen = [name for name in names if name.endswith(ENDINGS) and name not in folders]
-    others = [
-        name.rpartition("/")[2] + "/" * (name in folders) for name in names if name not in chosen]
-    others = [name for name in others if not name.startswith(".")]
+    chosen, others = [], []
+    for entry in sorted(system.ls(path, detail=True), key=lambda entry: entry["name"]):
+        name = entry["name"]
+        folder = entry["type"] != "file" and system.isdir(name)
+        if READABLE.search(name) and not name.endswith(".json") and not folder:  # .json: settings
+            chosen.append(name)
+        elif not (short := name.rpartition("/")[2]).startswith("."):
+            others.append(short + "/" * folder)
     if others:
-        first = [name.rpartition("/")[2] for name in chosen[:5]]
-        more = f" and {len(chosen) - 5} more" if len(chosen) > 5 else ""
+        first = ", ".join(name.rpartition("/")[2] for name in chosen[:5])
         print(
-            f"--input {given}: reads {', '.join(first)}{more}; does not read"
+            f"--input {given}: reads {len(chosen)} files ({first} ...); does not read"
             f" {', '.join(others[:9])} (folders and other kinds of files)")
     return chosen
 
@@ -2218,42 +2056,53 @@ def refuse_nothing(args: Arguments, work: Path, judged: Tally) -> None:
         f" WET, WARC, or rows with a column of text; {remedy}")
 
 
-def write_corpus(final: Path, output: Path, limit: float) -> tuple[int, int, int]:
-    """Put the finished pages into the output folder up to `limit` bytes of text; return the numbers
-    of pages, bytes and characters."""
+def write_corpus(args: Arguments, final: Path) -> tuple[dict[str, list[int]], int]:
+    """Put the finished pages into the output folder: those most like the text of --like, with this
+    score, up to --target_size. Return the pages and bytes that each of the two left, and the number
+    of characters."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    pages = size = characters = 0
+    output, limit = Path(args.output_dir), parse_size(args.target_size) or math.inf
     for old in output.glob("*.parquet"):
         old.unlink()
-    for path in sorted(final.glob("*.parquet")):
-        if size >= limit:
-            break
+    left, characters = {"like": [0, 0], "target": [0, 0]}, 0
+    paths = sorted(final.glob("*.parquet"))
+    scores = like_scores(args.like, paths) if args.like else []
+    ranked = np.sort(np.concatenate([*scores, []]))[::-1]
+    best = ranked[: math.ceil(args.keep_best * len(ranked))]
+
+    def count(rule: str, sizes: np.ndarray) -> None:
+        left[rule][0] += len(sizes)
+        left[rule][1] += int(sizes.sum())
+
+    for at, path in enumerate(paths):
         table = pq.read_table(path)
-        sizes = np.cumsum(pc.binary_length(table["text"].cast(pa.binary())).to_numpy())
-        table = table.slice(0, int(np.searchsorted(sizes, limit - size)) + 1)
+        if scores:
+            table = table.append_column("like", pa.array(scores[at]))
+            table = table.filter(pa.array(scores[at] >= best.min(initial=math.inf)))
+        sizes = pc.binary_length(table["text"].cast(pa.binary())).to_numpy()
+        count("like", sizes)
+        room = limit - left["target"][1]
+        table = table.slice(0, int(np.searchsorted(np.cumsum(sizes), room)) + 1 if room > 0 else 0)
         if not len(table):
             continue
+        count("target", sizes[: len(table)])
+        characters += pc.sum(pc.utf8_length(table["text"])).as_py()
         pq.write_table(table, output / f".{path.name}", compression="zstd")
         os.replace(output / f".{path.name}", output / path.name)
-        pages, size = pages + len(table), size + int(sizes[len(table) - 1])
-        characters += pc.sum(pc.utf8_length(table["text"])).as_py()
-    return pages, size, characters
+    return left, characters
 
 
 def publish(args: Arguments, work: Path, turn: int) -> dict:
     """Put the finished corpus into the output folder, cut at the target size; return its counts."""
     judged = sum_tallies(work / "tally")
     refuse_nothing(args, work, judged)
-    output, place = Path(args.output_dir), work / f"dedup_{turn:02d}"
-    unique, final = sum_tallies(place / "tally"), place / "final"
-    later = {"duplicate": (unique.pages["kept"], unique.bytes["kept"])}
-    if args.like:
-        later["like"] = keep_most_like(args, final, final := place / "like")
-    limit = parse_size(args.target_size) or math.inf
-    *later["target"], characters = write_corpus(final, output, limit)
+    place = work / f"dedup_{turn:02d}"
+    unique = sum_tallies(place / "tally")
+    later, characters = write_corpus(args, place / "final")
+    later["duplicate"] = unique.pages["kept"], unique.bytes["kept"]
     pages, size = judged.pages.total(), judged.bytes.total()
     left_after, refused = {"read": {"pages": pages, "bytes": size}}, {}
     for rule in RULES:

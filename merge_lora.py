@@ -45,6 +45,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
@@ -186,7 +187,10 @@ def parse_args(argv: list[str] | None) -> Arguments:
     args, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
-        parser.error(f"unknown option: {' '.join(unknown)}; --help lists the options")
+        names = [f"--{setting.name}" for setting in fields(Arguments)]
+        near = get_close_matches(unknown[0].partition("=")[0], names, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        parser.error(f"unknown option: {' '.join(unknown)}; {hint}--help lists the options")
     return args
 
 
@@ -227,6 +231,8 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
+    with suppress(AttributeError):  # no option of a notebook's stdout
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be UTF-8
     refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
@@ -652,10 +658,11 @@ def read_chat(args: Arguments, base: Model) -> tuple[Model | None, list[int]]:
     if not args.chat_model:
         return None, []
     chat, other = read_model(args.chat_model, "--chat_model"), "pass a chat model of the same base"
+    keys = ("model_type", "num_attention_heads", "hidden_act")
     theirs, ours = (
         {name: tensor.shape for name, tensor in model.tensors.items() if name not in ENDS}
-        | {key: model.config.get(key) for key in ("model_type", "num_attention_heads")}
-        for model in (chat, base))
+        | {key: model.config.get(key) for key in keys}
+        | {"rope_theta": rope_theta(model.config)} for model in (chat, base))
     expect(theirs, ours, chat.shown, "as in the base", other)
     pieces, added = read_pieces(chat.folder, chat.shown)
     pieces, known, template = pieces | added, all_pieces(base), chat_template(chat) or ""
@@ -675,6 +682,11 @@ def read_chat(args: Arguments, base: Model) -> tuple[Model | None, list[int]]:
         (own, f"{chat.shown}: its template needs {', '.join(own[:3])}, which the base has not; "
          f"expected a chat model without tokens of its own, as Llama 2's; {other}"))
     return chat, shared
+
+
+def rope_theta(config: dict) -> float:
+    """The base of the rotary embedding. Transformers 4 has it at the top of the config."""
+    return (config.get("rope_parameters") or config).get("rope_theta") or 10_000.0
 
 
 # --- Readers: where the rows of a merged tensor come from ----------------------------------------
@@ -892,7 +904,12 @@ def check_promises(adapter: Adapter, sources: dict[str, Stored]) -> None:
     tensors, shown = adapter.tensors, adapter.shown
     for key, value in adapter.config.items():
         known = value in KNOWN_VALUES[key] if key in KNOWN_VALUES else key in KNOWN_FIELDS
-        refuse((value and not known, f"{shown}: {key} = {value} {NOT_HERE}"))
+        other = not known and (value or key in KNOWN_VALUES)
+        refuse((other, f"{shown}: {key} = {value} {NOT_HERE}"))
+    for key in ("r", "lora_alpha"):
+        number = adapter.config.get(key)
+        wrong = f"{shown}: {key} is {number!r}; expected a number; {AGAIN}"
+        refuse((not isinstance(number, int | float), wrong))
     if HEAD not in sources:  # tied
         if EMBEDDING in tensors:
             tensors.pop(HEAD, None)  # the embedding once more
@@ -1040,7 +1057,7 @@ def write_weights(folder: Path, plan: dict[str, Part], limit: float) -> None:
 
 def save_json(path: Path, content: dict) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", "utf-8", "backslashreplace")
 
 
 def copy_files(source: Path, folder: Path, *names: str) -> None:
@@ -1121,7 +1138,7 @@ def write_papers(
         "script": "merge_lora.py", "arguments": asdict(args), "base": source, "results": facts,
         "versions": {name: version(name) for name in packages}, "written": sorted(written)})
     card = model_card(folder, args, adapter, source["origin"], facts)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, "utf-8", "backslashreplace")
 
 
 def model_card(folder: Path, args: Arguments, adapter: Adapter, name: str, facts: dict) -> str:

@@ -8,10 +8,10 @@ checkpoints, metrics.jsonl, a model card, and pictures/trainloss.png, redrawn as
 The weights are NF4 (QLoRA, Dettmers et al. 2023). In training half of the heads attend within
 groups of --group_size tokens and half within groups shifted by half a group (LongLoRA, Chen et al.
 2023, section 3.2), never across documents; evaluation is full causal attention. The same command
-goes on where an interrupted run stopped, to the bit (on a GPU flash attention's backward pass
-itself differs a little each time). SIGTERM, SIGHUP and Ctrl-C end the run after the batch at hand:
-it saves the last whole step and exits with 143, 129 or 130. A mistake or a loss gone wrong exits
-with 2, a full disk with 1.
+resumes an interrupted run bit for bit (but for flash attention's backward pass on a GPU, which
+differs a little each time). SIGTERM, SIGHUP and Ctrl-C end the run after the batch at hand: it
+saves the last whole step and exits with 143, 129 or 130. A mistake or an exploding loss exits with
+2, a full disk with 1.
 
 Minutes on any CPU, after the first two steps of `make demo`:
     python train_pt.py --block_size 256 --gradient_accumulation_steps 1 --learning_rate 3e-3 \\
@@ -53,7 +53,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial, wraps
 from importlib.metadata import version
 from inspect import unwrap
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from string import ascii_uppercase
 from tempfile import TemporaryDirectory
@@ -76,7 +76,7 @@ LLAMA_2_PIECES = 32_000
 LARGE_FOR_A_CPU = 2e9  # bytes of weights
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 IGNORED = -100  # the label of a token that is not predicted
-# Options of the Trainer that a run cannot keep its promises with, by the value that turns them on.
+# Options of TrainingArguments that are refused, and why.
 UNSUPPORTED = {
     "deepspeed": "expected no DeepSpeed; several GPUs: accelerate launch --config_file fsdp.yaml",
     "push_to_hub": "expected false; when the run is done: hf upload NAME OUTPUT_DIR",
@@ -84,24 +84,24 @@ UNSUPPORTED = {
     "auto_find_batch_size": "expected false; --plan says which batch fits",
     "enable_jit_checkpoint": "expected false; SIGTERM already saves the last whole step",
     "ignore_data_skip": "expected false; a resumed run would train on the same text twice",
-    "dataloader_num_workers": "expected 0; a batch is only looked up, and workers die of the "
-    "signal on which a run saves",
-    "label_smoothing_factor": "expected 0; no logits leave the loss that could be smoothed"}
-NEEDS_PROCESSES = {"fsdp": "expected several processes: torchrun --nproc_per_node 4 train_pt.py"}
-PART, BATCH = 1 << 16, 1 << 20  # characters: of a long text's parts, given to the tokenizer at once
-SHARES = ("taiwan_wording", "in_context_")  # metrics of which more is better
+    "dataloader_num_workers": "expected 0; the signal that makes a run save would kill workers",
+    "label_smoothing_factor": "expected 0; the logits that it smooths never leave the loss",
+    "dataloader_drop_last": "expected false; a short last batch is trained on too",
+    "accelerator_config": "expected none; each process looks up its own sequences"}
+PART, BATCH = 1 << 16, 1 << 20  # characters in a part of a long text, in a call of the tokenizer
+SHARES = ("taiwan_wording", "in_context_")  # metrics that should be high
 SURROGATES = re.compile("[\ud800-\udfff]")
 # What a file manager, Jupyter or a file system leaves in a folder.
 FOREIGN = {".DS_Store", ".ipynb_checkpoints", "lost+found"}
 # What a file system without locks answers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 LOSS_CHUNK = 1024  # tokens whose logits exist at one time: 1,024 x 61,388 x 4 bytes = 0.25 GB
-# A run goes on under another of these where the learning rates so far are the same.
+# Settings that may change in a run if the learning rates of its steps so far stay the same.
 SCHEDULE = {"max_steps", "num_train_epochs", "lr_scheduler_type", "lr_scheduler_kwargs",
             "warmup_steps"}
-# What an adapter brings with it, and must be the same where training starts from it.
-OF_AN_ADAPTER = ("lora_rank", "lora_alpha", "use_rslora", "quantization", "train_embeddings",
-                 "train_norms", "first_new_row")
+# Settings that must be those of the adapter from which training starts.
+ADAPTER_SETTINGS = ("model", "lora_rank", "lora_alpha", "use_rslora", "quantization",
+                    "train_embeddings", "train_norms", "first_new_row")
 # The Trainer's options that change the result, beside our own Settings.
 TRAINER_SETTINGS = re.compile(
     "adam_|data(_seed|loader_drop)|fp16$|greater_is|load_best|lr_scheduler|max_(steps|grad)|"
@@ -172,9 +172,8 @@ class Arguments(Settings):
     cache_dir: str = option("outputs/cache", "Where the tokenised documents are kept.")
     sample_tokens: int = option(64, "Length of the sample written at each evaluation; 0: none.")
     probes: bool = option(
-        True, "At each evaluation measure also the share of sentences whose wording of Taiwan the "
-        "model prefers, and of tasks with examples in the context that it solves; it reads as many "
-        "tokens as 10 sequences of 2,048 have.")
+        True, "Measure also how often the model prefers Taiwan's wording, and solves tasks from "
+        "examples in its context: as many tokens to read as in 10 sequences of 2,048.")
     plan: bool = option(
         False, "Print sizes, steps and a GPU's memory; train nothing. It needs no weights, and "
         "without a text it leaves the steps out.")
@@ -186,12 +185,12 @@ class Arguments(Settings):
     activation_checkpointing_kwargs: str | None = option(
         None, """JSON; '{"offload": true}' keeps the layers' inputs in the memory of the host.""")
     use_liger_kernel: bool | None = field(default=None, metadata={
-        "help": "Norm, rope, SwiGLU as one kernel each; None: in a plan, and where it can be.",
+        "help": "Liger's kernels for norm, rope, SwiGLU; None: in a plan, and on a GPU with them.",
         "nargs": "?", "const": True})
     adapter: str | None = option(
         None, "Start from this adapter of train_pt.py, with a new optimizer and schedule.")
     resume_from_checkpoint: str = option(
-        "auto", "A checkpoint's folder; auto: the last; none: anew, the run so far moved aside.")
+        "auto", "The folder of a checkpoint to go on from; auto: the last of output_dir.")
     per_device_eval_batch_size: int = option(8, "Sequences per device in evaluation.")
     eval_strategy: str = option("steps", "When to evaluate: steps, epoch or no.")
     eval_steps: float = option(0.1, "Steps between evaluations; under 1: a share of all steps.")
@@ -218,7 +217,7 @@ def refuse_twice(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
 def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     """Read the command line (None: sys.argv) into our Arguments and transformers.TrainingArguments;
-    an unknown option ends the program with exit code 2."""
+    refuse what is unknown, and what the Trainer would take but a run would fail of."""
     form = {"formatter_class": HelpFormatter, "usage": "%(prog)s [options]", "allow_abbrev": False}
     parse = {"return_remaining_strings": True, "look_for_args_file": False}
     parser = HfArgumentParser(Arguments, description=__doc__, **form)
@@ -232,7 +231,6 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package we need not
     import torch
     from transformers import TrainingArguments
-    from transformers.integrations import get_available_reporting_integrations
     from transformers.utils import is_liger_kernel_available
     trainer_parser = HfArgumentParser(TrainingArguments, **form)
     if extra.help_trainer:
@@ -249,6 +247,7 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     ours = vars(args) | {
         "activation_checkpointing": False, "use_liger_kernel": False,  # build_model turns them on
         "activation_checkpointing_kwargs": None, "use_cpu": not on_gpu, "label_names": ["labels"],
+        "save_total_limit": None,  # a broken checkpoint would count as one
         "remove_unused_columns": False,  # it would drop the cut points before the collator
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead
         "ddp_find_unused_parameters": False, "logging_first_step": True, "save_strategy": "steps"}
@@ -256,76 +255,58 @@ def parse_args(argv: list[str] | None) -> tuple[Arguments, Any]:
     asked, unknown = trainer_parser.parse_known_args(rest)
     # Before TrainingArguments is built: a half-made DeepSpeed or FSDP would stay in global state
     # and break every later run of this process.
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    for name, reason in (UNSUPPORTED | (NEEDS_PROCESSES if alone else {})).items():
-        if value := getattr(asked, name):
-            parser.error(f"--{name} {value}: {reason}")
-    if unknown:
-        parser.error(f"unknown option: {' '.join(unknown)}; --help and --help_trainer list them")
-    with refusals_of_trainer():
+    for name, reason in UNSUPPORTED.items():
+        refuse((value := getattr(asked, name), f"--{name} {value}: {reason}"))
+    refuse(
+        (asked.fsdp and os.environ.get("WORLD_SIZE", "1") == "1", f"--fsdp {asked.fsdp}: expected "
+         "several processes: torchrun --nproc_per_node 4 train_pt.py"),
+        (unknown, f"unknown option: {' '.join(unknown)}; --help and --help_trainer list them"))
+    with refusals_of():
         training, _ = trainer_parser.parse_args_into_dataclasses(rest, **parse)
     training._n_gpu = min(1, training.n_gpu)  # several: torchrun, not DataParallel
     if asked.greater_is_better is None and training.metric_for_best_model:  # by its kind
         name = training.metric_for_best_model.removeprefix("eval_")
         training.greater_is_better = name.startswith(SHARES)
-    liger_is_here = is_liger_kernel_available()
+    liger_runs = is_liger_kernel_available() and not training.use_cpu
     if args.use_liger_kernel is None:
-        args.use_liger_kernel = args.plan or (liger_is_here and not training.use_cpu)
-    liger = args.use_liger_kernel and not args.plan
-    version, strategy = fsdp_version(training), training.train_sampling_strategy
-    blockwise = any(word in args.optim for word in ("8bit", "bnb", "paged"))
-    missing = set(training.report_to) - set(get_available_reporting_integrations())
-    batches = training.accelerator_config
-    for wrong, message in (
-        (liger and not liger_is_here,
-         "--use_liger_kernel: liger-kernel is not installed; pip install liger-kernel"),
-        (liger and training.use_cpu,
-         "--use_liger_kernel: its kernels run on a GPU, and none is in use"),
-        (version == 1, "fsdp_version 1: expected 2; set it in accelerate's configuration"),
-        (version and blockwise, f"--optim {args.optim}: bitsandbytes' optimizers cannot be "
-         "sharded; use --optim adamw_torch with FSDP"),
-        (missing, f"--report_to {', '.join(missing)}: unknown or not installed; pip install it"),
-        (strategy != "random", f"--train_sampling_strategy {strategy}: expected random; all "
-         "sequences are of one length"),
-        (batches.dispatch_batches or batches.split_batches, "--accelerator_config: expected "
-         "neither dispatch_batches nor split_batches; each process looks up its own sequences"),
-        (training.weight_decay < 0, f"--weight_decay {training.weight_decay}: expected 0 or more"),
+        args.use_liger_kernel = args.plan or liger_runs
+    fsdp, blockwise = fsdp_version(training), ("8bit", "bnb", "paged")
+    refuse(
+        (args.use_liger_kernel and not (args.plan or liger_runs), "--use_liger_kernel: expected a "
+         "GPU and liger-kernel; pip install liger-kernel"),
+        (fsdp == 1, "fsdp_version 1: expected 2; set it in accelerate's configuration"),
+        (fsdp and any(word in args.optim for word in blockwise), f"--optim {args.optim}: "
+         "bitsandbytes' optimizers cannot be sharded; use --optim adamw_torch with FSDP"),
         (training.max_steps == 0,
-         "--max_steps 0: expected a number of steps, or -1 for --num_train_epochs")):
-        if wrong:
-            parser.error(message)
-    settings = training.to_dict()
-    try:
-        learning_rate_schedule(settings, training.max_steps if training.max_steps > 0 else 10**6)
-    except (ValueError, TypeError, KeyError) as error:
-        kwargs = json.dumps(settings["lr_scheduler_kwargs"] or {})
-        parser.error(f"--lr_scheduler_type {settings['lr_scheduler_type']} --lr_scheduler_kwargs "
-                     f"{kwargs}: {' '.join(str(error).split())[:200]}; pass what it needs")
+         "--max_steps 0: expected a number of steps, or -1 for --num_train_epochs"))
     return args, training
 
 
 def try_trainer(args: Arguments, training: Any) -> None:
-    """Build what Trainer makes of its options, around a model of one weight: what it refuses is
-    refused before the real weights load. A plan trains nothing."""
+    """Build a Trainer around a model of one weight, so that options which it refuses are refused
+    before the real weights load. A plan trains nothing."""
     if args.plan:
         return
     import torch
     from transformers import Trainer
     options, rows = copy(training), [{"labels": 0}]
-    options.report_to = []
-    with TemporaryDirectory() as options.output_dir, refusals_of_trainer():  # it makes its folder
+    with TemporaryDirectory() as options.output_dir, refusals_of():  # it makes its folder
         trainer = Trainer(torch.nn.Linear(1, 1), options, train_dataset=rows, eval_dataset=rows)
         trainer.create_optimizer()
         trainer.get_train_dataloader()
+    kwargs = json.dumps(training.lr_scheduler_kwargs or {})
+    schedule = f"--lr_scheduler_type {args.lr_scheduler_type} --lr_scheduler_kwargs {kwargs}: "
+    with refusals_of(schedule):
+        learning_rate_schedule(training.to_dict(), max(training.max_steps, 1))
 
 
 def learning_rate_schedule(settings: dict[str, Any], steps: int) -> Any:
-    """The schedule of a run of so many steps, as Trainer makes it: its `lr_lambdas` give the share
-    of the peak at each step. One that looks at the evaluations has none."""
+    """The schedule of a run of so many steps, as Trainer makes it. Its `lr_lambdas` give the share
+    of the peak at each step; a schedule that follows the evaluations has none."""
     import torch
     from transformers import get_scheduler
     parameter = torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.SGD([parameter], lr=abs(settings["learning_rate"]))  # check looks at it
+    optimizer = torch.optim.SGD([parameter], lr=abs(settings["learning_rate"]))
     warmup = settings["warmup_steps"]
     warmup = int(warmup) if warmup >= 1 else math.ceil(steps * warmup)
     kwargs = dict(settings["lr_scheduler_kwargs"] or {})
@@ -353,6 +334,8 @@ def user_errors() -> Iterator[None]:
     """End mistakes and refusals in one line: exit code 2 for a UserError or a package that is
     missing or too old, 1 for a full or read-only disk, 130 for Ctrl-C. Anything else is our bug and
     keeps its traceback."""
+    with suppress(AttributeError):  # no option of a notebook's stdout
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be UTF-8
     refusals = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
     try:
         yield
@@ -372,12 +355,12 @@ def user_errors() -> Iterator[None]:
 
 
 @contextmanager
-def refusals_of_trainer() -> Iterator[None]:
-    """Turn what Transformers and Accelerate say of an option into one line."""
+def refusals_of(what: str = "") -> Iterator[None]:
+    """Turn what another library says into one line, behind our own words."""
     try:
         yield
-    except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except Exception as error:  # files of nonsense fail in many ways
+        raise UserError(what + " ".join(str(error).split())[:300]) from error
 
 
 def refuse(*findings: tuple[Any, str]) -> None:
@@ -457,7 +440,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def find_shapes(name_or_path: str, option: str) -> Path:
-    """find_model without the weights: of a hub's model fetch configuration and tokenizer alone."""
+    """find_model without the weights: a plan fetches configuration and tokenizer alone."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path)
@@ -473,34 +456,30 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
     from transformers import AutoConfig, AutoTokenizer
     option = "--model_name_or_path"
     folder = (find_shapes if args.plan else find_model)(args.model_name_or_path, option)
-    try:
+    model = f"{option} {folder}"
+    with refusals_of(f"{model}: is not whole; fetch it again: "):
         config = AutoConfig.from_pretrained(folder)
         bare = args.plan and not any(folder.glob("tokenizer.*"))
         tokenizer = None if bare else AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # files of nonsense fail in many ways
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{option} {folder}: is not whole ({reason}); fetch it again") from error
-    rows, positions = config.vocab_size, config.max_position_embeddings
-    pieces = len(tokenizer or ())
+    rows, pieces, longest = config.vocab_size, len(tokenizer or ()), config.max_position_embeddings
     recorded = (read_record(folder).get("results") or {}).get("base_vocab_size")
     first = min(args.base_vocab_size or recorded or LLAMA_2_PIECES, rows)
-    model = f"{option} {folder}"
     widths = {name: getattr(config, name, 0) for name in ("hidden_size", "intermediate_size")}
     # bitsandbytes 0.50 on CPUs dequantises wrongly where a block of 64 runs into the next row.
     uneven = " and ".join(f"{name} {size}" for name, size in widths.items() if size % 64)
     refuse(
         (config.model_type != "llama", f"{model}: a {config.model_type}; expected a Llama"),
         (config.tie_word_embeddings, f"{model}: embedding and head are tied; expected two"),
-        (getattr(config, "quantization_config", None), f"{model}: it is quantised, and what is "
-         "trained on it cannot be merged; pass the 16-bit model that it was made from"),
+        (getattr(config, "quantization_config", None), f"{model}: it is quantised, and its adapter "
+         "could not be merged; pass the 16-bit model that it was made from"),
         (uneven and args.quantization == "nf4",
          f"{model}: {uneven}; nf4 expects a multiple of 64; use --quantization none"),
         (pieces > rows, f"{model}: the tokenizer has {pieces} pieces and the model only {rows} "
          "rows; run python extend_vocab.py, which makes both"),
         ((args.base_vocab_size or 0) > rows, f"--base_vocab_size {args.base_vocab_size}: the model "
          f"has only {rows} rows; leave the option out"),
-        (args.block_size > positions, f"--block_size {args.block_size}: longer than the model's "
-         f"{positions} positions; choose a smaller one, or set rope scaling in its config.json"),
+        (args.block_size > longest, f"--block_size {args.block_size}: longer than the model's "
+         f"{longest} positions; choose a smaller one, or set rope scaling in its config.json"),
         (args.train_embeddings == "none" and first < rows,
          f"--train_embeddings none: rows {first} to {rows - 1} of embedding and head are new "
          f"and would never be trained; use new, or --base_vocab_size {rows} if none is new"))
@@ -509,30 +488,27 @@ def load_base(args: Arguments) -> tuple[Path, Any, Any, int]:
     return folder, config, tokenizer, first
 
 
-def check_weights(folder: Path, config: Any, shown: str) -> None:
-    """Refuse weights that are not, by name and shape, those that config.json asks for: Transformers
-    would make up what is missing, and the result could never be merged."""
+def check_weights(folder: Path, config: Any, model: str) -> None:
+    """Refuse weights whose names or shapes differ from those of config.json: Transformers would
+    fill what is missing with random numbers."""
     import torch
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
-    paths, path, found = weight_files(folder), folder / "config.json", {}
-    refuse((not paths, f"{shown}: {pickled(folder) or 'no *.safetensors, so no weights in it'}"))
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(deepcopy(config))
-        for path in paths:
-            with safe_open(path, "np") as file:  # it holds the header against the file's size
-                names = file.keys()
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{shown}: {path.name} is not whole ({reason}); fetch it again") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = sorted(name for name in found.keys() | expected.keys()
-                   if not name.endswith("inv_freq") and found.get(name) != expected.get(name))
-    for name in names[:1]:
+    paths, found = weight_files(folder), {}
+    refuse((not paths, f"{model}: {pickled(folder) or 'no *.safetensors, so no weights in it'}"))
+    with refusals_of(f"{model}: config.json is not whole; fetch it again: "), torch.device("meta"):
+        llama = AutoModelForCausalLM.from_config(deepcopy(config))
+    for path in paths:
+        with (refusals_of(f"{model}: {path.name} is not whole; fetch it again: "),
+              safe_open(path, "np") as file):  # it holds the header against the file's size
+            names = file.keys()
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    expected = {name: tuple(tensor.shape) for name, tensor in llama.state_dict().items()}
+    differ = sorted(name for name in found.keys() | expected.keys()
+                    if not name.endswith("inv_freq") and found.get(name) != expected.get(name))
+    for name in differ[:1]:
         has, due = found.get(name, "missing"), expected.get(name, "no such tensor")
-        raise UserError(f"{shown}: {name} is {has}; expected {due} by config.json ({len(names)} "
+        raise UserError(f"{model}: {name} is {has}; expected {due} by config.json ({len(differ)} "
                         "tensors differ); fetch it again")
 
 
@@ -547,8 +523,8 @@ def cut_points(
     position_ids: torch.Tensor, group: int | None, flash: bool, shift: int = 0
 ) -> dict[str, Any]:
     """Where segments start in N packed tokens: at each document and, unless group is None, at each
-    group of a document. position_ids (B, T) count from each document's first token. Made on the
-    CPU, so that a GPU need not wait for the lengths."""
+    group of a document. position_ids (B, T) count from each document's first token. This runs on
+    the CPU, so that a GPU need not wait for the lengths."""
     import torch
     position = position_ids.cpu().clone()
     position[:, 0] = 0  # attention ends with a row, even where its document goes on
@@ -572,8 +548,8 @@ def cut_points(
 
 
 def all_cut_points(position_ids: torch.Tensor, group: int | None, flash: bool) -> dict[str, Any]:
-    """Cut points of `documents` for full attention; those of S², `groups` and `shifted`, only where
-    a document is longer than the first shifted group: else S² is full attention."""
+    """Cut points of `documents`, and of `groups` and `shifted` groups for S². Where no document is
+    longer than the first shifted group S² is full attention, and the latter two are left out."""
     cuts = {"documents": cut_points(position_ids, None, flash)}
     if group is not None and int(position_ids.max()) >= group - group // 2:
         cuts["groups"] = cut_points(position_ids, group, flash)
@@ -645,8 +621,7 @@ def s2_attention(
 
 
 def s2_mask(*args, attention_mask=None, q_length=None, kv_length=None, **kwargs):
-    """No mask for packed rows, whose cut points say it all; Transformers' own for padding and for
-    a KV cache."""
+    """No mask for packed rows, which have cut points; Transformers' own for padding or a cache."""
     if attention_mask is None and q_length == kv_length:
         return None
     from transformers.masking_utils import sdpa_mask
@@ -665,47 +640,17 @@ def register_attention() -> None:
 
 
 def text_files(dataset: str, option: str = "--dataset") -> list[Path]:
-    """The files to read, in name order. Of a folder the top level alone: below it filter_cc.py
-    keeps its work and the pages that it refused."""
+    """The files to read, in name order. Of a folder only the top level is read: below it
+    filter_cc.py keeps its work and rejected pages. Hidden files belong to other programs."""
     root = Path(dataset)
-    refuse_dead_link(root, option)
     if not root.exists():
         hint = "run python filter_cc.py first" if "cc_filtered" in dataset else "check the path"
         raise UserError(f"{option} {dataset}: there is no such file or folder; {hint}")
-    found = what_is_read(root)
-    others = [f"{path.name} ({why})" for path, why in found.items() if why]
-    held = f"; it holds {', '.join(others[:3])}" if others else ""
-    refuse((len(others) == len(found), f"{option} {dataset}: no text there{held}; expected "
-            f"{', '.join(TEXT_SUFFIXES)} or a folder of them"))
-    return [path for path, why in found.items() if not why]
-
-
-def what_is_read(root: Path) -> dict[Path, str | None]:
-    """The file itself, or those in a folder, each with the reason why it is not read."""
-    inside = root.is_dir()
-    return {path: reason_not_to_read(path, inside)
-            for path in (sorted(root.iterdir()) if inside else [root])}
-
-
-def refuse_dead_link(path: Path, option: str) -> None:
-    """Refuse a link whose target does not exist."""
-    if path.is_symlink() and not path.exists():
-        wrong = f"a link to {os.readlink(path)}, which is not there"
-        raise UserError(f"{option} {path}: {wrong}; make it or remove the link")
-
-
-def reason_not_to_read(file: Path, inside: bool) -> str | None:
-    """Why a file is not read; None: it is read. Hidden files inside a folder belong to other
-    programs."""
-    if inside and file.name.startswith("."):
-        return "hidden"
-    if file.is_dir():
-        return "a folder"
-    if not file.exists():
-        return "a link that leads nowhere" if file.is_symlink() else "missing"
-    if file.suffix.lower() not in TEXT_SUFFIXES:
-        return f"not {', '.join(TEXT_SUFFIXES)}"
-    return None if file.is_file() else "not a regular file"
+    inside = root.glob("[!.]*") if root.is_dir() else [root]
+    found = sorted(p for p in inside if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
+    refuse((not found, f"{option} {dataset}: no text there; expected {', '.join(TEXT_SUFFIXES)} or "
+            "a folder of them"))
+    return found
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -748,42 +693,24 @@ class Corpus:
     characters: np.ndarray  # (documents,)
 
 
-def dataset_key(files: list[Path], base: Path, sums: dict[str, str]) -> str:
-    """Changes when the text or the tokenizer does, and with nothing else: a copy has the same."""
-    digest = hashlib.sha256(b"2")  # counts the ways in which we have cut text into tokens
+def dataset_key(files: list[Path], base: Path) -> str:
+    """A checksum of text and tokenizer by content: touched, copied or renamed files have the same.
+    The cache is found by it."""
+    digest = hashlib.sha256(b"2")  # to be raised when the same text gives other tokens
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         if (base / name).is_file():
             digest.update(name.encode() + (base / name).read_bytes())
-    for path, content in zip(files, sums.values(), strict=True):
-        digest.update(f"{path.suffix.lower()} {content}\n".encode())
+    for path in files:
+        digest.update(f"{path.suffix.lower()} {file_sum(path)}\n".encode())
     return digest.hexdigest()
 
 
-def text_sums(files: list[Path], cache: Path) -> dict[str, str]:
-    """The sha256 of each file, by its path, size and times: while these stay the same, a file whose
-    sum is kept in the cache is not read again."""
-    sums, known = {}, {}
-    with suppress(OSError, ValueError):
-        known = dict(json.loads((cache / "sums.json").read_text()))
-    for path in files:
-        stat = path.stat()
-        seen = ascii((str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-        sums[seen] = known.get(seen) or file_sum(path)
-    if sums.keys() - known.keys() and cache.is_dir():  # a refused run must not make it
-        with suppress(OSError):  # another process writes the same
-            write_json(cache / "sums.json", known | sums)
-    return sums
-
-
 def tokenize(files: list[Path], tokenizer: Any, cached: Path) -> Corpus:
-    """Tokenise every document, once: the next run finds the result in the cache, and one that
-    starts meanwhile waits for it. The tokenizer works on all cores."""
+    """Tokenise every document, once: the next run finds the result in the cache."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     corpus = read_tokens(cached, dtype)
     if not corpus:
-        with lock_cache(cached.parent):
-            if not read_tokens(cached, dtype):  # another run has not made it meanwhile
-                write_tokens(files, tokenizer, cached, dtype)
+        write_tokens(files, tokenizer, cached, dtype)
         corpus = read_tokens(cached, dtype)
     return corpus
 
@@ -799,8 +726,8 @@ def read_tokens(cached: Path, dtype: type) -> Corpus | None:
 
 
 def cut_text(text: str) -> list[str]:
-    """A long text in parts of at most PART characters, cut at a line's end where there is one, else
-    at a sentence's, else before a space: the tokenizer takes 100 bytes of memory a byte of text."""
+    """Cut a text into parts of at most PART characters, at the end of a line if possible, else of a
+    sentence, else before a space: the tokenizer takes 100 bytes of memory a byte of text."""
     parts, start = [], 0
     while len(text) - start > PART:
         within = (start + 1, start + PART)
@@ -812,11 +739,10 @@ def cut_text(text: str) -> list[str]:
 
 
 def batches_of_text(texts: Iterator[str]) -> Iterator[list[tuple[str, bool, bool]]]:
-    """Parts of documents, each with whether it is its document's first and its last; about BATCH
-    characters at a time."""
+    """(part, is it its document's first, its last), about BATCH characters at a time."""
     batch, size = [], 0
     for text in texts:
-        parts = cut_text(text)
+        parts = cut_text(SURROGATES.sub("\ufffd", text))
         for number, part in enumerate(parts):
             batch.append((part, number == 0, number == len(parts) - 1))
             size += len(part)
@@ -828,29 +754,30 @@ def batches_of_text(texts: Iterator[str]) -> Iterator[list[tuple[str, bool, bool
 
 
 def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -> None:
-    """Make tokenize's cache, aside first; it is written over what a killed run left there."""
+    """Make tokenize's cache, in a folder aside first. The tokenizer works on all cores."""
     from tqdm import tqdm
-    building, sizes, repaired = cached.with_name("building"), [], 0
-    building.mkdir(exist_ok=True)
-    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    bos, eos = ([] if piece is None else [piece] for piece in ends)
 
     def encode(texts: list[str]) -> list[list[int]]:  # <s> and </s> in a page are plain text
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return tokenizer(texts, **options)["input_ids"]
 
-    # A Llama tokenizer sets a space before its text. A later part must not get one: it is encoded
-    # behind a line break, and space and line break are taken off again.
+    # A Llama tokenizer sets a space before its text, but a later part of a text must have none. So
+    # it is encoded behind a line break, and the tokens of space and line break are cut off.
     lead = encode(["\n"])[0]
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    bos, eos = ([] if piece is None else [piece] for piece in ends)
     texts = (text for file in files for text in read_texts(file) if text)
-    try:
+    batches = batches_of_text(tqdm(texts, desc="tokenising", unit=" documents"))
+    start = next(batches, None)  # read before a folder is made: a refused text leaves none behind
+    refuse((not start, f"--dataset {files[0]}: holds no text; expected some documents"))
+    sizes = []
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="building-", dir=cached.parent) as aside:
+        building = Path(aside, cached.name)
+        building.mkdir()
         with (building / "tokens.bin").open("wb") as out:
-            for batch in batches_of_text(tqdm(texts, desc="tokenising", unit=" documents")):
-                clean = [SURROGATES.subn("\ufffd", part) for part, _, _ in batch]
-                repaired += sum(count for _, count in clean)
-                pieces = encode([
-                    part if first else "\n" + part
-                    for (part, _), (_, first, _) in zip(clean, batch, strict=True)])
+            for batch in chain([start], batches):
+                pieces = encode([part if first else "\n" + part for part, first, _ in batch])
                 for (part, first, last), ids in zip(batch, pieces, strict=True):
                     if not first and ids[: len(lead)] == lead:
                         ids = ids[len(lead) :]
@@ -860,15 +787,10 @@ def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -
                         sizes.append([0, 0])
                     sizes[-1][0] += len(ids)
                     sizes[-1][1] += len(part)
-        if not sizes:
-            raise UserError(f"--dataset {files[0]}: holds no text; expected some documents")
-        if repaired:
-            print(f"note: {repaired} lone surrogates in the text are U+FFFD now")
         np.save(building / "documents.npy", np.array(sizes))
-        shutil.rmtree(cached, ignore_errors=True)  # damaged
-        building.rename(cached)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        if not read_tokens(cached, dtype):  # else another run was faster
+            shutil.rmtree(cached, ignore_errors=True)  # damaged
+            building.rename(cached)
 
 
 class PackedBlocks:
@@ -895,7 +817,7 @@ class PackedBlocks:
         at, size = index * self.block_size, self.block_size
         stream = np.arange(at, min(at + size, self.total))  # where its tokens stand, packed
         document, filled = np.searchsorted(self.ends, stream, side="right"), len(stream)
-        ids, position = np.full(size, self.padding), np.arange(size) - filled  # as of padding
+        ids, position = np.full(size, self.padding), np.arange(size) - filled  # of the padding
         ids[:filled] = self.tokens[stream - self.begins[document] + self.starts[document]]
         position[:filled] = stream - np.maximum(self.begins[document], at)
         labels = np.where(position > 0, ids, IGNORED)  # nothing predicts a document's first token
@@ -904,9 +826,9 @@ class PackedBlocks:
 
 
 class Mixture:
-    """The sequences of an epoch in their order, from several sources: all blocks of the first,
-    shuffled, and evenly between them, of each other source, as many as its weight asks for. The
-    others go on in the next epoch where they stopped, and begin anew where they end."""
+    """The sequences of an epoch in order. It has all blocks of the first source, shuffled, and
+    spread evenly between them the blocks of the others, as many as their weights ask for. The next
+    epoch takes the others up where they stopped; a source that ends begins anew."""
 
     def __init__(self, sources: list[PackedBlocks], weights: list[float] | None, seed: int):
         self.sources, self.seed = sources, seed
@@ -923,14 +845,14 @@ class Mixture:
         return self.sources[source][block]
 
     def shuffled(self, source: int, times: int) -> np.ndarray:
-        """The blocks of a source in their order, when it was read so many times before."""
+        """The order of a source's blocks in a pass, after so many passes before it."""
         import torch
         generator = torch.Generator().manual_seed(self.seed + times)
         return torch.randperm(len(self.sources[source]), generator=generator).numpy()
 
     def set_epoch(self, epoch: int) -> None:
-        """Put an epoch in order; accelerate's data loader calls it. A resumed run comes to the
-        same order, for it follows from seed and epoch alone."""
+        """Make an epoch's order; accelerate's data loader calls it. The order follows from seed
+        and epoch alone, so a resumed run has the same."""
         chosen, places = [], []
         for source, count in enumerate(self.counts):
             size = len(self.sources[source])
@@ -972,56 +894,43 @@ def split_corpus(
     return blocks, PackedBlocks(corpus, held_out, args.block_size, padding) if held else None
 
 
-def source_names(datasets: list[str]) -> list[str]:
-    """What the sources are called in metrics, chart and card: the file or folder, else the path."""
-    short = [Path(path).stem for path in datasets]
-    return short if len({*short}) == len(short) else datasets
-
-
-def eval_texts(args: Arguments) -> dict[str, str]:
-    """The texts of --eval_dataset by their names."""
-    asked = (text.partition("=") for text in args.eval_dataset or [])
-    return {name: os.path.expanduser(path) for name, _, path in asked}
+def all_texts(args: Arguments) -> list[tuple[str, str, str]]:
+    """(option, name in metrics and chart, path) of each text: those to train on, called after file
+    or folder if that tells them apart, then those of --eval_dataset."""
+    short = [Path(path).stem for path in args.dataset]
+    names = short if len({*short}) == len(short) else args.dataset
+    texts = [("--dataset", name, path) for name, path in zip(names, args.dataset, strict=True)]
+    for text in args.eval_dataset or []:
+        name, _, path = text.partition("=")
+        texts.append(("--eval_dataset", name, os.path.expanduser(path)))
+    return texts
 
 
 def pack_sources(
     corpora: list[Corpus], args: Arguments, training: Any, padding: int
 ) -> tuple[Mixture, dict[str, PackedBlocks]]:
-    """What to train on, and by its name what to evaluate on: what is held out of each source, and
-    the texts of --eval_dataset, whose corpora come last."""
+    """The training text; and by name the texts to evaluate on: those held out of each source, then
+    those of --eval_dataset."""
     train, held_out = [], {}
-    for name, corpus in zip(source_names(args.dataset), corpora, strict=False):
-        blocks, held = split_corpus(corpus, args, padding)
-        train.append(blocks)
+    for (option, name, _), corpus in zip(all_texts(args), corpora, strict=True):
+        if option == "--dataset":
+            blocks, held = split_corpus(corpus, args, padding)
+            train.append(blocks)
+        else:
+            held = PackedBlocks(corpus, np.arange(len(corpus.lengths)), args.block_size, padding)
         if held:
             held_out[name] = held
-    for name, corpus in zip(eval_texts(args), corpora[len(train) :], strict=True):
-        every = np.arange(len(corpus.lengths))
-        held_out[name] = PackedBlocks(corpus, every, args.block_size, padding)
     seed = args.seed if training.data_seed is None else training.data_seed
     return Mixture(train, args.dataset_weight, seed), held_out
 
 
 def count(corpora: list[Corpus], blocks: Mixture, held_out: dict, training: Any) -> dict[str, int]:
     """The run in numbers."""
-    refuse((not steps_per_epoch(len(blocks), training), "--dataloader_drop_last true: "
-            f"{len(blocks)} sequences are less than a batch; expected more text, or leave it out"))
     return {
         "documents": sum(len(corpus.lengths) for corpus in corpora[: len(blocks.sources)]),
         "tokens": sum(source.total for source in blocks.sources), "sequences": len(blocks),
         "eval_sequences": sum(len(held) for held in held_out.values()),
         "steps": total_steps(len(blocks), training)}
-
-
-def describe_sources(args: Arguments, training: Any, blocks: Mixture) -> list[str]:
-    """Tokens, share and epochs of each source in the whole run, a line each; none if it is one."""
-    steps = total_steps(len(blocks), training)
-    seen = blocks.tokens_seen(sequences_after(steps, len(blocks), training))
-    lines = []
-    for name, source, tokens in zip(source_names(args.dataset), blocks.sources, seen, strict=True):
-        share, epochs = tokens / sum(seen), tokens / source.total
-        lines.append(f"{name}: {tokens:,} tokens, {share:.1%}, {epochs:.2f} epochs")
-    return lines if len(lines) > 1 else []
 
 
 @dataclass
@@ -1054,8 +963,8 @@ def wording_pairs() -> list[tuple[str, str]]:
 
 
 def in_context_tasks(task: str, count: int = 32) -> list[tuple[str, str]]:
-    """Examples and a question, with its answer: `copy` three letters, `reverse` them (4 examples,
-    of other letters), or `map` a letter to the one that stood beside it (8 examples)."""
+    """Prompts of examples and a question, each with its answer: `copy` three letters, `reverse`
+    them (4 examples, other letters), or `map` a letter to the one beside it (8 examples)."""
     draw, found = np.random.default_rng(0), []
     for _ in range(count):
         letters = draw.permutation(list(ascii_uppercase))  # of which any tokenizer has each
@@ -1101,7 +1010,7 @@ def based_on(cls: type, base: type) -> type:
 class LoraProduct:
     """y = x W^T + s (x A^T) B^T for x (N, K), frozen W (M, K), A (r, K) and B (M, r), as matrix
     products that add to each other's results. PEFT copies x W^T, scales and adds in three passes
-    over (N, M). LoraGradients has the backward pass; `outlet`, its output, leads there."""
+    over (N, M). The backward pass is LoraGradients': its output `outlet` receives the slope."""
 
     @staticmethod
     def forward(ctx, outlet, x, low, weight, nf4, bias, B, scaling):
@@ -1115,9 +1024,9 @@ class LoraProduct:
 
 
 class LoraGradients:
-    """The backward pass of LoraProduct, which keeps x and x A^T. It is a function of its own that
-    runs before the product: when a layer is recomputed, PyTorch stops as soon as all that was kept
-    is there again, and so does not repeat the layer's last product."""
+    """The backward pass of LoraProduct; it saves x and x A^T. It runs before the product: when
+    PyTorch recomputes a layer it stops once all saved tensors are there again, and so skips the
+    layer's last product."""
 
     @staticmethod
     def forward(ctx, x, weight, nf4, A, B, scaling):
@@ -1304,9 +1213,9 @@ def use_liger_kernels(llama: Any) -> None:
 
 
 def build_model(args: Arguments, training: Any, folder: Path, first_new: int) -> tuple[Any, Any]:
-    """The base in NF4 with LoRA on its linear layers, trainable rows and norms; and its head.
-    (PEFT's prepare_model_for_kbit_training would turn embeddings, norms and the residual stream to
-    fp32, twice the memory of checkpoints; nothing here needs it.)"""
+    """The base in NF4 with LoRA on its linear layers, trainable rows and norms; and its head. We do
+    without PEFT's prepare_model_for_kbit_training: it would turn embeddings, norms and the residual
+    stream to fp32, which doubles the memory of activation checkpoints."""
     import torch
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
@@ -1325,7 +1234,7 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
         quantization_config=nf4 if args.quantization == "nf4" else None,
         device_map={"": training.device})
     model.config.group_size = args.group_size
-    model.generation_config = GenerationConfig()  # the base's own would change or stop the samples
+    model.generation_config = GenerationConfig()  # the base's own could stop the samples early
     for module in model.modules():
         # bitsandbytes repacks the weights at the first eval on a CPU with AVX512-BF16, and training
         # goes on with wrong gradients (seen with 0.50).
@@ -1350,7 +1259,7 @@ def build_model(args: Arguments, training: Any, folder: Path, first_new: int) ->
             norm.register_forward_hook(lambda _, inputs, output: output.to(inputs[0].dtype))
     if args.use_liger_kernel:
         use_liger_kernels(llama)
-    elif args.activation_checkpointing:  # a norm would keep 6 bytes a number, most of them in fp32
+    elif args.activation_checkpointing:  # else a norm saves 6 bytes a number, most of it fp32
         for norm in norms:
             again = {"use_reentrant": False, "preserve_rng_state": False}
             norm.forward = partial(checkpoint, norm.forward, **again)
@@ -1418,10 +1327,10 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 # --- Training ------------------------------------------------------------------------------------
 #
-# How a run goes on to the bit. Trainer writes a checkpoint: adapter, optimizer, schedule, random
-# states, its own state. The seal comes last: run.json with the sum of every file. A checkpoint
-# without its seal does not count. After a signal the step under way is dropped, the random states
-# at the end of the last whole step are put back, and that step is saved.
+# How a run resumes bit for bit. Trainer writes a checkpoint: adapter, optimizer, schedule, random
+# states, its own state. Then we write its seal: run.json with the checksum of every file. A
+# checkpoint without a seal does not count. After a signal the step under way is dropped, the random
+# states of the end of the last whole step are restored, and that step is saved.
 
 
 class LeaveTraining(Exception):
@@ -1429,14 +1338,15 @@ class LeaveTraining(Exception):
 
 
 class RunCallback:
-    """Our part of Trainer's events; build_trainer gives it TrainerCallback as base class."""
+    """Our callbacks. build_trainer adds TrainerCallback as the base class."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # a checkpoint brings its own save_steps
-        self.trainer.rehearse()
+        if self.trainer.eval_dataset is not None:
+            self.trainer.rehearse()
         if state.global_step >= state.max_steps:  # Trainer would train one step too many
             raise LeaveTraining
 
@@ -1449,21 +1359,19 @@ class RunCallback:
 
 
 class PackedTraining:
-    """What Trainer lacks for us. build_trainer gives it Trainer as base class."""
+    """Our methods of the Trainer. build_trainer adds Trainer as the base class."""
 
     head: TailHead
     report: Report
     signals: list[int]  # caught so far
-    keep: int  # checkpoints, beside the best
     load_best: bool
     rng_states: list = []  # noqa: RUF012 (random states after the last optimizer step)
     saved_step = 0
     lowest_loss, high_losses_in_a_row = math.inf, 0
 
     def train(self, resume_from_checkpoint: str | None = None) -> None:
-        """Train, measure the end, put the best weights back. After a signal save the last step."""
-        if resume_from_checkpoint:
-            self.saved_step = step_of(Path(resume_from_checkpoint))
+        """Train, measure the end, put the best weights back. After a signal save the last whole
+        step, with the random states that it ended with."""
         try:
             with suppress(LeaveTraining):
                 super().train(resume_from_checkpoint)
@@ -1472,14 +1380,31 @@ class PackedTraining:
                 open_end = self.eval_dataset is not None and self.state.global_step not in measured
                 if open_end and not self.stopping():
                     self.evaluate()
-            if self.stopping():
-                self.save_last_step()
-            elif best := self.best_checkpoint():
-                load_adapter(self.model, best)
+            if not self.stopping():
+                if best := self.best_checkpoint():
+                    load_adapter(self.model, best)
+            elif self.rng_states:
+                for generator, state in zip(self.generators(), self.rng_states, strict=True):
+                    generator.set_rng_state(state)
+                self._save_checkpoint(self.model_wrapped)
         finally:  # what is printed next stands below the progress bar
             for callback in self.callback_handler.callbacks:
                 if bar := getattr(callback, "training_bar", None):
                     bar.close()
+
+    def rehearse(self) -> None:
+        """Evaluate a little before the first step, so that errors come now and not after hours."""
+        import torch
+        try:
+            metrics = self.measure(batches=1, rows=2, tokens=1)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"--per_device_eval_batch_size {self.args.per_device_eval_batch_size}: an "
+                "evaluation runs out of memory; choose a smaller one") from error
+        known = [name.removeprefix("eval_") for name in metrics if name != "eval_sample"]
+        best = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        refuse((best not in known, f"--metric_for_best_model {best}: expected a figure of the "
+                f"evaluations: {', '.join(known)}"))
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         with self.head.inside_the_loss(), self.accelerator.autocast():  # FSDP: without autocast
@@ -1506,40 +1431,11 @@ class PackedTraining:
         import torch
         return [torch.random, *[torch.cuda] * (self.args.device.type == "cuda")]
 
-    def save_last_step(self) -> None:
-        """Save the last whole step, with the random states that it ended with."""
-        for generator, state in zip(self.generators(), self.rng_states, strict=False):
-            generator.set_rng_state(state)
-        if self.rng_states:
-            self._save_checkpoint(self.model_wrapped)
-
-    def rehearse(self) -> None:
-        """Evaluate a batch, write a token and look at the disk before the first step: what is going
-        to fail fails now, not after hours."""
-        import torch
-        if self.eval_dataset is not None:
-            try:
-                for blocks in self.eval_dataset.values():
-                    self.held_out_loss(blocks, batches=1)
-                for rows in self.report.probes.values():
-                    self.answer_scores(rows[:1])
-                self.report.sample(self, tokens=1)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"--per_device_eval_batch_size {self.args.per_device_eval_batch_size}: an "
-                    "evaluation runs out of memory; choose a smaller one") from error
-        numbers = sum(p.numel() for p in adapter_tensors(self.model).values())
-        size = numbers * (4 + moment_bytes(self.args.optim))
-        free = shutil.disk_usage(self.args.output_dir).free
-        if self.is_world_process_zero() and free < (min(self.keep, 2) + 1) * size:
-            print(f"note: {self.args.output_dir} has {free / 1e9:.1f} GB free, and each "
-                  f"checkpoint takes {size / 1e9:.1f} GB")
-
     def give_up(self, step: int, reason: str) -> None:
         refuse((step == 0, f"{reason} before the first step: the base or --adapter holds numbers "
                 "that are not finite; fetch it again"))
         raise UserError(
-            f"step {step}: {reason}; the last checkpoint is from before. Try a lower "
+            f"step {step}: {reason}; the last checkpoint is of an earlier step. Try a lower "
             f"--learning_rate (now {self.args.learning_rate:g}), --warmup_steps 100 or a lower "
             "--max_grad_norm, in another --output_dir, and look at the text of that step")
 
@@ -1550,8 +1446,8 @@ class PackedTraining:
         seen = blocks.tokens_seen(sequences)
         logs = logs | {"tokens_seen": sum(seen)}
         if len(seen) > 1:
-            names = source_names(self.report.args.dataset)
-            logs |= {f"tokens_seen_{n}": count for n, count in zip(names, seen, strict=True)}
+            for (_, name, _), tokens in zip(all_texts(self.report.args), seen, strict=False):
+                logs[f"tokens_seen_{name}"] = tokens
         figures = {name: value for name, value in logs.items() if name != "eval_sample"}
         super().log(figures, *args, **kwargs)
         self.state.log_history[-1].update(logs)
@@ -1566,7 +1462,7 @@ class PackedTraining:
                 self.give_up(self.state.global_step, explosion)
 
     def held_out_loss(self, blocks: PackedBlocks, batches: int = sys.maxsize) -> tuple[float, int]:
-        """The summed loss of documents held out, full attention; and how many tokens it is of."""
+        """The summed loss of documents held out, and the number of tokens predicted."""
         import torch
         from accelerate.utils import send_to_device
         size = self.args.per_device_eval_batch_size
@@ -1578,7 +1474,7 @@ class PackedTraining:
                 raise LeaveTraining
             chosen = range(len(blocks))[start : start + ranks * size][rank::ranks]
             batch = self.data_collator([blocks[i] for i in chosen or [0]])
-            if not chosen:  # with FSDP nobody can go forward alone
+            if not chosen:  # with FSDP all processes take part in each forward pass
                 batch["labels"].fill_(IGNORED)
             batch = send_to_device(batch, self.args.device)
             with torch.no_grad(), self.accelerator.autocast(), self.head.inside_the_loss():
@@ -1590,8 +1486,7 @@ class PackedTraining:
         return total, max(1, int(predicted))
 
     def answer_scores(self, rows: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        """Of each row's answer: its log probability, and whether each of its tokens is the
-        likeliest, so that greedy decoding would write it."""
+        """Of each row's answer: its log probability, and whether greedy decoding would write it."""
         import torch
         from accelerate.utils import send_to_device
         scores, longest = [], max(len(ids) for ids, _ in rows)
@@ -1613,32 +1508,37 @@ class PackedTraining:
                 scores.append((total, bool((predicted.argmax(-1) == answer).all())))
         return scores
 
-    def probe(self) -> dict[str, float]:
-        """The share of pairs whose sentence in Taiwan's wording, as a whole, is the likelier (a tie
-        counts half: tokenizers cut the two into different numbers of tokens, so a mean per token
-        would not compare them), and of tasks that are solved."""
+    def probe(self, rows: int | None = None) -> dict[str, float]:
+        """The share of pairs in which Taiwan's sentence is the likelier (a tie counts half), and of
+        tasks solved. Whole sentences are compared, not means per token, for the two wordings may
+        have different numbers of tokens. rows None: all."""
         metrics = {}
-        for name, rows in self.report.probes.items():
-            likelihoods, solved = np.array(self.answer_scores(rows)).T
+        for name, pairs in self.report.probes.items():
+            likelihoods, solved = np.array(self.answer_scores(pairs[:rows])).T
             if name == "taiwan_wording":
                 solved = np.sign(likelihoods[::2] - likelihoods[1::2]) / 2 + 0.5
             metrics[f"eval_{name}"] = float(solved.mean())
         return metrics
 
-    def evaluate(self, *args, **kwargs) -> dict[str, Any]:
-        """Loss per token and bits per character of the documents held out, of the first source
-        under the plain names; the probes; and a sample."""
-        from tqdm import tqdm
+    def measure(
+        self, batches: int = sys.maxsize, rows: int | None = None, tokens: int | None = None
+    ) -> dict[str, Any]:
+        """Loss per token and bits per character of each text held out (the first has the plain
+        names), the probes and a sample. Every process calls it, for FSDP."""
         metrics = {}
         for name, blocks in self.eval_dataset.items():
-            total, predicted = self.held_out_loss(blocks)
-            # Where a block cuts a document, one token has no context: the mean stands for it.
+            total, predicted = self.held_out_loss(blocks, batches)
+            # The first token of a document that a block cuts has no loss: the mean stands for it.
             bits = total / predicted / math.log(2) * blocks.tokens_per_character
             of = f"_{name}" if metrics else ""
             metrics[f"eval_loss{of}"] = total / predicted
             metrics[f"eval_bits_per_character{of}"] = bits
-        metrics |= self.probe()  # every process, for FSDP needs all; the sample too
-        metrics |= self.report.sample(self)
+        return metrics | self.probe(rows) | self.report.sample(self, tokens)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, Any]:
+        """Measure, print and log."""
+        from tqdm import tqdm
+        metrics = self.measure()
         if self.is_world_process_zero():
             bits = [f"{metrics[name]:.3f}" for name in metrics if "bits_per_character" in name]
             tqdm.write(f"{', '.join(bits)} bits per character; it writes: "
@@ -1650,15 +1550,21 @@ class PackedTraining:
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's optimizer; parameters with a learning rate of their own in own groups."""
-        optimizer = super().create_optimizer(model)
-        rates, groups = learning_rates(self.report.args, model or self.model), []
+        optimizer, args = super().create_optimizer(model), self.report.args
+        lora_b = args.loraplus_lr_ratio and args.loraplus_lr_ratio * args.learning_rate
+        parts = {".trained": args.embedding_learning_rate, "norm.weight": args.norm_learning_rate,
+                 ".lora_B.": lora_b}
+        rates = {
+            parameter: rate for name, parameter in (model or self.model).named_parameters()
+            for part, rate in parts.items() if part in name and rate is not None}
+        groups = []
         for group in optimizer.param_groups:
             kinds: dict[float, list] = {}
             for parameter in group["params"]:
                 kinds.setdefault(rates.get(parameter, group["lr"]), []).append(parameter)
             groups += [group | {"params": chosen, "lr": rate} for rate, chosen in kinds.items()]
         # The first group's rate is the one that Trainer logs.
-        groups.sort(key=lambda group: group["lr"] != self.args.learning_rate)
+        groups.sort(key=lambda group: group["lr"] != args.learning_rate)
         optimizer.param_groups[:] = groups
         return optimizer
 
@@ -1667,28 +1573,23 @@ class PackedTraining:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter as stock PEFT reads it; Trainer calls this for a checkpoint too."""
-        # With FSDP each process sees its own part; one that gives up ends the others' wait too.
+        # With FSDP each process sees its own part; if one gives up, the launcher ends the others.
         if not all(p.isfinite().all() for p in adapter_tensors(self.model).values()):
             self.give_up(self.state.global_step, "weights are no longer finite")
         record, model = self.report.record, self.accelerator.unwrap_model(self.model)
-        # In bitsandbytes' words: a merge must round the base in the same way, and the adapter's
-        # file may travel without its run.json.
-        nf4 = record["quantization"] or {}
-        held = {
-            "load_in_4bit": bool(nf4), "bnb_4bit_quant_type": nf4.get("quant_type"),
-            "bnb_4bit_use_double_quant": nf4.get("double_quant"),
-            "bnb_4bit_compute_dtype": nf4.get("compute_dtype"), "device": self.args.device.type}
         base = record["base"]["model_name_or_path"]
+        # A merge must quantise the base in the same way, even where run.json is lost.
+        held = record["quantization"] | {"device": self.args.device.type}
         save_adapter(model, Path(output_dir or self.args.output_dir), base, held)
 
     def _save_checkpoint(self, model, trial=None) -> None:
-        """Trainer's checkpoint, then the seal; then the oldest goes. Private, for Trainer has no
-        public way to save after a signal, and no hook where a full disk can be told."""
+        """Write Trainer's checkpoint and its seal, then delete the oldest. This private method is
+        overridden because Trainer has no public way to save after a signal."""
         output, step = Path(self.args.output_dir), self.state.global_step
         if step == self.saved_step:
             return
         folder = output / f"checkpoint-{step}"
-        if self.args.should_save:  # unsealed: a run was killed while it wrote this
+        if self.args.should_save:  # left without a seal by a run that was killed
             shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
@@ -1696,9 +1597,11 @@ class PackedTraining:
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 finalize_checkpoint(folder, self.report.record)
-                for old in {*checkpoints(output)[self.keep :]} - {self.best_checkpoint()}:
-                    shutil.rmtree(old)
-        except Exception as error:  # torch and safetensors name a full disk each in their own way
+                limit = self.report.args.save_total_limit
+                old = checkpoints(output)[limit:] if limit > 0 else []
+                for path in {*old} - {self.best_checkpoint()}:
+                    shutil.rmtree(path)
+        except Exception as error:  # torch and safetensors have their own errors for a full disk
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             full = shutil.disk_usage(output).free < 1 << 26 or "No space left" in str(error)
@@ -1711,7 +1614,7 @@ class PackedTraining:
         self.saved_step = step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Private, for stock PEFT cannot load into our rows of embedding and head."""
+        """Overridden because PEFT cannot load into our rows of embedding and head."""
         load_adapter(model or self.model, Path(resume_from_checkpoint))
 
     def best_checkpoint(self) -> Path | None:
@@ -1726,22 +1629,11 @@ class PackedTraining:
         return kept[best(found, key=found.get)] if found else None
 
 
-def learning_rates(args: Arguments, model: Any) -> dict[Any, float]:
-    """The parameters that learn at a rate of their own, with that rate."""
-    lora_b = args.loraplus_lr_ratio and args.loraplus_lr_ratio * args.learning_rate
-    parts = {".trained": args.embedding_learning_rate, "norm.weight": args.norm_learning_rate,
-             ".lora_B.": lora_b}
-    return {
-        parameter: rate for name, parameter in model.named_parameters()
-        for part, rate in parts.items() if part in name and rate is not None}
-
-
 def build_trainer(
     training: Any, model: Any, blocks: Mixture, held_out: dict[str, PackedBlocks], report: Report
 ) -> Any:
     """transformers.Trainer with PackedTraining in front."""
     from transformers import Trainer, TrainerCallback
-    keep, training.save_total_limit = max(0, training.save_total_limit) or sys.maxsize, None
     load_best, training.load_best_model_at_end = training.load_best_model_at_end, False
     training.train_sampling_strategy = "sequential"  # the blocks come in their order
     if not held_out:
@@ -1753,7 +1645,7 @@ def build_trainer(
         data_collator=Collate(report.args.group_size, flash))
     trainer.add_callback(based_on(RunCallback, TrainerCallback)(trainer))
     trainer.head, trainer.report = model.base_model.model.lm_head, report
-    trainer.keep, trainer.load_best = keep, load_best
+    trainer.load_best = load_best
     if trainer.is_fsdp_enabled:
         from torch.distributed.fsdp import MixedPrecisionPolicy
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # not changed
@@ -1761,8 +1653,8 @@ def build_trainer(
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     if trainer.accelerator.ddp_handler:  # no second copy of the gradients in DDP's buckets
         trainer.accelerator.ddp_handler.gradient_as_bucket_view = True
-    # Trainer compares the command line with a checkpoint's; changed_settings does for us, and how
-    # often to log, save and evaluate may change in a run.
+    # Trainer warns where options differ from a checkpoint's. Those that matter have been refused;
+    # how often to log, save and evaluate may change in a run.
     differ = "The following arguments do not match"
     trainer_log = logging.getLogger("transformers.trainer_utils")
     trainer_log.addFilter(lambda record: differ not in record.getMessage())
@@ -1809,9 +1701,9 @@ def ignore_write_errors() -> Iterator[None]:
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collect the signals of STOPPING, so that the run can save. A Ctrl-C that comes more than a
-    second after the first signal ends it at once; within a second it may be the same signal,
-    passed on by torchrun. What nohup has the run ignore stays ignored."""
+    """Collect the signals of STOPPING, so that the run can save first. A Ctrl-C more than a second
+    after the first signal ends the run at once; earlier it may be the first one, passed on by
+    torchrun. A signal that nohup ignores stays ignored."""
     caught: list[int] = []
     first = math.inf
 
@@ -1862,36 +1754,18 @@ def lock_output_dir(output: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def lock_cache(cache: Path) -> Iterator[None]:
-    """Wait until no other run tokenises into this folder; after an error it is as it was."""
-    new = [folder for folder in (cache, *cache.parents) if not folder.exists()]
-    cache.mkdir(parents=True, exist_ok=True)
-    try:
-        with (cache / ".lock").open("a") as file:
-            if not take_lock(file, f"--cache_dir {cache}"):
-                print(f"waiting for another run to leave {cache}", flush=True)
-                take_lock(file, f"--cache_dir {cache}", wait=True)
-            yield
-    except Exception:
-        (cache / ".lock").unlink(missing_ok=True)
-        for folder in new:
-            with suppress(OSError):  # it holds something
-                folder.rmdir()
-        raise
-
-
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Write the whole file or none of it."""
     building = path.with_name(path.name + ".building")
-    building.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    building.write_text(text + "\n", "utf-8", "backslashreplace")
     building.replace(path)
 
 
 def read_record(folder: Path) -> dict:
     """A folder's run.json; empty where there is none."""
     try:
-        found = json.loads((folder / "run.json").read_text())
+        found = json.loads((folder / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("results") or {}, dict) else {}
@@ -1942,55 +1816,31 @@ def describe_run(
         "held_out": args.eval_strategy != "no",  # else those documents are trained on
         "first_new_row": first_new, "model": fingerprint(folder), "dataset": " ".join(keys)}
     compute = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
-    nf4 = {"quant_type": "nf4", "double_quant": True, "blocksize": 64, "compute_dtype": compute}
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+           "bnb_4bit_compute_dtype": compute}  # in the words of BitsAndBytesConfig
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
     return {
         "script": "train_pt.py", "arguments": asdict(args),
         "versions": {package: version(package) for package in packages}, "results": None,
         "base": {"model_name_or_path": args.model_name_or_path, "fingerprint": settings["model"]},
-        "quantization": nf4 | {"skip_modules": ["lm_head"]} if args.quantization == "nf4" else None,
+        "quantization": nf4 if args.quantization == "nf4" else {"load_in_4bit": False},
         "settings": json.loads(json.dumps(settings, default=str))}
 
 
 def changed_settings(record: dict, old: dict) -> dict[str, str]:
-    """The settings that are not as in an older record, and in words how each differs; none if it is
-    the same run."""
-    new, before = record["settings"], old["settings"]
-    # A setting that an older version did not know was at its default.
-    was = {setting.name: setting.default for setting in fields(Settings)} | before
+    """The settings that differ from an older record's, each with words that say how."""
+    new, was = record["settings"], old["settings"]
     words = {"dataset": "the text or the tokenizer changed", "model": "the base changed",
              "adapter": "--adapter changed",
              "held_out": "--eval_strategy no trains on the documents held out too"}
     return {n: words.get(n, f"{n} was {was.get(n)}, now {new.get(n)}")
-            for n in sorted(new | before) if new.get(n) != was.get(n)}
-
-
-def move_aside(folder: Path, what: str, run: Path) -> Path:
-    """Make room for another of its name, unless a run is at work; nothing is deleted."""
-    with lock_output_dir(run):
-        pass
-    fixed = (f"--output_dir {folder}: holds {what}, and a mount or the current folder cannot be "
-             "moved aside; pass a folder in it")
-    refuse((Path.cwd().is_relative_to(folder.resolve()), fixed))
-    aside = next(p for n in range(1, 10**6) if not (p := Path(f"{folder}.{n}")).exists())
-    try:
-        folder.rename(aside)
-    except OSError as error:
-        raise UserError(fixed) if error.errno in (errno.EBUSY, errno.EXDEV) else error from error
-    print(f"{folder} held {what}: moved to {aside}")
-    return aside
+            for n in sorted(new | was) if new.get(n) != was.get(n)}
 
 
 def open_run(args: Arguments, record: dict) -> str | None:
-    """What output_dir holds: "done", a checkpoint to go on from, or None for a new run. Refuses to
-    mix two runs. Moved aside are a finished run with other settings, the run so far for
-    --resume_from_checkpoint none, and for a checkpoint given by name the later ones."""
+    """What output_dir holds: "done", a checkpoint to resume from, or None for a new run. Refuses
+    another run's folder, and one in which every checkpoint is broken."""
     output, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    named = None if wanted in ("auto", "none") else Path(wanted)
-    if named:
-        refuse((not is_whole(named), f"--resume_from_checkpoint {wanted}: not a whole checkpoint; "
-                "use auto"))
-        refuse_other(record, read_record(named), f"--resume_from_checkpoint {wanted}: of a run")
     begun = {".lock", "run.json.building"} | FOREIGN  # of a start that failed
     held = output.iterdir() if output.is_dir() else [output] if output.exists() else []
     names = sorted({path.name for path in held} - begun)
@@ -1999,24 +1849,21 @@ def open_run(args: Arguments, record: dict) -> str | None:
     refuse((names and foreign, f"--output_dir {output}: holds something else "
             f"({', '.join(names[:3])}); choose another folder"))
     if old:
-        changed = changed_settings(record, old)
-        if old["results"] is None:
-            refuse_other(record, old, f"--output_dir {output}: an unfinished run")
-        elif not changed and ("files" not in old or is_whole(output)):
+        refuse_other(record, old, f"--output_dir {output}: holds a run")
+        if old["results"] and not changed_settings(record, old) and is_whole(output):
             return "done"
-        elif not changed:
-            print(f"the adapter in {output} is not as it was written; it is made again")
-        if old["results"] and not SCHEDULE.issuperset(changed):
-            what = f"a finished run with other settings ({'; '.join(changed.values())})"
-            aside = move_aside(output, what, output)
-            print(f"a new run begins; to train that adapter further instead: --adapter {aside}")
-        elif wanted == "none":
-            move_aside(output, "the run so far", output)
-    if named:
-        move_later_aside(output, step_of(named))
+    if wanted != "auto":
+        refuse((not is_whole(Path(wanted)), f"--resume_from_checkpoint {wanted}: not a whole "
+                "checkpoint; use auto"))
+        refuse_other(record, read_record(Path(wanted)), f"--resume_from_checkpoint {wanted}: is "
+                     "of a run")
         return wanted
-    last = last_whole_checkpoint(output)
-    if old and not last and output.is_dir():
+    saved = checkpoints(output)
+    last = next((str(folder) for folder in saved if is_whole(folder)), None)
+    refuse((saved and not last, f"--output_dir {output}: a file of each of its checkpoints is "
+            f"missing or not as it was written ({', '.join(path.name for path in saved)}); copy "
+            "them again, or begin anew in another --output_dir"))
+    if old and not last:
         print(f"no checkpoint in {output}: the run begins at its first step")
     return last
 
@@ -2025,37 +1872,33 @@ def refuse_other(record: dict, old: dict, what: str) -> None:
     """Refuse to go on where more than the schedule differs."""
     changed = changed_settings(record, old)
     refuse((not SCHEDULE.issuperset(changed), f"{what} with other settings "
-            f"({'; '.join(changed.values())}); give the same to go on, or begin a run in another "
-            "--output_dir, from this adapter with --adapter"))
+            f"({'; '.join(changed.values())}); to resume give the same settings; for a new run "
+            "choose another --output_dir, and --adapter to start from this adapter"))
 
 
 def move_later_aside(output: Path, step: int) -> None:
-    """Move the checkpoints after a step out of the way."""
+    """Rename the checkpoints after the step at which a run resumes; nothing is deleted."""
     for later in checkpoints(output):
-        if step_of(later) > step:
-            move_aside(later, f"a later step than {step}", output)
+        if int(later.name[11:]) > step:  # its trainer_state.json may be broken
+            names = (Path(f"{later}.{number}") for number in range(1, 10**6))
+            aside = later.rename(next(name for name in names if not name.exists()))
+            print(f"resuming at step {step}: {later} is broken or superseded, renamed to {aside}")
 
 
-def check_schedule(
-    args: Arguments, training: Any, record: dict, checkpoint: str, steps: int
-) -> str:
-    """The checkpoint to go on from where steps or schedule are other than it was saved under: the
-    last before which every learning rate is the same. So a run is prolonged, or a decay branches
-    off a run with a constant rate, to the bit of one long run."""
-    output, asked = Path(args.output_dir), Path(checkpoint)
-    named = args.resume_from_checkpoint not in ("auto", "none")
-    earlier = [p for p in checkpoints(output) if step_of(p) < step_of(asked) and not named]
-    for folder in [asked, *earlier]:
-        if is_whole(folder) and same_schedule_so_far(record, folder, steps):
-            if folder != asked and training.process_index == 0:
-                move_later_aside(output, step_of(folder))
+def check_schedule(args: Arguments, record: dict, checkpoint: str, steps: int) -> str:
+    """The last checkpoint up to which the new schedule has the learning rates of the old. From it a
+    run can be prolonged, or a decay branch off a constant rate, bit for bit as in one long run."""
+    auto = args.resume_from_checkpoint == "auto"
+    saved = filter(is_whole, checkpoints(Path(args.output_dir))) if auto else [Path(checkpoint)]
+    for folder in saved:
+        if same_schedule_so_far(record, folder, steps):
             return str(folder)
-    other = changed_settings(record, read_record(asked)).values()
+    other = changed_settings(record, read_record(Path(checkpoint))).values()
     raise UserError(
-        f"{asked}: cannot go on to step {steps} ({'; '.join(other)}): its learning rates would "
-        "have been others, or it is past that step. A run with --lr_scheduler_type constant, "
-        "constant_with_warmup or, before its decay, warmup_stable_decay can be prolonged; to train "
-        f"this adapter further under another schedule: --adapter {asked} --output_dir ANOTHER")
+        f"{checkpoint}: cannot go on to step {steps} ({'; '.join(other)}): the new schedule has "
+        "other learning rates before this checkpoint, or ends before it. A constant schedule, "
+        "constant_with_warmup or, before its decay, warmup_stable_decay can be prolonged; else "
+        f"train this adapter further: --adapter {checkpoint} --output_dir ANOTHER")
 
 
 def same_schedule_so_far(record: dict, checkpoint: Path, steps: int) -> bool:
@@ -2073,38 +1916,24 @@ def same_schedule_so_far(record: dict, checkpoint: Path, steps: int) -> bool:
 
 
 def check_adapter(args: Arguments, record: dict) -> None:
-    """Refuse an adapter that does not fit, before the weights load; note which one it is."""
+    """Refuse an adapter that does not fit; its checksum becomes one of the run's settings."""
     if not args.adapter:
         return
-    weights, old = Path(args.adapter, "adapter_model.safetensors"), read_record(Path(args.adapter))
-    refuse((not (weights.is_file() and old.get("script") == "train_pt.py"),
-            f"--adapter {args.adapter}: expected what train_pt.py has written, an output_dir or a "
-            "checkpoint, with run.json and adapter_model.safetensors"))
-    output, adapter = Path(args.output_dir).resolve(), Path(args.adapter).resolve()
-    refuse((output in (adapter, *adapter.parents), f"--adapter {args.adapter}: lies in "
-            f"--output_dir {args.output_dir}; expected another --output_dir"))
-    new, before = record["settings"], {"use_rslora": False} | old["settings"]
-    refuse((new["model"] != before["model"], f"--adapter {args.adapter}: of another base, "
-            f"{old['base']['model_name_or_path']}; expected one of {args.model_name_or_path}"))
-    for name in OF_AN_ADAPTER:
-        refuse((new[name] != before[name], f"--adapter {args.adapter}: trained with {name} "
-                f"{before[name]}, not {new[name]}; give the same"))
-    new["adapter"] = file_sum(weights)
-    written = (old.get("files") or {}).get(weights.name, new["adapter"])
-    refuse((new["adapter"] != written, f"--adapter {args.adapter}: {weights.name} is not as it was "
-            "written; copy it again, or pass a checkpoint"))
-
-
-def last_whole_checkpoint(output: Path) -> str | None:
-    """The checkpoint to go on from; later ones, which are broken, are moved aside."""
-    saved = checkpoints(output)
-    whole = next((folder for folder in saved if is_whole(folder)), None)
-    refuse((saved and not whole, f"--output_dir {output}: a file of each of its checkpoints is "
-            f"missing or not as it was written ({', '.join(p.name for p in saved)}); copy them "
-            "again, or begin anew with --resume_from_checkpoint none, which moves them aside"))
-    for folder in saved[: saved.index(whole)] if whole else ():
-        move_aside(folder, "a broken checkpoint", output)
-    return str(whole) if whole else None
+    adapter = Path(args.adapter)
+    weights, old = adapter / "adapter_model.safetensors", read_record(adapter)
+    refuse((not (weights.is_file() and old.get("script") == "train_pt.py"), f"--adapter {adapter}: "
+            "expected what train_pt.py has written, an output_dir or a checkpoint, with run.json "
+            "and adapter_model.safetensors"))
+    changed = changed_settings(record, old)
+    other = [changed[name] for name in ADAPTER_SETTINGS if name in changed]
+    now = record["settings"]["adapter"] = file_sum(weights)
+    refuse(
+        (adapter.resolve().is_relative_to(Path(args.output_dir).resolve()), f"--adapter {adapter}: "
+         f"lies in --output_dir {args.output_dir}; expected another --output_dir"),
+        (other, f"--adapter {adapter}: trained with other settings ({'; '.join(other)}); give the "
+         "same"),
+        ((old.get("files") or {}).get(weights.name, now) != now, f"--adapter {adapter}: "
+         f"{weights.name} is not as it was written; copy it again, or pass a checkpoint"))
 
 
 # --- Plan ----------------------------------------------------------------------------------------
@@ -2112,9 +1941,8 @@ def last_whole_checkpoint(output: Path) -> str | None:
 
 def steps_per_epoch(sequences: int, training: Any) -> int:
     """Optimizer steps in an epoch, as Trainer counts them."""
-    batches = sequences / (training.per_device_train_batch_size * training.world_size)
-    batches = math.floor(batches) if training.dataloader_drop_last else math.ceil(batches)
-    return math.ceil(batches / training.gradient_accumulation_steps)
+    batch = training.per_device_train_batch_size * training.world_size
+    return math.ceil(math.ceil(sequences / batch) / training.gradient_accumulation_steps)
 
 
 def total_steps(sequences: int, training: Any) -> int:
@@ -2129,11 +1957,6 @@ def sequences_after(step: int, sequences: int, training: Any) -> int:
     epochs, rest = divmod(step, steps_per_epoch(sequences, training))
     batch = training.per_device_train_batch_size * training.world_size
     return epochs * sequences + min(rest * batch * training.gradient_accumulation_steps, sequences)
-
-
-def moment_bytes(optim: str) -> float:
-    """Bytes of Adam's two moments of a number; in 8 bits two fp32 scales for 256 of them."""
-    return 2 + 8 / 256 if "8bit" in optim else 8
 
 
 def sizes(config: Any, args: Arguments, first_new: int) -> tuple[int, int, int]:
@@ -2152,7 +1975,8 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
     D, M, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     V, tokens = config.vocab_size, batch * block
     weights, lora, rows = sizes(config, args, first_new)
-    state = 4 + 4 + moment_bytes(args.optim)  # fp32 weight and gradient
+    # fp32 weight and gradient; Adam's two moments, in 8 bits with two fp32 scales for 256 numbers.
+    state = 4 + 4 + (2 + 8 / 256 if "8bit" in args.optim else 8)
     offload = json.loads(args.activation_checkpointing_kwargs or "{}").get("offload")
     # Of each token a layer holds 9 rows of D numbers in 16 bits: what attention reads and writes,
     # the inputs of projections and of the second norm, the gradient. In the MLP six rows of M
@@ -2209,10 +2033,10 @@ def print_plan(
     import torch
     if training.process_index:
         return
+    batch, block = args.per_device_train_batch_size, args.block_size
 
-    def items(batch: int, block: int) -> dict:
-        parts = memory_items(config, args, first_new, batch, block)
-        return parts | {"in all": sum(parts.values())}
+    def in_all(batch: int, block: int) -> float:
+        return sum(memory_items(config, args, first_new, batch, block).values())
 
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):>36}: {value:,}")
@@ -2221,11 +2045,11 @@ def print_plan(
               "steps are not counted")
     for line in lines:
         print(line)
-    batch, block = training.per_device_train_batch_size, args.block_size
     liger = "with" if args.use_liger_kernel else "without"
     print(f"memory on a GPU {liger} liger-kernel, estimated from the shapes, at batch {batch} "
           f"x {block} tokens:")
-    for name, size in items(batch, block).items():
+    items = memory_items(config, args, first_new, batch, block)
+    for name, size in (items | {"in all": in_all(batch, block)}).items():
         print(f"{name:>36}: {size / 1e9:7.2f} GB")
     if args.plan_gpu:
         seconds = step_seconds(config, args, first_new)
@@ -2241,46 +2065,15 @@ def print_plan(
         return print("no GPU here: --plan_gpu_gb 24 says what fits on one of 24 GB")
     room = size - 0.8e9  # CUDA's context and fragmentation
     blocks = range(256, config.max_position_embeddings + 1, 256)
-    longest = max((b for b in blocks if items(batch, b)["in all"] <= room), default=0)
-    widest = max((b for b in range(1, 257) if items(b, block)["in all"] <= room), default=0)
+    longest = max((b for b in blocks if in_all(batch, b) <= room), default=0)
+    widest = max((b for b in range(1, 257) if in_all(b, block) <= room), default=0)
     print(f"on {size / 1e9:.0f} GB: at batch {batch} the longest sequence is {longest} tokens; "
           f"at {block} tokens the largest batch is {widest}")
 
 
 # --- Report --------------------------------------------------------------------------------------
 
-CARD = """---
-library_name: peft
-base_model: {base}
-language: zh
-tags: [llama, lora, qlora, traditional-chinese]
----
-
-# Adapter of {base}, trained further on Traditional Chinese text
-
-Trained by train_pt.py of 落九 (Luojiu) on {documents:,} documents: {tokens:,} tokens in
-{sequences:,} sequences, {steps:,} steps.
-
-![training loss](trainloss.png)
-
-Loss per token: {loss_last} in training at the end; of this adapter (step {adapter_step}) on
-documents held out {eval_loss}, that is {eval_bits_per_character} bits per character.
-
-## Hyperparameters
-
-{hyperparameters}
-
-## Documents held out
-
-{held_out}
-
-## Framework versions
-
-{versions}
-"""
-
-
-# The chart: what each panel is of, and what stands in it, a line's label as the group.
+# Panels of the chart, with a pattern of the metrics in each; its group is the line's label.
 PANELS = {
     "loss (nats per token)": "loss|eval_loss_?(.*)",
     "bits per character": "eval_bits_per_character_?(.*)",
@@ -2301,7 +2094,12 @@ class Report:
         """Write the record, and say what comes."""
         run = os.getenv("WANDB_RUN_ID") or read_record(self.output).get("wandb_run_id")
         self.record["wandb_run_id"] = run or uuid4().hex[:8]
-        self.join_wandb(training)
+        if "wandb" in training.report_to:  # Trainer logs to the run that it finds begun
+            import wandb
+            project = os.getenv("WANDB_PROJECT", "huggingface")
+            known = {"id": self.record["wandb_run_id"], "name": training.run_name}
+            with refusals_of("--report_to wandb: "):
+                wandb.init(project=project, resume="allow", **known)
         write_json(self.output / "run.json", self.record)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (self.output / name).unlink(missing_ok=True)  # of a run that is prolonged
@@ -2310,21 +2108,9 @@ class Report:
             print(line)
         print("a sample:", self.tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
 
-    def join_wandb(self, training: Any) -> None:
-        """Begin the run's curve at wandb, or go on with it; Trainer logs to what it finds."""
-        if "wandb" in training.report_to:
-            import wandb
-            project = os.getenv("WANDB_PROJECT", "huggingface")
-            known = {"id": self.record["wandb_run_id"], "name": training.run_name}
-            try:
-                wandb.init(project=project, resume="allow", **known)
-            except wandb.Error as error:  # it names its own remedy
-                reason = " ".join(str(error).split())
-                raise UserError(f"--report_to wandb: {reason}") from error
-
     def write(self, history: list[dict]) -> None:
-        """Write the whole history, which goes with the checkpoints: a resumed run takes it up. A
-        failure now is no reason to end a run of days: the next time writes it all."""
+        """Write the whole history; checkpoints hold it too, so a resumed run has all of it. An
+        error does not end the run: the next call writes everything again."""
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in history)
         building = self.output / "metrics.building"
         try:
@@ -2335,8 +2121,8 @@ class Report:
         except OSError as error:
             print(f"warning: metrics or chart not written ({error})", flush=True)
 
-    def draw(self, history: list[dict], *copies: Path) -> None:
-        """The PANELS of which there is something to see, over steps and tokens."""
+    def draw(self, history: list[dict]) -> None:
+        """Draw the PANELS that have data, into --picture and beside the adapter."""
         from matplotlib.figure import Figure
         train = [row for row in history if "loss" in row]
         if not train or not train[-1]["tokens_seen"]:
@@ -2356,8 +2142,7 @@ class Report:
                 label = "train" if label is None else label.replace("_", " ") or "held out"
                 axes.plot(steps, values, label=label, **look)
             axes.set(ylabel=title)
-            if title != "learning rate":
-                axes.legend()
+            axes.legend()
             axes.grid(alpha=0.3)
         all_axes[-1].set(xlabel="step")
         all_axes[0].set_title(
@@ -2365,7 +2150,7 @@ class Report:
         millions = train[-1]["tokens_seen"] / train[-1]["step"] / 1e6
         top = all_axes[0].secondary_xaxis("top", (lambda x: x * millions, lambda x: x / millions))
         top.set_xlabel("million tokens seen")
-        for picture in (*copies, Path(self.args.picture)):
+        for picture in (self.output / "trainloss.png", Path(self.args.picture)):
             picture.parent.mkdir(parents=True, exist_ok=True)
             building = picture.with_name("building." + picture.name)
             figure.savefig(building, dpi=120)
@@ -2373,8 +2158,8 @@ class Report:
         self.drawn = time.monotonic()
 
     def sample(self, trainer: Any, tokens: int | None = None) -> dict[str, Any]:
-        """What the model writes after a held-out beginning; the run's random states stay as they
-        are. tokens None: --sample_tokens."""
+        """Text that the model writes after a held-out beginning; the run's random states are left
+        unchanged. tokens None: --sample_tokens."""
         if not self.args.sample_tokens:
             return {}
         import torch
@@ -2387,22 +2172,21 @@ class Report:
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True,
                 do_sample=True, top_p=0.9, max_new_tokens=tokens or self.args.sample_tokens,
                 eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id)
-        text = self.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
-        share = traditional_share(text)
-        return {"eval_sample": text} | ({} if share is None else {"eval_traditional": share})
+        new = ids[0, prompt.shape[1] :]
+        return {"eval_sample": self.tokenizer.decode(new, skip_special_tokens=True)}
 
     def stopped(self, trainer: Any) -> None:
         """Say what a signal left."""
-        step = trainer.state.global_step
+        step, auto = trainer.state.global_step, self.args.resume_from_checkpoint == "auto"
+        how = "the same command" if auto else "--resume_from_checkpoint auto"
+        said = f"stopped; step {step} is saved" if step else "stopped before the first step"
         if trainer.is_world_process_zero():
-            said = f"stopped; step {step} is saved" if step else "stopped before the first step"
-            auto = self.args.resume_from_checkpoint == "auto"
-            how = "the same command" if auto else "--resume_from_checkpoint auto"
             print(f"{said}; {how} goes on", flush=True)
 
     def finish(self, history: list[dict], best: Path | None) -> None:
-        """Chart and model card; run.json last, for it says that the run is whole. best: the
-        checkpoint whose weights were taken in the end, if not the last step's."""
+        """Write chart and model card, then run.json, which marks the run as finished. best: the
+        checkpoint whose weights were taken, if not the last step's."""
+        from huggingface_hub import ModelCardData
         train, held = ([row for row in history if n in row] for n in ("loss", "eval_loss"))
         steps = history[-1]["step"]
         adapter_step = step_of(best) if best else steps
@@ -2412,24 +2196,33 @@ class Report:
             "loss_first": train[0]["loss"], "loss_last": train[-1]["loss"],
             "eval_loss": measured.get("eval_loss"),
             "eval_bits_per_character": measured.get("eval_bits_per_character")}
-        try:
-            self.draw(history, self.output / "trainloss.png")
-        except OSError as error:
-            print(f"warning: chart not written ({error})", flush=True)
         results |= {n: v for n, v in history[-1].items() if n.startswith("tokens_seen_")}
-        card = CARD.format(
-            **{n: round(v, 4) if isinstance(v, float) else v for n, v in results.items()},
-            base=self.record["base"]["model_name_or_path"],
-            hyperparameters="\n".join(f"- {n}: {v}" for n, v in self.record["settings"].items()),
-            held_out=table_of_evaluations(held),
-            versions="\n".join(f"- {n} {v}" for n, v in self.record["versions"].items()))
-        (self.output / "README.md").write_text(card, encoding="utf-8")
+        self.drawn = -math.inf
+        self.write(history)
+        base = self.record["base"]["model_name_or_path"]
+        tags = ["llama", "lora", "qlora", "traditional-chinese"]
+        data = ModelCardData(library_name="peft", base_model=base, language="zh", tags=tags)
+        card = [
+            f"---\n{data.to_yaml()}\n---", f"# Adapter of {base}",
+            "Trained on Traditional Chinese text by train_pt.py of 落九 (Luojiu).",
+            "![training loss](trainloss.png)", as_list("Results", results),
+            f"## Evaluations\n\n{table_of_evaluations(held)}",
+            as_list("Settings", self.record["settings"]),
+            as_list("Versions", self.record["versions"])]
+        (self.output / "README.md").write_text(
+            "\n\n".join(card) + "\n", "utf-8", "backslashreplace")
         names = ("adapter_config.json", "adapter_model.safetensors")
         sums = {name: file_sum(self.output / name) for name in names}
         write_json(self.output / "run.json", self.record | {"results": results, "files": sums})
         losses = f"loss {results['loss_first']:.3f} to {results['loss_last']:.3f}"
         chosen = f" (of step {adapter_step}, the best)" if best else ""
         print(f"{steps} steps, {losses}; wrote {self.output}{chosen}; next: python merge_lora.py")
+
+
+def as_list(title: str, figures: dict[str, Any]) -> str:
+    """A section of the model card: figures in Markdown, a line each."""
+    rounded = {n: f"{v:.5g}" if isinstance(v, float) else v for n, v in figures.items()}
+    return f"## {title}\n\n" + "\n".join(f"- {name}: {value}" for name, value in rounded.items())
 
 
 def table_of_evaluations(held: list[dict]) -> str:
@@ -2444,24 +2237,12 @@ def table_of_evaluations(held: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def traditional_share(text: str) -> float | None:
-    """Of the characters that the two scripts write differently, the share in Traditional form."""
-    from opencc import OpenCC
-    simple, full = OpenCC("t2s").convert(text), OpenCC("s2t").convert(text)
-    if not len(text) == len(simple) == len(full):
-        return None
-    triples = list(zip(text, simple, full, strict=True))
-    traditional = sum(c != s for c, s, _ in triples)
-    simplified = sum(c == s != f for c, s, f in triples)
-    return round(traditional / (traditional + simplified), 4) if traditional + simplified else None
-
-
 # --- Main ----------------------------------------------------------------------------------------
 
 
 def check(args: Arguments) -> None:
     """Refuse impossible values before anything heavy."""
-    ranges = {  # where it is not 1 or more or, for fractions, above 0; a NaN lies in none
+    ranges = {  # for the rest: integers 1 or more, fractions above 0; a NaN is in no range
         "block_size": (8, math.inf), "group_size": (2, args.block_size), "eval_fraction": (0, 0.9),
         "lora_rank": (1, 8192), "lora_dropout": (0, 0.99), "learning_rate": (0, 100),
         "embedding_learning_rate": (0, 100), "norm_learning_rate": (0, 100),
@@ -2475,39 +2256,30 @@ def check(args: Arguments) -> None:
     options, parsed = args.activation_checkpointing_kwargs, None
     with suppress(ValueError):
         parsed = json.loads(options or "{}")
-    texts, names = args.eval_dataset or [], source_names(args.dataset)
-    names += [text.partition("=")[0] for text in texts]
-    weights = args.dataset_weight
     kwargs = {"offload", "use_reentrant", "preserve_rng_state"}
-    places = [Path(path).resolve() for path in args.dataset]
-    twice = [path for n, path in enumerate(args.dataset) if places[n] in places[:n]]
+    names, texts = [name for _, name, _ in all_texts(args)], args.eval_dataset or []
+    places, weights = [Path(path).resolve() for path in args.dataset], args.dataset_weight
+    shown = " ".join(f"{weight:g}" for weight in weights or ())
     refuse(
-        (twice, f"--dataset {' '.join(twice)}: named twice; expected each source once, and "
-         "--dataset_weight for its share"),
+        (len({*places}) < len(places), f"--dataset {' '.join(args.dataset)}: one is named twice; "
+         "expected each source once, and --dataset_weight for its share"),
         (not all(re.fullmatch(r"[\w-]+=.+", text) for text in texts) or len({*names}) < len(names),
          f"--eval_dataset {' '.join(texts)}: expected name=path, each name once and none of "
-         f"{', '.join(source_names(args.dataset))}"),
-        (weights and len(weights) != len(places), f"--dataset_weight {shown(weights)}: expected a "
-         f"number for each --dataset, which are {len(places)}"),
+         f"{', '.join(names[: len(places)])}"),
+        (weights and len(weights) != len(places), f"--dataset_weight {shown}: expected a number "
+         f"for each --dataset, which are {len(places)}"),
         (weights and not all(0 < w <= 1000 * min(weights) for w in weights),
-         f"--dataset_weight {shown(weights)}: expected numbers above 0, as in 9 1, the largest at "
-         "most 1000 times the smallest"),
-        (texts and args.eval_strategy == "no", f"--eval_dataset {' '.join(texts)}: with "
-         "--eval_strategy no nothing is evaluated; leave one of them out"),
+         f"--dataset_weight {shown}: expected numbers above 0, as in 9 1, the largest at most 1000 "
+         "times the smallest"),
         (Path(args.picture).suffix not in (".png", ".pdf", ".svg"),
          f"--picture {args.picture}: expected a file that ends in .png, .pdf or .svg"),
         (not isinstance(parsed, dict) or parsed.keys() - kwargs,
          f"--activation_checkpointing_kwargs {options}: expected a JSON object such as "
          f"""'{{"offload": true}}', of {', '.join(sorted(kwargs))} alone"""))
-    for name, file in {"output_dir": "run.json", "cache_dir": "sums.json", "picture": ""}.items():
+    for name, file in {"output_dir": "run.json", "cache_dir": "tokens", "picture": ""}.items():
         path = Path(getattr(args, name))
         refuse((wrong := unusable(path / file), f"--{name} {path}: cannot be written there "
                 f"({wrong}); choose another place"))
-
-
-def shown(numbers: list[float] | None) -> str:
-    """Numbers as they are typed."""
-    return " ".join(f"{number:g}" for number in numbers or ())
 
 
 def unusable(file: Path) -> str | None:
@@ -2521,53 +2293,44 @@ def unusable(file: Path) -> str | None:
 
 
 def slow_device(training: Any, folder: Path) -> str | None:
-    """What to say of a device on which the run will take longer than it need."""
+    """Why the run will be slower on this device than it need be."""
     import torch
     from transformers.utils import is_liger_kernel_available
-    size = sum(path.stat().st_size for path in folder.glob("[!.]*.safetensors"))
-    if training.use_cpu and size > LARGE_FOR_A_CPU:
-        return (f"no GPU in use, so {size / 1e9:.1f} GB of weights train on the CPU, slowly; if "
-                "there is one, see nvidia-smi and torch.version.cuda")
-    if training.bf16 and not training.use_cpu and torch.cuda.get_device_capability() < (8, 0):
+    if training.use_cpu:
+        size = sum(path.stat().st_size for path in folder.glob("[!.]*.safetensors"))
+        return (f"no GPU in use, so {size / 1e9:.1f} GB of weights train on the CPU, slowly; see "
+                "nvidia-smi and torch.version.cuda") if size > LARGE_FOR_A_CPU else None
+    if training.bf16 and torch.cuda.get_device_capability() < (8, 0):
         return (f"--bf16 true: {torch.cuda.get_device_name()} has no units for bfloat16; it has "
                 "some for float16: --bf16 false --fp16 true")
-    if not (training.use_cpu or is_liger_kernel_available()):
-        return "liger-kernel is not installed; pip install liger-kernel trains faster"
-    return None
-
-
-def check_metric(training: Any, held_out: dict, probes: dict) -> None:
-    """Refuse to choose the best by a figure that the evaluations do not have."""
-    wanted, known = training.metric_for_best_model, [*probes] if held_out else []
-    for name in held_out:
-        of = f"_{name}" if known[len(probes) :] else ""  # the first has the plain names
-        known += [f"loss{of}", f"bits_per_character{of}"]
-    refuse((wanted and wanted.removeprefix("eval_") not in known,
-            f"--metric_for_best_model {wanted}: expected a figure of the evaluations: "
-            f"{', '.join(known) or 'there are none'}"))
+    without = "liger-kernel is not installed; pip install liger-kernel trains faster"
+    return None if is_liger_kernel_available() else without
 
 
 def first_lines(
     args: Arguments, training: Any, folder: Path, blocks: Mixture, held_out: dict, files: list
 ) -> list[str]:
-    """What to say of the sources and the device before the first step."""
+    """Notes on device and sources to print first; of several sources the tokens, share and epochs
+    of each in the whole run."""
     notes = [None if args.plan else slow_device(training, folder)]  # a plan: of another machine
-    named = [("--dataset", path) for path in args.dataset]
-    named += [("--eval_dataset", path) for path in eval_texts(args).values()]
-    for option, path in named:
-        others = [f"{file.name} ({why})" for file, why in what_is_read(Path(path)).items() if why]
-        more = f" and {len(others) - 9} more" if len(others) > 9 else ""
-        notes.append(others and f"{option} {path}: not read: {', '.join(others[:9])}{more}")
     evaluated = args.eval_fraction > 0 and args.eval_strategy != "no"
-    for name, dataset, found in zip(source_names(args.dataset), args.dataset, files, strict=False):
+    for (option, name, path), found in zip(all_texts(args), files, strict=True):
+        others = sorted(file.name for file in Path(path).glob("[!.]*") if file not in found)
+        if others:
+            notes.append(f"{option} {path}: {len(others)} are not read: {', '.join(others[:9])}")
         if evaluated and name not in held_out:
-            remedy = "; a .txt is one document: one a row, as JSON Lines, would be many"
-            notes.append(
-                f"--dataset {dataset}: too few documents to hold one out, so nothing of it is "
-                f"evaluated{remedy if found[0].suffix.lower() == '.txt' else ''}")
+            notes.append(f"{option} {path}: too few documents to hold one out, so nothing of it is "
+                         "evaluated; a .txt is one document, JSON Lines hold one a row")
     if args.probes and held_out and not wording_pairs():
         notes.append("data/probes/wording.txt is not here, so Taiwan's wording is not probed")
-    return describe_sources(args, training, blocks) + [f"note: {note}" for note in notes if note]
+    lines = [f"note: {note}" for note in notes if note]
+    sequences = sequences_after(total_steps(len(blocks), training), len(blocks), training)
+    seen, sources = blocks.tokens_seen(sequences), blocks.sources
+    for (_, name, _), source, tokens in zip(all_texts(args), sources, seen, strict=False):
+        if len(sources) > 1:
+            lines.append(f"{name}: {tokens:,} tokens, {tokens / sum(seen):.1%}, "
+                         f"{tokens / source.total:.2f} epochs")
+    return lines
 
 
 @ignore_write_errors()
@@ -2580,17 +2343,15 @@ def main(argv: list[str] | None = None) -> None:
     folder, config, tokenizer, first_new = load_base(args)
     if args.plan and not (tokenizer and all(Path(path).exists() for path in args.dataset)):
         return print_plan(args, training, config, first_new, {})
-    files = [text_files(path) for path in args.dataset]
-    files += [text_files(path, "--eval_dataset") for path in eval_texts(args).values()]
-    cache = Path(args.cache_dir)
-    keys = [dataset_key(found, folder, text_sums(found, cache)) for found in files]
+    files = [text_files(path, option) for option, _, path in all_texts(args)]
+    keys = [dataset_key(found, folder) for found in files]
     record = describe_run(args, training, folder, first_new, keys[: len(args.dataset)])
     check_adapter(args, record)
-    with training.main_process_first():  # of several processes one moves and tokenises
+    with training.main_process_first():  # one of several processes tokenises
         checkpoint = None if args.plan else open_run(args, record)
         if checkpoint == "done":
             return print(f"already done: {args.output_dir} holds this very run, finished")
-        corpora = [tokenize(found, tokenizer, cache / key[:16])
+        corpora = [tokenize(found, tokenizer, Path(args.cache_dir, key[:16]))
                    for found, key in zip(files, keys, strict=True)]
     blocks, held_out = pack_sources(corpora, args, training, tokenizer.eos_token_id or 0)
     facts = count(corpora, blocks, held_out, training)
@@ -2598,12 +2359,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         return print_plan(args, training, config, first_new, facts, *lines)
     if checkpoint:
-        checkpoint = check_schedule(args, training, record, checkpoint, facts["steps"])
+        checkpoint = check_schedule(args, record, checkpoint, facts["steps"])
     report = Report(args, record, tokenizer, facts, next(iter(held_out.values()), blocks))
-    check_metric(training, held_out, report.probes)
     with ExitStack() as run:
         if training.process_index == 0:
             run.enter_context(lock_output_dir(report.output))
+            if checkpoint:
+                move_later_aside(report.output, step_of(Path(checkpoint)))
             report.begin(training, blocks, *lines)
         model, _ = build_model(args, training, folder, first_new)
         if args.adapter:

@@ -54,7 +54,7 @@ import filter_cc as script  # noqa: E402
 def members(path: Path) -> list[bytes]:
     """The gzip members of a file."""
     data = path.read_bytes()
-    cuts = [0, *script.member_starts(data), len(data)]
+    cuts = [*(found.start() for found in script.MEMBER.finditer(data)), len(data)]
     return [data[start:end] for start, end in pairwise(cuts)]
 
 
@@ -138,16 +138,17 @@ def speed(rounds: int) -> dict:
             cpu[name].append(cpu_seconds() - before)
 
     executor = first_pass("theirs", [part])
-    verdicts, writer = executor.pipeline[-2:]
-    tally = script.Tally(str(WORK / "theirs.json"))
+    judge = script.Judge(script.Arguments())
 
-    def with_tally(data, rank, world_size):
+    def verdicts(data, rank, world_size):
         for document in data:
-            document.metadata |= {"tally": tally, "refused": None}
-            yield document
+            document.text, scores, refused = judge.verdict(document.text)
+            document.metadata |= scores
+            if not refused:
+                yield document
 
     reader = WarcReader(str(WORK), glob_pattern="part.wet.gz")
-    executor.pipeline = [reader, with_tally, verdicts, writer]
+    executor.pipeline = [reader, verdicts, executor.pipeline[-1]]
     rate = {name: whole["unpacked"] / 1e6 / min(taken) for name, taken in times.items()}
     rate["WarcReader"] = slice_["unpacked"] / 1e6 / seconds(executor.run)
     return {

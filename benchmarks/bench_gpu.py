@@ -75,7 +75,7 @@ MINUTES, SHORTEST = 9, 15  # for the table of speed; seconds that a part needs
 
 
 class Part(NamedTuple):
-    """Rows of the table of speed that share a process: whose code, how, and which shapes."""
+    """Rows of the speed table that run in one process: the code, its options and the shapes."""
 
     code: str  # train_pt.py, before, unsloth or FlexAttention
     how: str  # of the switches in speed_rows
@@ -101,7 +101,7 @@ PARTS = {  # the most important first
 
 
 def use_script(path: Path) -> None:
-    """Whose code is measured: train_pt.py of now, or of before."""
+    """Choose the train_pt.py to measure: today's, or that of an earlier commit."""
     global script
     spec = spec_from_file_location("train_pt", path)
     script = sys.modules["train_pt"] = module_from_spec(spec)
@@ -130,7 +130,7 @@ def base_model(sizes: dict, folder: Path) -> Path:
 
 
 def free() -> None:
-    """Let go of what is dead; peaks() counts from here."""
+    """Free unused memory and reset the counters of peaks()."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -6,8 +6,8 @@
     python benchmarks/bench_merge.py --draw          # the picture again, from the results
 
 The weights are random, in Llama's shapes with 61,388 rows. The adapter is laid out like
-train_pt.py's: rank 32 on all linear layers, norms, 29,388 new rows of embedding and head. For the
-way "chat", a copy of the base stands for the chat model. Each way is a process of its own, measured
+train_pt.py's: rank 32 on all linear layers, norms, 29,388 new rows of embedding and head. The chat
+model of the way "chat" is the base, moved at random. Each way is a process of its own, measured
 from its start until its files are on the disk (fsync). The ways take turns; we show medians. Times
 are comparable within one run only, on a machine that does nothing else. At the end, every tensor of
 ours is compared with PEFT's.
@@ -56,8 +56,9 @@ def random_tensor(shape: tuple[int, ...], dtype, generator):
     return pool.repeat(-(-count // len(pool)))[:count].reshape(shape).contiguous()
 
 
-def make_base(folder: Path, size: str) -> dict[str, tuple[int, ...]]:
-    """A model in shards of about 2 GB, with as much of a tokenizer as merging looks at."""
+def make_base(folder: Path, size: str, drift: float = 0.0) -> dict[str, tuple[int, ...]]:
+    """A model in shards of about 2 GB, with as much of a tokenizer as merging looks at. `drift`:
+    how far another training has moved the weights."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -71,8 +72,9 @@ def make_base(folder: Path, size: str) -> dict[str, tuple[int, ...]]:
     config.save_pretrained(folder)
     vocabulary = {f"piece {i}": i for i in range(ROWS)}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
-    shapes = script.llama_shapes(json.loads((folder / "config.json").read_text()))
+    shapes = script.llama_shapes(json.loads((folder / "config.json").read_text()), "the model")
     generator, shards, held = torch.Generator().manual_seed(SEED), [[]], 0
+    drifting = torch.Generator().manual_seed(SEED + 2)
     for name, shape in shapes.items():
         held += 2 * torch.Size(shape).numel()
         if held > 2e9:
@@ -83,6 +85,8 @@ def make_base(folder: Path, size: str) -> dict[str, tuple[int, ...]]:
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {n: random_tensor(shapes[n], torch.bfloat16, generator) for n in names}
+        for name in names if drift else []:
+            tensors[name] += drift * random_tensor(shapes[name], torch.bfloat16, drifting)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)
     index = {"metadata": {}, "weight_map": where}
@@ -185,14 +189,14 @@ def aside(function: Callable, *args: object) -> object:
 def measure(size: str, ways: list[str], rounds: int) -> dict:
     """All ways on one model, in turns; one round of cp first, to warm the file cache."""
     base, adapter, chat = WORK / "base", WORK / "adapter", WORK / "chat_model"
-    for folder in (base, adapter):
+    for folder in (base, adapter, chat):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     aside(make_adapter, adapter, base, size)
+    if "chat" in ways:
+        aside(make_base, chat, size, 0.1)
     command = commands(base, adapter, chat)
     run(command["cp"], WORK / "cp")
-    if "chat" in ways:
-        (WORK / "cp").rename(chat)
     runs: dict[str, list[dict]] = {way: [] for way in ways}
     for turn in range(rounds):
         for way in ways:

@@ -108,7 +108,7 @@ WORKSPACE = {
 
 @dataclass
 class Block:
-    """A storage."""
+    """One storage: its bytes and where it was made."""
 
     size: int
     number: int  # of the operation that made it
@@ -118,22 +118,22 @@ class Block:
 
 
 class Account(TorchDispatchMode):
-    """Sees every operation of a training run."""
+    """Watch every operation of a training run."""
 
     phase = "build"
 
     def begin(self, model, trainer, args) -> None:
-        """The model is built."""
+        """Note that the model is built."""
 
     def begin_batch(self, step: int, batch: dict) -> None:
-        """A batch, with content, goes into the model next."""
+        """Note that this batch, which has content, goes into the model next."""
 
     def fused(self, name: str, tensors: list[torch.Tensor]) -> None:
-        """A kernel that PyTorch does not see reads and writes these."""
+        """Count a kernel that PyTorch does not see; it reads and writes these tensors."""
 
 
 class Memory(Account):
-    """Follows all storages; at operation number `stop` it takes down which live."""
+    """Track every storage; at operation number `stop` record which are alive."""
 
     def __init__(self, stop: int | None):
         super().__init__()
@@ -184,14 +184,14 @@ class Memory(Account):
         block.size = 0
 
     def sum_in_place(self, addends) -> None:
-        """Where two gradients meet, autograd adds to the one that nobody else holds
-        (input_buffer.cpp); not to a fake one, so the later one's room is given back here."""
+        """Autograd adds the second of two gradients in place to the one without another owner
+        (input_buffer.cpp). It does not do so for fake tensors, so free the second one here."""
         blocks = [self.storages.get(tensor.untyped_storage()) for tensor in addends]
         self.drop(max(filter(None, blocks), key=lambda block: block.number))
 
 
 def is_forward() -> bool:
-    """Whether the model's code is running: in the backward pass, a layer that is recomputed."""
+    """Whether the model's code is running. In the backward pass it runs to recompute a layer."""
     frame = sys._getframe(1)
     while frame and "modeling_llama" not in frame.f_code.co_filename:
         frame = frame.f_back
@@ -199,7 +199,7 @@ def is_forward() -> bool:
 
 
 def lasting(model, optimizer) -> dict[int, str]:
-    """What each storage that outlives a batch is for."""
+    """Return the purpose of each storage that outlives a batch."""
     kinds = {}
     for parameter in model.parameters():
         kind = "trained parameters" if parameter.requires_grad else "frozen parameters"
@@ -240,7 +240,7 @@ TILE = 128  # rows of a tile of flash attention
 
 
 class Kernel(NamedTuple):
-    """A kind of launch: what it is, its flops and bytes, and whether its operands lie alike."""
+    """A kernel: its kind, flops and bytes, and whether its operands have the same layout."""
 
     kind: str
     name: str
@@ -259,14 +259,14 @@ class Kernel(NamedTuple):
 
 
 def size(tensor: torch.Tensor) -> int:
-    """Bytes of the numbers of a tensor, each once: an expanded dimension holds one."""
+    """Bytes of a tensor's elements. An expanded dimension counts as one element."""
     numbers = [n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step]
     return math.prod(numbers) * tensor.itemsize
 
 
 def lie_alike(tensors: list[torch.Tensor]) -> bool:
-    """Whether one address serves for all: the same shape and order, without gaps. A single number
-    is held in a register."""
+    """Whether the tensors have the same shape and strides, without gaps, so that one index serves
+    all of them. A single number is held in a register."""
     large = [t for t in tensors if t.numel() > 1]
     forms = {(t.shape, t.stride()) for t in large}
     spans = (sum((n - 1) * step for n, step in zip(*form, strict=True)) + 1 for form in forms)
@@ -437,7 +437,7 @@ class HostMemory(torch.autograd.graph.saved_tensors_hooks):
 
 
 def like_a_gpu(stack: ExitStack) -> None:
-    """What would go another way on a CPU, or fails on tensors without content."""
+    """Patch what takes another path on a CPU, or fails on tensors without content."""
     enabled, table = torch.is_autocast_enabled, bnb.functional.create_dynamic_map
     patches = [
         # PEFT asks whether autocast is on for GPUs, and casts its input to fp32 if not.

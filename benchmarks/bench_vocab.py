@@ -219,7 +219,7 @@ def resize(rounds: int = 2) -> dict:
 
 
 def lacking(table: str) -> str | None:
-    """What a table needs and this machine has not."""
+    """Say what a table needs that this machine lacks; None: nothing."""
     if not DATA.is_dir():
         return f"{DATA} with its real material is missing"
     free = shutil.disk_usage(ROOT).free / 1e9

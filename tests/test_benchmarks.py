@@ -299,3 +299,15 @@ def test_windows_of_english_have_the_asked_share(monkeypatch):
     assert not (windows[english] == 4).any() and not (windows[~english] == 5).any()
     first = english[: len(english) // 2].float().mean().item()
     assert first == pytest.approx(0.25, abs=0.06), "evenly along the run"
+
+
+def test_merging_is_measured_and_compared(tmp_path, monkeypatch):
+    """bench_merge.py as a whole, on a model of two small layers."""
+    bench = benchmark("bench_merge")
+    for name, value in (("WORK", tmp_path / "work"), ("ROWS", 900), ("NEW_FROM", 800),
+                        ("SIZES", {"small": (2, 128, 256)})):
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "aside", lambda function, *given: function(*given))
+    found = bench.measure("small", ["cp", "original", "dequantized", "chat", "PEFT"], 1)
+    assert found["tensors_equal_to_peft"] == found["tensors"] == 2 * 9 + 3
+    assert found["ways"].keys() == {"cp", "original", "dequantized", "chat", "PEFT"}

@@ -160,10 +160,13 @@ TABLE = [
     row(M, "a repository's name with blanks", [*MERGE, "--push_to_hub", "my model"],
         ["--push_to_hub my model"]),
     # Typing.
-    row(F, "an option of another program", ["--in", "pages"], ["unknown option: --in"]),
-    row(E, "an option of another program", ["--vocab", "8000"], ["unknown option: --vocab"]),
+    row(F, "an option of another program", ["--inputs", "pages"],
+        ["unknown option: --inputs", "--input?"]),
+    row(E, "an option of another program", ["--vocab", "8000"],
+        ["unknown option: --vocab", "--vocab_size?"]),
     row(T, "an option of another program", ["--lora_r", "8"], ["unknown option: --lora_r"]),
-    row(M, "an option of another program", ["--lora_model", "a"], ["unknown option: --lora_model"]),
+    row(M, "an option of another program", ["--base", "a"],
+        ["unknown option: --base", "--base_model?"]),
     row(T, "a path without its option", ["outputs/extended"], ["unknown option: outputs/extended"]),
 ]  # fmt: skip
 

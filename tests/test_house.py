@@ -1,6 +1,10 @@
 """What holds the four standalone scripts together as one author's work."""
 
 import ast
+import importlib
+import io
+import json
+import os
 import re
 import subprocess
 import sys
@@ -55,6 +59,24 @@ def test_a_helper_that_scripts_share_stands_identically_in_each(name, scripts):
 def test_a_constant_that_scripts_share_stands_identically_in_each(name, scripts):
     lines = {re.search(f"^{name} = .+", (ROOT / s).read_text(), re.MULTILINE) for s in scripts}
     assert len({line.group() for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "writer"),
+    [("filter_cc", lambda m, path, text: m.write_whole(path, json.dumps(text, ensure_ascii=False))),
+     ("extend_vocab", lambda m, path, text: m.save_json(path, text)),
+     ("train_pt", lambda m, path, text: m.write_json(path, text)),
+     ("merge_lora", lambda m, path, text: m.save_json(path, text))])
+def test_a_name_that_is_not_utf_8_is_printed_and_recorded(script, writer, tmp_path, monkeypatch):
+    """A file named in Big5, or any Chinese name under LC_ALL=C."""
+    module, name = importlib.import_module(script), os.fsdecode("中文.jsonl".encode("big5"))
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", printed)
+    with module.user_errors():
+        print(name, flush=True)
+    assert rb"\udca4" in printed.buffer.getvalue()
+    writer(module, tmp_path / "run.json", name)
+    assert json.loads((tmp_path / "run.json").read_text("utf-8")) == name
 
 
 def test_every_name_defined_in_several_scripts_is_a_known_copy():

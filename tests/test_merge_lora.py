@@ -477,6 +477,16 @@ def test_chat_models_that_do_not_belong_to_the_base(pair, tmp_path, capsys):
     assert "0 of its 1000 pieces have the same ids" in line()
 
 
+@pytest.mark.parametrize(("change", "words"), [
+    ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, "rope_theta is 1000000.0"),
+    ({"rope_parameters": None, "rope_theta": 5e5}, "rope_theta is 500000.0; expected 10000.0"),
+    ({"hidden_act": "gelu"}, "hidden_act is gelu; expected silu")])
+def test_a_chat_model_that_computes_differently_is_refused(pair, tmp_path, capsys, change, words):
+    chat = make_chat(pair[0], tmp_path / "chat")
+    edit(chat / "config.json", **change)
+    assert words in refusal(capsys, pair[1], "--chat_model", chat)
+
+
 def test_a_chat_model_without_a_template_is_a_warning(pair, tmp_path, capsys):
     chat = make_chat(pair[0], tmp_path / "chat")
     edit(chat / "tokenizer_config.json", chat_template=None)
@@ -736,6 +746,7 @@ def edit_tensor(folder: Path, name: str, change) -> None:
         ("layer_replication", [[0, 2]]),
         ("layers_to_transform", [1]),
         ("peft_type", "LOHA"),
+        ("peft_type", None),
         ("target_parameters", ["experts.down_proj"]),
         ("a_field_of_tomorrow", True),
     ],
@@ -744,6 +755,13 @@ def test_kinds_of_adapter_that_cannot_be_merged_exactly_are_named(pair, capsys, 
     edit(pair[1] / "adapter_config.json", **{field: value})
     line = refusal(capsys, pair[1])
     assert field in line and str(value) in line and "merge_and_unload" in line
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+@pytest.mark.parametrize("value", ["16", None])
+def test_a_number_that_is_none_is_named(pair, capsys, field, value):
+    edit(pair[1] / "adapter_config.json", **{field: value})
+    assert f"{field} is {value!r}; expected a number" in refusal(capsys, pair[1])
 
 
 def test_lora_on_embeddings_is_named(tmp_path, capsys):

@@ -174,6 +174,35 @@ def at_rate(kind: str, *factors: float) -> list[Callable[[dict], float]]:
     return [lambda _, f=factor: found(f) for factor in factors]
 
 
+def recipe_bits(recipe: str, kind: str, averaged: bool = False) -> list[float]:
+    """Bits per character after training, or of the last checkpoints' mean; a value a seed."""
+    return [
+        point[kind] for row in results()["quality"]["recipes"]["results"]
+        for point in row["points"]
+        if row["recipe"] == recipe and point["step"] == 240 and ("mean_of" in point) == averaged]
+
+
+def recipe_row(chinese: str, english: str, recipe: str, averaged: bool = False) -> tuple:
+    """A row of the table of recipes."""
+    cells = " | ".join(["{:.2f}"] * 3)
+    found = [lambda _, k=kind: statistics.mean(recipe_bits(recipe, k, averaged))
+             for kind in ("modern", "novel", "english")]
+    return f"| {chinese} | {cells} |", f"| {english} | {cells} |", *found
+
+
+def recipe_spread(wanted: Callable[[str], bool]) -> float:
+    """The largest distance of two seeds with the same recipe."""
+    recipes = {row["recipe"] for row in results()["quality"]["recipes"]["results"]}
+    found = [recipe_bits(recipe, kind) for recipe in recipes if wanted(recipe)
+             for kind in ("modern", "novel", "english")]
+    return max(max(bits) - min(bits) for bits in found)
+
+
+def well_formed(way: str, measure: str = "well formed") -> list[Callable[[dict], float]]:
+    """Percent of the answers with a chat vector, a value a seed."""
+    return [lambda results, s=seed: 100 * results["chat"][s][way][measure] for seed in (0, 1, 2)]
+
+
 def modern_more(share: float) -> Callable[[dict], float]:
     """How many bits more modern text takes with that share of English than without."""
     return lambda _: statistics.mean(at_share(share, "modern")) - statistics.mean(
@@ -318,6 +347,28 @@ FIGURES: list[tuple] = [
     ("0.1 倍時紅樓夢 {:.2f}、1 倍 {:.2f}、10 倍 {:.2f}，英文是 {:.2f}、{:.2f}、{:.2f}",
      "紅樓夢 {:.2f} at 0.1, {:.2f} at 1 and {:.2f} at 10; English {:.2f}, {:.2f} and {:.2f}",
      *at_rate("novel", 0.1, 1, 10), *at_rate("english", 0.1, 1, 10)),
+    ("固定學習率那一列的種子相差至多 {:.2f}，其餘 {:.2f}",
+     "differ by {:.2f} at most in the row of the constant rate, by {:.2f} in the others",
+     lambda _: recipe_spread("constant".__eq__), lambda _: recipe_spread("constant".__ne__)),
+    recipe_row("預設（cosine）", "the defaults (cosine)", "cosine"),
+    recipe_row("`--lr_scheduler_type constant`", "`--lr_scheduler_type constant`", "constant"),
+    recipe_row(
+        "同上，取 160、200、240 步合併後權重的平均",
+        "the same, mean of the merged weights of steps 160, 200 and 240", "constant",
+        averaged=True),
+    recipe_row("`--learning_rate` 是十分之一", "`--learning_rate` a tenth", "rate / 10"),
+    recipe_row(
+        "同上，`--embedding_learning_rate` 不變",
+        "the same, `--embedding_learning_rate` as before", "rate / 10, rows at rate"),
+    recipe_row("`--norm_learning_rate` 是十倍", "`--norm_learning_rate` ten times", "norms x 10"),
+    recipe_row("`--loraplus_lr_ratio 4`", "`--loraplus_lr_ratio 4`", "LoRA+, B x 4"),
+    recipe_row("`--use_rslora true`", "`--use_rslora true`", "rsLoRA"),
+    ("合格的回答，種子依序是 {:.0f}%、{:.0f}%、{:.0f}%",
+     "{:.0f}%, {:.0f}% and {:.0f}% are well formed", *well_formed("scale 1")),
+    ("（`--chat_embeddings`）是 {:.0f}%、{:.0f}%、{:.0f}%",
+     "(`--chat_embeddings`) {:.0f}%, {:.0f}% and {:.0f}%", *well_formed("scale 1, embeddings")),
+    ("後者是 {:.0f}%、{:.0f}%、{:.0f}%", "the latter are {:.0f}%, {:.0f}% and {:.0f}%",
+     *well_formed("scale 1, embeddings", "whatever the letters")),
     ("| 一步：32 個序列，每個 2,048 個 token" + " | {:.1f} 秒" * 3,
      "| a step: 32 sequences of 2,048 tokens" + " | {:.1f} s" * 3,
      *predicted("step_seconds", *WATTS)),
@@ -490,6 +541,7 @@ NOT_MEASURED = [
     "摻 5% 就保住", "10% 與訓練前", "5% keeps", "10% about all",  # rows of the table above
     "的 0.1 倍與 1 倍", "0.1 and 1 differ",
     "lm-eval 0.4.13", "vLLM 0.33.0",
+    "0.02% 到 0.07%", "0.02 to 0.07%",  # by hand, on the H200
     "Apache-2.0", "CC BY-SA 3.0", "CC BY-SA 4.0",
     "1% 是好頁", "1% good pages",  # the share of good pages in bench_filter.py's WET
     "Jaccard 0.8",  # from which on a pair is a near duplicate

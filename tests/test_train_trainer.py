@@ -63,4 +63,4 @@ def test_a_checkpoint_counts_once_its_seal_is_there(command, monkeypatch, capsys
     sealed = json.loads((unsealed / "run.json").read_text())["files"]
     assert "of the killed run" not in sealed
     assert not (unsealed / "of the killed run").exists()
-    assert "moved" not in capsys.readouterr().out
+    assert "renamed" not in capsys.readouterr().out

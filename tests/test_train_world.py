@@ -1,6 +1,5 @@
 """train_pt.py in the world: damaged inputs and outputs, and options that would fail late."""
 
-import errno
 import json
 import os
 import shutil
@@ -39,7 +38,7 @@ def test_the_best_is_the_lowest_loss_and_the_highest_share(
     metric, options, best, command, text, monkeypatch
 ):
     probe = train_pt.PackedTraining.probe  # rises and falls, as no real one would in 12 steps
-    monkeypatch.setattr(train_pt.PackedTraining, "probe", lambda self: {
+    monkeypatch.setattr(train_pt.PackedTraining, "probe", lambda self, rows: {
         name: 1 / (abs(self.state.global_step - 8) + 1) for name in probe(self)})
     options = [*options, *([f"wiki={text}"] if options == ["--eval_dataset"] else [])]
     train_pt.main(command(
@@ -62,10 +61,9 @@ def test_greater_is_better_as_the_user_says():
 @pytest.mark.parametrize("options", [
     ["--load_best_model_at_end", "true", "--save_steps", "4"], ["--save_strategy", "best"]])
 @pytest.mark.parametrize("metric", ["accuracy", "eval_loss_wiki", "traditional"])
-def test_a_metric_that_no_evaluation_has_is_refused(options, metric, command, monkeypatch, capsys):
-    monkeypatch.setattr(train_pt, "build_model", None)
+def test_a_metric_that_no_evaluation_has_is_refused(options, metric, command, capsys):
     line = refusal(command(*options, "--metric_for_best_model", metric), capsys)
-    assert f"--metric_for_best_model {metric}: expected" in line
+    assert f"--metric_for_best_model {metric.removeprefix('eval_')}: expected" in line
     assert "loss, bits_per_character" in line
 
 
@@ -86,17 +84,15 @@ BROKEN_BASES = {
 }
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("what", BROKEN_BASES)
 def test_a_base_that_lacks_tensors_is_refused_before_it_loads(
-    what, quantization, command, tmp_path, monkeypatch, capsys
+    what, command, tmp_path, monkeypatch, capsys
 ):
     change, says = BROKEN_BASES[what]
     base = copy_of_tiny(tmp_path / "base")
     edit(base / "model.safetensors", change)
     monkeypatch.setattr(train_pt, "build_model", None)
-    options = ["--model_name_or_path", base, "--quantization", quantization]
-    line = refusal(command(*options), capsys)
+    line = refusal(command("--model_name_or_path", base), capsys)
     assert f"--model_name_or_path {base}" in line
     assert says in line
     assert not Path("pt").exists()
@@ -107,9 +103,9 @@ def test_a_base_that_lacks_tensors_is_refused_before_it_loads(
     [({"vocab_size": 1064}, "expected (1064, 128) by config.json"),
      ({"num_hidden_layers": 5}, "model.layers.4.input_layernorm.weight is missing"),
      ({"num_key_value_heads": 1}, "k_proj.weight is"),
-     ({"pad_token_id": 1000}, "config.json is not whole (Padding_idx"),
-     ({"num_attention_heads": 0}, "is not whole (integer modulo by zero)"),
-     ({"hidden_size": "wide"}, "is not whole (")])
+     ({"pad_token_id": 1000}, "config.json is not whole; fetch it again: Padding_idx"),
+     ({"num_attention_heads": 0}, "is not whole; fetch it again: integer modulo by zero"),
+     ({"hidden_size": "wide"}, "is not whole; fetch it again: ")])
 def test_a_configuration_that_the_weights_contradict(
     change, says, command, tmp_path, monkeypatch, capsys
 ):
@@ -128,10 +124,9 @@ def test_old_buffers_and_a_stale_index_are_no_mistake(command, tmp_path):
     assert weights("pt")
 
 
-@pytest.mark.parametrize("settings", [
-    {"do_sample": False, "temperature": 0.0}, {"return_dict_in_generate": True},
-    {"stop_strings": ["</s>"]}, {"eos_token_id": [5, 6], "max_length": 3}])
-def test_the_bases_generation_settings_do_not_count(settings, command, tmp_path):
+def test_the_bases_generation_settings_do_not_count(command, tmp_path):
+    settings = {"do_sample": False, "temperature": 0.0, "return_dict_in_generate": True,
+                "stop_strings": ["</s>"], "eos_token_id": [5, 6], "max_length": 3}
     base = copy_of_tiny(tmp_path / "base")
     (base / "generation_config.json").write_text(json.dumps(settings))
     train_pt.main(command("--max_steps", "1"))
@@ -172,14 +167,10 @@ def test_a_list_given_in_two_places_is_refused(option, text, capsys):
     [
         (["--adam_beta1", "1.5"], "Invalid beta parameter at index 0: 1.5"),
         (["--adam_epsilon", "-1"], "Invalid epsilon value: -1.0"),
-        (["--weight_decay", "-0.1"], "--weight_decay -0.1: expected 0 or more"),
         (["--dataloader_persistent_workers", "true"], "persistent_workers option needs"),
         (["--dataloader_prefetch_factor", "2"], "prefetch_factor"),
         (["--fsdp", "full_shard"], "--fsdp full_shard: expected several processes"),
-        (["--accelerator_config", '{"dispatch_batches": true}'], "--accelerator_config: expected"),
-        (["--accelerator_config", '{"split_batches": true}'], "--accelerator_config: expected"),
-        (["--accelerator_config", "gone.json"], "gone.json"),
-        (["--accelerator_config", '{"no_such": 1}'], "no_such"),
+        (["--accelerator_config", '{"split_batches": true}'], "true}: expected none"),
         (["--torch_compile_backend", "foo"], "'FOO' is not a valid DynamoBackend"),
         (["--optim", "galore_adamw"], "galore_torch"),
         (["--optim", "lomo"], "lomo"),
@@ -188,12 +179,7 @@ def test_a_list_given_in_two_places_is_refused(option, text, capsys):
         (["--optim_args", "no_such"], "values to unpack"),
         (["--ignore_data_skip", "true"], "--ignore_data_skip True: expected false"),
         (["--base_vocab_size", "5000"], "--base_vocab_size 5000: the model has only 1000 rows"),
-        (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "64"],
-         "--dataloader_drop_last true: 60 sequences are less than a batch"),
-        (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "64",
-          "--max_steps", "-1"], "are less than a batch"),
-        (["--eval_dataset", "a=b.txt", "--eval_strategy", "no"],
-         "--eval_dataset a=b.txt: with --eval_strategy no nothing is evaluated"),
+        (["--dataloader_drop_last", "true"], "--dataloader_drop_last True: expected false"),
         (["--activation_checkpointing_kwargs", '{"offlaod": true}'],
          '--activation_checkpointing_kwargs {"offlaod": true}: expected a JSON object'),
     ],
@@ -231,10 +217,9 @@ def test_files_that_are_not_read_are_named(command, text, tmp_path, capsys):
     (folder / "sub").mkdir()
     train_pt.main(command("--plan", "--dataset", folder, "--eval_dataset", f"all={folder}"))
     said = capsys.readouterr().out
-    not_read = ("c.json (not .txt, .jsonl, .parquet), d.jsonl.gz (not .txt, .jsonl, .parquet), "
-                "e.jsonl (a link that leads nowhere), sub (a folder)")
-    assert f"note: --dataset {folder}: not read: {not_read}\n" in said
-    assert f"note: --eval_dataset {folder}: not read: {not_read}\n" in said
+    not_read = "4 are not read: c.json, d.jsonl.gz, e.jsonl, sub"
+    assert f"note: --dataset {folder}: {not_read}\n" in said
+    assert f"note: --eval_dataset {folder}: {not_read}\n" in said
     assert "documents: 48" in said, "b.JSONL is read"
 
 
@@ -242,9 +227,9 @@ def test_a_pipe_and_a_dead_link_are_refused(command, capsys):
     os.mkfifo("pipe.jsonl")
     Path("dead.jsonl").symlink_to("gone.jsonl")
     line = refusal(command("--dataset", "pipe.jsonl"), capsys)
-    assert "--dataset pipe.jsonl: no text there; it holds pipe.jsonl (not a regular file)" in line
+    assert "--dataset pipe.jsonl: no text there; expected .txt" in line
     line = refusal(command("--dataset", "dead.jsonl"), capsys)
-    assert "--dataset dead.jsonl: a link to gone.jsonl, which is not there" in line
+    assert "--dataset dead.jsonl: there is no such file or folder" in line
 
 
 @pytest.mark.parametrize("damage", [
@@ -261,7 +246,7 @@ def test_a_damaged_token_cache_is_made_again(damage, command):
     train_pt.main(command("--max_steps", "1", "--eval_strategy", "no", name="again"))
     assert same(weights("pt"), weights("again"))
     assert (cached / "tokens.bin").read_bytes() == whole
-    assert {path.name for path in cached.parent.iterdir()} == {cached.name, "sums.json", ".lock"}
+    assert [path.name for path in cached.parent.iterdir()] == [cached.name]
 
 
 # The run's folder.
@@ -273,22 +258,10 @@ def test_a_finished_run_whose_adapter_is_damaged_is_finished_again(damage, comma
     whole = {name: tensor.clone() for name, tensor in weights("pt").items()}  # it is a map
     damage(ADAPTER)
     train_pt.main(command())
-    said = capsys.readouterr().out
-    assert "the adapter in pt is not as it was written; it is made again" in said
-    assert "already done" not in said
+    assert "already done" not in capsys.readouterr().out
     assert same(weights("pt"), whole)
     assert [row["step"] for row in metrics("pt") if "loss" in row] == list(range(1, 13))
     train_pt.main(command())
-    assert "already done" in capsys.readouterr().out
-
-
-def test_a_finished_run_of_an_older_version_is_believed(command, capsys):
-    train_pt.main(command("--max_steps", "1"))
-    record = json.loads(Path("pt/run.json").read_text())
-    assert record["files"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
-    del record["files"]
-    Path("pt/run.json").write_text(json.dumps(record))
-    train_pt.main(command("--max_steps", "1"))
     assert "already done" in capsys.readouterr().out
 
 
@@ -305,11 +278,10 @@ def test_a_text_to_evaluate_on_may_be_added_in_the_middle(command, text, monkeyp
     assert filled == [True, False, True, True], "measured at steps 8 and 12 alone"
 
 
-@pytest.mark.parametrize("name", ["best", "checkpoint-5.bak"])
-def test_a_checkpoint_may_be_called_anything(name, command, monkeypatch):
+def test_a_checkpoint_may_be_called_anything(command, monkeypatch):
     killed_at(monkeypatch, 7, command())
-    Path("pt/checkpoint-5").rename(name)
-    train_pt.main(command("--resume_from_checkpoint", name, name="new"))
+    Path("pt/checkpoint-5").rename("checkpoint-5.bak")
+    train_pt.main(command("--resume_from_checkpoint", "checkpoint-5.bak", name="new"))
     train_pt.main(command(name="whole"))
     assert same(weights("new"), weights("whole"))
     assert [row["step"] for row in metrics("new") if "loss" in row] == list(range(1, 13))
@@ -331,26 +303,6 @@ def test_without_a_checkpoint_the_run_says_where_it_begins(command, monkeypatch,
     shutil.rmtree("pt/checkpoint-5")
     train_pt.main(command("--eval_strategy", "steps"))
     assert "no checkpoint in pt: the run begins at its first step" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("place", ["dot", "absolute", "mount"])
-def test_a_folder_that_cannot_be_moved_is_told_in_a_line(place, command, monkeypatch, capsys):
-    killed_at(monkeypatch, 6, command())
-    anew = ["--resume_from_checkpoint", "none"]
-    name = "pt"
-    if place == "mount":
-        def busy(*paths):
-            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-
-        monkeypatch.setattr(os, "rename", busy)
-    else:
-        monkeypatch.chdir("pt")
-        name = "." if place == "dot" else os.getcwd()
-    before = sorted(Path(name).rglob("*"))
-    options = command(*anew, "--cache_dir", "/tmp/x", name=name)
-    line = refusal(options, capsys)
-    assert f"--output_dir {name}: holds the run so far, and a mount or the current folder" in line
-    assert [path for path in before if path.name != "building"] == sorted(Path(name).rglob("*"))
 
 
 def test_the_root_of_a_file_system_is_an_empty_folder(command):
@@ -380,9 +332,8 @@ def test_an_adapter_that_is_not_as_it_was_written_is_refused(damage, command, mo
     assert "--adapter pt: adapter_model.safetensors is not as it was written; copy it" in line
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-"])
-def test_a_closed_stream_ends_no_run(closed, command):
+def test_closed_streams_end_no_run(command):
     words = [sys.executable, str(ROOT / "train_pt.py"),
              *command("--max_steps", "1", "--eval_strategy", "no")]
-    subprocess.run(["bash", "-c", f'"$@" {closed}', "bash", *words], check=True, timeout=300)
+    subprocess.run(["bash", "-c", '"$@" >&- 2>&-', "bash", *words], check=True, timeout=300)
     assert weights("pt")
