@@ -68,7 +68,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 PAPERS = ("generation_config.json", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-HELD_OUT = 50  # one document in so many is kept out of training, for the report
+HELD_OUT = 50  # one document in 50 is held out for the report
 REPORT_CHARS, LOSS_CHARS, LOSS_WINDOW = 1_000_000, 8192, 512
 DISTILL_RATE = 0.02  # Adam's, times the standard deviation of the old input rows
 TAUGHT = ("shared", "distilled")  # for these starts the base reads text
@@ -378,30 +378,24 @@ def read_base(folder: Path, args: Arguments) -> tuple[Any, dict, dict[Path, dict
          f"the base's {size} and less than 10 million"))
     config, shards = load_json(folder / "config.json", given), find_shards(folder, given)
     tensors = {name: found for inside in shards.values() for name, found in inside.items()}
-    matrices = {name: tensors[name] for name in tensors.keys() & {EMBEDDING, HEAD}}
-    rows = {EMBEDDING: 0} if config.get("tie_word_embeddings") else {EMBEDDING: 0, HEAD: 0}
-    rows |= {name: shape[0] for name, (shape, _) in matrices.items()}
-    rows["config.json"] = config.get("vocab_size")
-    dtypes = {dtype for _, dtype in matrices.values()}
+    found = {name: shape for name, (shape, _) in tensors.items() if "inv_freq" not in name}
+    dtypes, rows = {tensors[name][1] for name in found}, config.get("vocab_size")
+    if config.get("tie_word_embeddings"):
+        found.pop(HEAD, None)  # the embedding once more
     refuse(
-        (set(rows.values()) != {size},
-         f"{given}: its tokenizer.model has {size} pieces, its rows are {rows}; expected the same "
-         "number everywhere (no padding rows, no added tokens)"),
         (config.get("quantization_config") or not dtypes <= {"BF16", "F16", "F32"},
-         f"{given}: is quantised; expected weights in bf16, fp16 or fp32"))
-    if config.get("model_type") in ("llama", "mistral"):  # old ones may have buffers too
-        found = {name: shape for name, (shape, _) in tensors.items() if "inv_freq" not in name}
-        expected = model_shapes(config, given)
-        if HEAD not in rows:  # tied
-            expected.pop(HEAD)
-        expect(found, expected, given, "by config.json", AGAIN)
-    if args.init == "subtoken" and HEAD not in matrices:
+         f"{given}: is quantised; expected weights in bf16, fp16 or fp32"),
+        (EMBEDDING not in found, f"{given}: no {EMBEDDING} in it; expected a Llama"),
+        (rows != size, f"{given}: its tokenizer.model has {size} pieces, its vocab_size is {rows}; "
+         "expected the same number (no padding rows, no added tokens)"))
+    expect(found, llama_shapes(found, config), given, "by config.json", AGAIN)
+    if args.init == "subtoken" and HEAD not in tensors:
         args.init = "mean_subtoken"  # one matrix has to serve both ends
     if args.init in TAUGHT:
         import torch
         nbytes = sum(path.stat().st_size for path in shards)
         refuse(
-            (HEAD not in matrices, f"--init {args.init}: the base's head is its embedding; "
+            (HEAD not in tensors, f"--init {args.init}: the base's head is its embedding; "
              "expected two matrices; choose another --init"),
             (nbytes > CPU_LOSS_BYTES and not torch.cuda.is_available(),
              f"--init {args.init}: {nbytes / 1e9:.1f} GB of weights and no GPU; expected a GPU, or "
@@ -418,17 +412,17 @@ def expect(found: dict, expected: dict, shown: str, why: str, remedy: str) -> No
         raise UserError(f"{shown}: {wrong[0]} is {has}; expected {due} {why}{more}; {remedy}")
 
 
-def model_shapes(config: dict, given: str) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a model of this config has, from an empty model."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{given}: config.json makes no model ({reason}); {AGAIN}") from error
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def llama_shapes(found: dict, config: dict) -> dict[str, tuple[int, ...]]:
+    """The tensors that a Llama must have, and their shapes: what one layer has, every layer has."""
+    rows, width = config.get("vocab_size"), found[EMBEDDING][1]
+    shapes = {EMBEDDING: (rows, width), "model.norm.weight": (width,)}
+    if not config.get("tie_word_embeddings"):
+        shapes[HEAD] = (rows, width)
+    for name, shape in found.items():
+        if match := re.match(r"model\.layers\.\d+\.", name):
+            for layer in range(int(config.get("num_hidden_layers") or 0)):
+                shapes.setdefault(f"model.layers.{layer}.{name[match.end() :]}", shape)
+    return shapes
 
 
 def pickled(folder: Path) -> str | None:
@@ -469,9 +463,8 @@ def file_sum(path: Path) -> str:
 
 
 def input_sums(base_folder: Path, files: dict[str, list[Path]]) -> dict[str, str]:
-    """What identifies everything that is read: a fingerprint of the base's weights, as the other
-    scripts take it (a sum of 13.5 GB would take as long as copying them), and a sum of each other
-    file."""
+    """Checksums of all inputs: the fingerprint of the base's weights, as in the other scripts (a
+    sha256 of 13.5 GB would take as long as copying them), and the sha256 of each other file."""
     papers = [path for name in ("tokenizer.model", "tokenizer_config.json", *PAPERS)
               for path in sorted(base_folder.glob(name))]
     read = filter(Path.is_file, chain(papers, *files.values()))
@@ -653,8 +646,8 @@ def train_pieces(documents: list, args: Arguments, wanted: int, **changes) -> li
 
 def first_singleton(pieces: list[str], text: str) -> int:
     """Index of the first piece that occurs only once in the text: it is an accident, not a word.
-    The trainer's list falls in frequency, so a binary search finds the place. Some later pieces
-    occur again inside longer ones, but hardly fifty in a row."""
+    The list is sorted by falling frequency, so a binary search finds it. Each step looks at 50
+    pieces, because some of the rare ones occur again inside longer ones."""
 
     def once(start: int) -> list[bool]:
         return [text.count(p.replace(SPACE, " ")) < 2 for p in pieces[start : start + 50]]
@@ -1036,8 +1029,8 @@ def add_bits(report: dict, folder: Path, base, model, texts: list[str], wanted: 
 
 
 def bits_per_character(llama, model, texts: list[str]) -> float:
-    """-log2 p of the texts over their characters, in windows that start with BOS; only the
-    tokenizer's own rows of the head count, so that a base pays for no piece that it lacks."""
+    """-log2 p of the texts over their characters, in windows that start with BOS. The softmax is
+    over the tokenizer's own rows of the head: the base's score does not depend on the new rows."""
     import torch
     nats, bos, device = 0.0, model.trainer_spec.bos_id, llama.device
     for ids in processor(model).encode(texts):
@@ -1130,9 +1123,9 @@ def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") ->
 
 @contextmanager
 def build_aside(output: Path, nbytes: float = 0) -> Iterator[Path]:
-    """A hidden folder beside the output, which takes its place when all is well and is removed when
-    not. A lock keeps a second run out; what a killed run left, the next one takes over. Refused are
-    an output that cannot be renamed, and a disk without room for nbytes."""
+    """Yield a hidden folder beside the output. On success it replaces the output, on failure it is
+    removed. A lock refuses a second run; the next run clears what a killed one left. Refuse an
+    output that cannot be renamed, and a disk with less than nbytes free."""
     shown, output = f"--output_dir {output}", output.resolve()  # beside what a link leads to
     fixed = f"{shown}: a mount or the current folder, which cannot be replaced; pass a folder in it"
     refuse((Path.cwd().is_relative_to(output), fixed))
@@ -1151,9 +1144,7 @@ def build_aside(output: Path, nbytes: float = 0) -> Iterator[Path]:
             held = False
             with suppress(FileNotFoundError):  # renamed by now
                 held = take_lock(lock, shown) and os.path.samestat(os.fstat(lock), partial.stat())
-            if not held:
-                remedy = "wait for it, or pass another folder"
-                raise UserError(f"{shown}: another run is writing it; {remedy}")
+            refuse((not held, f"{shown}: another run is writing it; wait, or pass another folder"))
             leaving.push(lambda wrong, *_: wrong and shutil.rmtree(partial, ignore_errors=True))
             leaving.callback(tidy)
             tidy()

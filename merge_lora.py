@@ -420,7 +420,8 @@ def row_blocks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def finite(rows: "Tensor") -> bool:
-    """No NaN, no infinity; the sum tells in one pass, unless it overflows by itself."""
+    """Whether no value is NaN or infinite. A finite sum proves it in one pass; a sum may overflow,
+    so then every value is looked at."""
     return math.isfinite(rows.sum().item()) or bool(rows.isfinite().all())
 
 
@@ -496,7 +497,7 @@ def read_model(name: str, option: str) -> Model:
     found = {name: tensor.shape for name, tensor in tensors.items()}
     rows = {name: (config.get("vocab_size"), *found[name][1:]) for name in found.keys() & ENDS}
     llama = config.get("model_type") == "llama"
-    expected = llama_shapes(config, shown) if llama else found | rows
+    expected = llama_shapes(found, config) if llama else found | rows
     expect(found, expected, shown, "by config.json", AGAIN)
     return Model(folder, shown, config, tensors, run_record(folder, shown))
 
@@ -510,33 +511,17 @@ def expect(found: dict, expected: dict, shown: str, why: str, remedy: str) -> No
         raise UserError(f"{shown}: {wrong[0]} is {has}; expected {due} {why}{more}; {remedy}")
 
 
-def llama_shapes(config: dict, shown: str) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a Llama of this config has. (Transformers would tell too, from an empty
-    model, but importing its models takes as long as merging a gigabyte.)"""
-    sizes = {key: config.get(key) for key in (
-        "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",
-        "num_hidden_layers")}
-    for key, number in sizes.items():
-        if not isinstance(number, int) or number < 1:
-            wrong = f"config.json: {key} is {number}; expected a number above 0"
-            raise UserError(f"{shown}: {wrong}; {AGAIN}")
-    width, inner, rows, heads, layers = sizes.values()
-    size = config.get("head_dim") or width // heads
-    wide, narrow = heads * size, (config.get("num_key_value_heads") or heads) * size
-    matrices = {
-        "self_attn.q_proj": (wide, width), "self_attn.k_proj": (narrow, width),
-        "self_attn.v_proj": (narrow, width), "self_attn.o_proj": (width, wide),
-        "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner)}
-    layer = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
-    for name, shape in matrices.items():
-        layer[f"{name}.weight"] = shape
-        if config.get("attention_bias" if "attn" in name else "mlp_bias"):
-            layer[f"{name}.bias"] = shape[:1]
-    head = {} if config.get("tie_word_embeddings") else {HEAD: (rows, width)}
-    return {EMBEDDING: (rows, width), "model.norm.weight": (width,)} | head | {
-        f"model.layers.{i}.{name}": shape
-        for i in range(layers) for name, shape in layer.items()}
+def llama_shapes(found: dict, config: dict) -> dict[str, tuple[int, ...]]:
+    """The tensors that a Llama must have, and their shapes: what one layer has, every layer has."""
+    rows, width = config.get("vocab_size"), found[EMBEDDING][1]
+    shapes = {EMBEDDING: (rows, width), "model.norm.weight": (width,)}
+    if not config.get("tie_word_embeddings"):
+        shapes[HEAD] = (rows, width)
+    for name, shape in found.items():
+        if match := re.match(r"model\.layers\.\d+\.", name):
+            for layer in range(int(config.get("num_hidden_layers") or 0)):
+                shapes.setdefault(f"model.layers.{layer}.{name[match.end() :]}", shape)
+    return shapes
 
 
 def find_adapter(name: str) -> Path:
@@ -617,7 +602,7 @@ def find_base(args: Arguments, adapters: list[Adapter]) -> Model:
     first = adapters[0]
     shown, revision = f"--base_model {first.base}", first.config.get("revision")
     if not args.base_model and revision not in (None, "main") and not Path(first.base).exists():
-        raise UserError(f"{shown}: wanted is revision {revision}; download it and pass its folder")
+        raise UserError(f"{shown}: trained on revision {revision}; download it and pass its folder")
     try:
         base = read_model(first.base, "--base_model")
     except UserError as error:
@@ -840,8 +825,8 @@ def choose_base(args: Arguments, adapter: Adapter) -> dict | None:
     """How to quantise the base that is merged into; None: not at all."""
     import torch
     if adapter.nf4 is None and not args.merge_into:
-        print(f"warning: {adapter.shown}: it does not tell whether it was trained in 4 bits; "
-              "merged into the base as it is; if it was (QLoRA), pass --merge_into dequantized",
+        print(f"warning: {adapter.shown}: its file does not record whether the base was in 4 bits; "
+              "merging into the base as it is; after QLoRA, pass --merge_into dequantized",
               file=sys.stderr)
     if (args.merge_into or ("dequantized" if adapter.nf4 else "original")) == "original":
         return None
@@ -1025,7 +1010,8 @@ def merged(part: Part) -> Iterator["Tensor"]:
 
 
 def write_weights(folder: Path, plan: dict[str, Part], limit: float) -> None:
-    """Shards of at most limit bytes and their index: the headers, then each tensor at its place."""
+    """Write shards of at most limit bytes and their index: the headers, then each tensor at its
+    offset."""
     import torch
     from huggingface_hub import split_state_dict_into_shards_factory
     by_size = sorted(plan.items(), key=lambda item: -SIZES[item[1].dtype])  # for alignment
@@ -1104,8 +1090,8 @@ def chat_template(chat: Model) -> str | None:
 
 
 def check_tokenizer(folder: Path, rows: int, shown: str, base: Model) -> int:
-    """Refuse a tokenizer whose files disagree, or which does not fit the embedding or is not the
-    base's, piece by piece; return the number of tokens. Where it lacks a tokenizer.json, add it."""
+    """Return the number of tokens. Refuse a tokenizer whose two files differ, whose size is not the
+    embedding's, or which lacks a piece of the base. Add tokenizer.json where it is missing."""
     made, model, of_model = folder / "tokenizer.json", folder / "tokenizer.model", None
     if model.is_file():
         of_model, _ = read_pieces(folder, shown, ["tokenizer.model"])
@@ -1235,9 +1221,9 @@ def take_lock(file: Any, shown: str, wait: bool = False, kind: str = "flock") ->
 
 @contextmanager
 def build_aside(output: Path, nbytes: float = 0) -> Iterator[Path]:
-    """A hidden folder beside the output, which takes its place when all is well and is removed when
-    not. A lock keeps a second run out; what a killed run left, the next one takes over. Refused are
-    an output that cannot be renamed, and a disk without room for nbytes."""
+    """Yield a hidden folder beside the output. On success it replaces the output, on failure it is
+    removed. A lock refuses a second run; the next run clears what a killed one left. Refuse an
+    output that cannot be renamed, and a disk with less than nbytes free."""
     shown, output = f"--output_dir {output}", output.resolve()  # beside what a link leads to
     fixed = f"{shown}: a mount or the current folder, which cannot be replaced; pass a folder in it"
     refuse((Path.cwd().is_relative_to(output), fixed))
@@ -1256,9 +1242,7 @@ def build_aside(output: Path, nbytes: float = 0) -> Iterator[Path]:
             held = False
             with suppress(FileNotFoundError):  # renamed by now
                 held = take_lock(lock, shown) and os.path.samestat(os.fstat(lock), partial.stat())
-            if not held:
-                remedy = "wait for it, or pass another folder"
-                raise UserError(f"{shown}: another run is writing it; {remedy}")
+            refuse((not held, f"{shown}: another run is writing it; wait, or pass another folder"))
             leaving.push(lambda wrong, *_: wrong and shutil.rmtree(partial, ignore_errors=True))
             leaving.callback(tidy)
             tidy()

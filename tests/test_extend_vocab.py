@@ -756,7 +756,7 @@ def spoil(folder: Path, how: str) -> None:
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
         save_file(tensors, shard)
     elif how == "no size":
-        config["intermediate_size"] = None
+        config["num_hidden_layers"] = None
     elif how == "a bare model":
         tensors = {name.removeprefix("model."): t for name, t in load_file(shard).items()}
         save_file(tensors, shard)
@@ -786,7 +786,7 @@ def spoil(folder: Path, how: str) -> None:
         ("not sentencepiece", "not SentencePiece's"),
         ("unigram", "expected SentencePiece BPE"),
         ("normalises", "expected SentencePiece BPE"),
-        ("padded rows", "expected the same number everywhere"),
+        ("padded rows", "expected the same number (no padding rows"),
         ("quantised", "is quantised"),
         ("doubled piece", "2 times; expected every piece once"),
         ("bin only", "its weights are in pytorch_model.bin; expected *.safetensors"),
@@ -795,11 +795,11 @@ def spoil(folder: Path, how: str) -> None:
         ("not safetensors", "is not a safetensors file"),
         ("a tensor missing", "layers.1.mlp.up_proj.weight is missing; expected (52, 36) by config"),
         ("another shape", "model.norm.weight is (35,); expected (36,) by config.json"),
-        ("no size", "config.json makes no model ("),
-        ("a bare model", "expected the same number everywhere"),
+        ("no size", "layers.0.input_layernorm.weight is (36,); expected no such tensor by config"),
+        ("a bare model", "no model.embed_tokens.weight in it"),
         ("an index of nothing", "no model.safetensors there, nor its index that can be read"),
         ("a pointer", "if it was cloned, run git lfs pull"),
-        ("no head", "expected the same number everywhere"),
+        ("no head", "lm_head.weight is missing; expected (359, 36) by config.json"),
         ("shard missing", "model-00002-of-00002.safetensors is missing"),
         ("config cut short", "config.json is broken")])
 def test_bases_that_cannot_be_extended(how, said, base, corpus, tmp_path, capsys):

@@ -34,6 +34,7 @@ def definitions(script: str) -> dict[str, str]:
         ("ignore_write_errors", ["extend_vocab.py", "train_pt.py", "merge_lora.py"]),
         ("weight_files", ["extend_vocab.py", "train_pt.py", "merge_lora.py"]),
         ("fingerprint", ["extend_vocab.py", "train_pt.py", "merge_lora.py"]),
+        ("llama_shapes", ["extend_vocab.py", "merge_lora.py"]),
         ("refuse_others", ["extend_vocab.py", "merge_lora.py"]),
         ("refuse", ["extend_vocab.py", "train_pt.py", "merge_lora.py"]),
         ("pickled", ["extend_vocab.py", "train_pt.py", "merge_lora.py"]),

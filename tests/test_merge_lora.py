@@ -817,7 +817,7 @@ def test_settings_and_tensors_of_an_adapter_that_do_not_go_together(pair, tmp_pa
     assert "down_proj.lora_magnitude_vector is missing; expected (60,)" in refusal(capsys, pair[1])
     edit(pair[1] / "adapter_config.json", use_dora=False, revision="v2")
     edit(pair[1] / "adapter_config.json", base_model_name_or_path="someone/model")
-    assert "wanted is revision v2; download it" in refusal(capsys, pair[1])
+    assert "trained on revision v2; download it" in refusal(capsys, pair[1])
     new = make_adapter(pair[0], tmp_path / "new", trainable_token_indices=[7, 9])
     edit(new / "adapter_config.json", trainable_token_indices=[7])
     assert "embed_tokens.new_rows is (2, 60); expected (1, 60)" in refusal(capsys, new)
@@ -1238,12 +1238,14 @@ def test_an_index_that_makes_no_sense(pair, capsys, content):
     assert f"--base_model {pair[0]}: no model.safetensors there, nor its index that can" in line
 
 
-@pytest.mark.parametrize("value", [None, 0, "60"])
-@pytest.mark.parametrize("key", ["intermediate_size", "num_attention_heads", "num_hidden_layers"])
-def test_a_config_without_a_size_is_named(pair, capsys, key, value):
-    edit(pair[0] / "config.json", **{key: value})
+@pytest.mark.parametrize(("layers", "words"), [
+    (None, "input_layernorm.weight is (60,); expected no such tensor"),
+    (1, "layers.1.input_layernorm.weight is (60,); expected no such tensor"),
+    (3, "layers.2.input_layernorm.weight is missing; expected (60,)")])
+def test_layers_that_the_config_does_not_count_are_named(pair, capsys, layers, words):
+    edit(pair[0] / "config.json", num_hidden_layers=layers)
     line = refusal(capsys, pair[1])
-    assert f"--base_model {pair[0]}: config.json: {key} is {value}; expected a number" in line
+    assert f"--base_model {pair[0]}: model.layers" in line and f"{words} by config.json" in line
 
 
 def test_json_that_begins_with_a_mark_of_byte_order(pair):
