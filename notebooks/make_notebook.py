@@ -37,7 +37,7 @@ INTRO = """\
 - **要多久**：兩個 CPU 核心大約三分鐘；在 Colab 上另外要幾分鐘安裝套件。
 - **不需要顯示卡，也不需要 Llama 2 的授權。** 除了套件，什麼都不下載：腳本和範例都在這個檔案裡。
 - **怎麼跑**：Colab 選「檔案 → 上傳筆記本」，再選「執行階段 → 全部執行」；自己的電腦要 Python 3.11 \
-或 3.12。
+到 3.13。
 - 每支腳本整份貼在一格（收合著，點開就能讀），下一格用 `main([...])` 執行它，選項和命令列一樣。每支\
 腳本都定義自己的 `main`，所以要回頭重跑某一步時，先執行它的腳本格，再執行呼叫格。
 
@@ -53,7 +53,7 @@ notebook runs all of it on the project's own sample of some 200 pages and a tiny
 - **No GPU and no Llama 2 licence are needed.** Nothing but packages is downloaded: the scripts and
   the sample are in this file.
 - **How**: on Colab *File → Upload notebook*, then *Runtime → Run all*; elsewhere with Python 3.11
-  or 3.12.
+  to 3.13.
 - Each script is pasted whole into one cell (collapsed; open it to read), and `main([...])` in the
   next cell runs it, with the options of its command line. Each defines its own `main`: to repeat a
   step, run its script's cell first, then the call.

@@ -528,7 +528,7 @@ FIGURES: list[tuple] = [
 ]
 # Numbers that nobody measured: the card's, the hardware's, of public things, our settings.
 NOT_MEASURED = [
-    "Python 3.11", "3.12",
+    "Python 3.11 到 3.13", "Python 3.11 to 3.13",
     "24 GB", "16 GB", "48 GB", "80 GB", "20 系列", "20 series",  # GPUs
     "不到 15%", "within 15%",  # held by test_benchmarks.py
     "13.5 GB", "14 GB",  # Llama 2 7B in 16 bits
