@@ -84,9 +84,9 @@ SCORES = (
     "han", "traditional", "repeated", "distinct", "top", "closing", "pronouns", "mainland",
     "hongkong", "converted", "spam", "spun", "terms")
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
-RANGES = {
-    "keep_best": (0.001, 1), "workers": (1, 4096), "minhash_buckets": (1, 1000),
-    "minhash_rows": (1, 1000)}
+RANGES = {  # of numbers that are no share, no limit per 1,000 Han and no plain count
+    "max_mainland": (-1000, math.inf), "max_hongkong": (-1000, math.inf), "keep_best": (0.001, 1),
+    "workers": (1, 4096), "minhash_buckets": (1, 1000), "minhash_rows": (1, 1000)}
 
 # Rules in the order in which they are applied; stats.json and the picture follow it.
 RULES = {
@@ -1857,8 +1857,8 @@ def check(args: Arguments) -> None:
     for name, value in asdict(args).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             usual = (0, 1) if isinstance(value, float) else (1, math.inf)
-            if name.startswith("max_") and getattr(Arguments, name) > 1:
-                usual = (-1000, math.inf)  # words per 1,000 Han, less Taiwan's
+            if name.startswith("max_") and getattr(Arguments, name) > 1:  # per 1,000 Han
+                usual = (0, math.inf)
             least, most = RANGES.get(name, usual)
             expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
             if not least <= value <= most:  # a NaN lies in no range
