@@ -24,7 +24,6 @@ measures the speed, and the price of deduplication.
 import argparse
 import bz2
 import codecs
-import contextlib
 import errno
 import fcntl
 import gzip
@@ -47,7 +46,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial
@@ -1548,7 +1547,7 @@ def judged_pages(
     from datatrove.utils.batching import batched
 
     tally = Tally(tallies.format(rank))
-    with rejected or contextlib.nullcontext():
+    with rejected or nullcontext():
         for path in listing.read_text(encoding="utf-8").split("\n")[rank::world_size]:
             for batch in batched(file_pages(path, tally, judge), 100):  # the tables stay in cache
                 verdicts = [judge.verdict(p["text"], p["article"], p["refused"]) for p in batch]
@@ -1592,7 +1591,7 @@ def one_of_each(
     removed = set(numbers("remove").tolist())
     copies = dict(numbers("sizes").reshape(-1, 2).tolist())
     tally = Tally(tallies.format(rank))
-    with rejected or contextlib.nullcontext():
+    with rejected or nullcontext():
         for at, page in enumerate(data):
             if at not in removed:
                 page.metadata["copies"] = copies.get(at, 1)
@@ -1778,7 +1777,7 @@ def make_executor(args: Arguments, steps: list, tasks: int, folder: Path, depend
 
     class QuietExecutor(LocalPipelineExecutor):
         def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
-            with contextlib.redirect_stderr(io.StringIO()):  # its log goes to files only
+            with redirect_stderr(io.StringIO()):  # its log goes to files only
                 return super()._run_for_rank(rank, local_rank, node_rank)
 
     return QuietExecutor(**common)

@@ -517,11 +517,13 @@ def llama_shapes(found: dict, config: dict) -> dict[str, tuple[int, ...]]:
     shapes = {EMBEDDING: (rows, width), "model.norm.weight": (width,)}
     if not config.get("tie_word_embeddings"):
         shapes[HEAD] = (rows, width)
+    layer = {}
     for name, shape in found.items():
         if match := re.match(r"model\.layers\.\d+\.", name):
-            for layer in range(int(config.get("num_hidden_layers") or 0)):
-                shapes.setdefault(f"model.layers.{layer}.{name[match.end() :]}", shape)
-    return shapes
+            layer.setdefault(name[match.end() :], shape)
+    return shapes | {
+        f"model.layers.{i}.{name}": shape
+        for i in range(int(config.get("num_hidden_layers") or 0)) for name, shape in layer.items()}
 
 
 def find_adapter(name: str) -> Path:

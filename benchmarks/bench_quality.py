@@ -23,7 +23,6 @@ benchmark that was stopped goes on.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import math
@@ -31,6 +30,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -426,7 +426,7 @@ def stream_of(encode, share: float, seed: int):
     return mixed[torch.randperm(len(mixed), generator=order)]
 
 
-@dataclasses.dataclass
+@dataclass
 class Recipe:
     """How a run differs from train_pt.py's defaults. Rates of parts are multiples of `rate`."""
 
@@ -517,14 +517,15 @@ def train(rules: tuple, material: tuple, seed: int, recipe: Recipe) -> list[dict
     return points
 
 
-
-def run(key: str, rules: tuple, material: tuple, seed: int, **recipe) -> list[dict]:
+def run(
+    key: str, rules: tuple, material: tuple, seed: int, recipe: Recipe | None = None
+) -> list[dict]:
     """The points of one training run, kept on disk: a benchmark that was stopped goes on."""
     path = WORK / "runs" / f"{key}.json"
     if not path.is_file():
         print(f"--- {key}", flush=True)
         path.parent.mkdir(exist_ok=True)
-        points = train(rules, material, seed, Recipe(**recipe))
+        points = train(rules, material, seed, recipe or Recipe())
         path.write_text(json.dumps(points))
     return json.loads(path.read_text())
 
@@ -543,7 +544,7 @@ def replay() -> list[dict]:
     return [
         {"english": share, "seed": seed, "points": run(
             f"{REPLAY_START}, seed {seed}" + f", {share:.0%} English" * (share > 0),
-            rules, material, seed, share=share)}
+            rules, material, seed, Recipe(share=share))}
         for seed in SEEDS for share in SHARES]
 
 
@@ -553,7 +554,7 @@ def rates() -> list[dict]:
     return [
         {"rows_rate": factor, "seed": seed, "points": run(
             f"{REPLAY_START}, seed {seed}" + f", rows at {factor:g}" * (factor != 1),
-            rules, material, seed, rows_rate=factor)}
+            rules, material, seed, Recipe(rows_rate=factor))}
         for seed in SEEDS for factor in FACTORS]
 
 
@@ -563,7 +564,7 @@ def recipes() -> list[dict]:
     return [
         {"recipe": name, "seed": seed, "points": run(
             f"{REPLAY_START}, seed {seed}, recipe {name.replace('/', 'by')}",
-            rules, material, seed, **dataclasses.asdict(recipe))}
+            rules, material, seed, recipe)}
         for seed in SEEDS for name, recipe in RECIPES.items()]
 
 
