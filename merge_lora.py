@@ -721,11 +721,13 @@ def dequantized(tensor: Stored, nf4: dict, bounds: Bounds) -> Iterator["Tensor"]
 
 
 def import_bitsandbytes() -> None:
-    """Without torch.compile: it would load a compiler (2 s and 120 MB) that is not used here; and
-    without the warning about a kernel that is not used either."""
+    """Import it without PyTorch's compiler, which takes 3 s and 120 MB to load and is not used: a
+    function is left as it is where bitsandbytes would have it compiled, or kept from being
+    compiled. And without the warning about a kernel that is not used either."""
     import torch
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with mock.patch.object(torch, "compile", lambda function, **_: function):
+    unchanged = {"compile": lambda function, **_: function, "_disable_dynamo": lambda it: it}
+    with mock.patch.multiple(torch, **unchanged):
         import bitsandbytes.functional  # noqa: F401
 
 

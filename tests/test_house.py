@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import io
 import json
 import os
@@ -106,6 +107,38 @@ def test_no_script_imports_another_or_a_local_module(script):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0
             assert node.module.split(".")[0] not in local
+
+
+def private_names() -> dict[str, list]:
+    """The private names of dependencies that the scripts use, and all that must have them."""
+    import torch
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.executor.ray import RayPipelineExecutor
+    from datatrove.pipeline.dedup import MinhashDedupSignature
+    from transformers import Trainer, TrainingArguments
+
+    return {
+        "_disable_dynamo": [torch],
+        "_internal_call": [Trainer],
+        "_load_from_checkpoint": [Trainer],
+        "_n_gpu": [TrainingArguments],
+        "_parameters": [MinhashDedupSignature],
+        "_run_for_rank": [LocalPipelineExecutor, RayPipelineExecutor],
+        "_save_checkpoint": [Trainer]}
+
+
+def test_every_private_name_of_a_dependency_is_listed_and_still_there():
+    """A name that a dependency has renamed would be set or overridden to no effect."""
+    found = set()
+    for script in SCRIPTS:
+        for node in ast.walk(ast.parse((ROOT / script).read_text())):
+            used = [getattr(node, key, None) for key in ("attr", "arg", "name", "value")]
+            found |= {name for name in used if re.fullmatch(r"_[a-z]\w+", str(name))}
+    known = private_names()
+    assert found - {"_fields", "_make"} == known.keys()  # those two, namedtuple promises
+    for name, owners in known.items():
+        for owner in owners:
+            assert hasattr(owner, name) or re.search(rf"\b{name}\b", inspect.getsource(owner))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
