@@ -11,8 +11,8 @@ outputs/extended: tokenizer.model, tokenizer.json and the model with a row for e
    produce, is replaced by the next one.
 3. Every run proves, before anything is written: no piece is dead, SentencePiece and AutoTokenizer
    give the same ids, and decoding gives the text back.
-4. Only embedding, head and config change. They are streamed: 13.5 GB need under 2 GB of memory. New
-   rows are made from the rows that spell the piece (--init).
+4. Only embedding, head and config change. They are streamed, so memory does not grow
+   with the model. New rows are made from the rows that spell the piece (--init).
 
 A run of a minute on any CPU (this command was run):
     python extend_vocab.py --base_model data/sample/tiny-llama --corpus data/cc_filtered \\
@@ -310,7 +310,7 @@ def find_model(name_or_path: str, option: str) -> Path:
         raise UserError(
             f"{given}: the model is {reason}; accept the licence on "
             f"https://huggingface.co/{name_or_path}, run hf auth login and try again; without it, "
-            f"{option} data/sample/tiny-llama tries the whole pipeline") from error
+            "make demo tries the whole pipeline on a tiny model") from error
     if not (Path(snapshot) / "config.json").is_file():
         raise UserError(f"{given}: the repository has no config.json; expected a model")
     return Path(snapshot)

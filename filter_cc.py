@@ -2005,13 +2005,14 @@ def claimed(args: Arguments, files: list[str]) -> Iterator[Path]:
         if not known.exists():
             write_whole(known, json.dumps(settings, ensure_ascii=False))
         before = earlier_record(known, args)
-        for name, value in settings.items():
-            if value != before.get(name):
-                shown = f"{name} ({before.get(name)} before, {value} now)"
-                shown = "input, or its files have changed" if name == "files" else shown
-                raise UserError(
-                    f"{where} begun with another --{shown}; expected the same settings;"
-                    " choose another folder or delete this one")
+        changed = [
+            "--input, or its files have changed" if name == "files" else
+            f"--{name} ({before.get(name)} before, {value} now)"
+            for name, value in settings.items() if value != before.get(name)]
+        if changed:
+            raise UserError(
+                f"{where} begun with another {', '.join(changed)}; expected the same settings;"
+                " choose another folder or delete this one")
         yield work
 
 

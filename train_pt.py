@@ -17,15 +17,15 @@ Minutes on any CPU, after the first two steps of `make demo`:
     python train_pt.py --block_size 256 --gradient_accumulation_steps 1 --learning_rate 3e-3 \\
         --warmup_steps 20 --num_train_epochs 15
 The real run, and first what it will take (config.json is enough for that):
-    python train_pt.py --plan --plan_gpu_gb 24
-    python train_pt.py --lora_rank 32
+    python train_pt.py --plan --plan_gpu 4090
+    python train_pt.py --max_steps 8712
 With a tenth of English mixed in; and a run that goes on from a trained adapter:
     python train_pt.py --dataset data/cc_filtered english.parquet --dataset_weight 9 1
     python train_pt.py --adapter outputs/pt --output_dir longer
 Several GPUs, a copy of the model on each (DDP), or a part of it on each (FSDP; docs/clusters.md):
     torchrun --shutdown_timeout 600 --nproc_per_node 4 train_pt.py --lora_rank 32
     accelerate launch --config_file fsdp.yaml train_pt.py --lora_rank 32
-Cost: for 8 x 2,048 tokens --plan says 13.8 GB; an H200 took 14.06 before Liger's kernels.
+Cost: for 8 x 2,048 tokens --plan says 13.8 GB; an H200 took 14.06 without Liger's kernels.
 
 Every option of transformers.TrainingArguments is accepted too; --help_trainer lists them.
 """
@@ -126,7 +126,9 @@ class Settings:
     """Options that change the result: a run resumes only with the same ones."""
 
     block_size: int = option(2048, "Tokens in a training sequence, packed with documents.")
-    group_size: int | None = option(None, "Tokens in a group of S²; None: a quarter of block_size.")
+    group_size: int | None = option(
+        None, "Tokens in a group of S²; None: a quarter of block_size. Twice block_size: full "
+        "causal attention within documents.")
     eval_fraction: float = option(
         0.01, "Share of the documents held out (at least 4, or a tenth if fewer than 40); 0: none.")
     quantization: Literal["nf4", "none"] = option("nf4", "How the frozen weights are held.")
@@ -178,7 +180,7 @@ class Arguments(Settings):
     plan: bool = option(
         False, "Print sizes, steps and a GPU's memory; train nothing. It needs no weights, and "
         "without a text it leaves the steps out.")
-    plan_gpu: Literal["a10", "4090", "a100", "h100", "h200"] | None = option(
+    plan_gpu: Literal["a10", "3090", "4090", "5090", "a100", "h100", "h200"] | None = option(
         None, "GPU whose speed a plan predicts; its memory too, where plan_gpu_gb is None.")
     plan_gpu_gb: float | None = option(None, "GPU memory to plan for, in GB; None: the GPU here.")
     activation_checkpointing: bool | None = option(
@@ -400,7 +402,7 @@ def find_model(name_or_path: str, option: str) -> Path:
         raise UserError(
             f"{given}: the model is {reason}; accept the licence on "
             f"https://huggingface.co/{name_or_path}, run hf auth login and try again; without it, "
-            f"{option} data/sample/tiny-llama tries the whole pipeline") from error
+            "make demo tries the whole pipeline on a tiny model") from error
     if not (Path(snapshot) / "config.json").is_file():
         raise UserError(f"{given}: the repository has no config.json; expected a model")
     return Path(snapshot)
@@ -2015,8 +2017,9 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
 
 # A card's memory (GB), and what a training step sustains on it: PFLOP/s of matrix products, TB/s.
 # The H200's as measured; the others' by their public figures at its share of its own.
-CARDS = {"a10": (24, 0.060, 0.53), "4090": (24, 0.138, 0.88), "a100": (80, 0.215, 1.57),
-         "h100": (80, 0.688, 2.58), "h200": (141, 0.688, 3.7)}
+CARDS = {"a10": (24, 0.060, 0.53), "3090": (24, 0.061, 0.82), "4090": (24, 0.138, 0.88),
+         "5090": (32, 0.180, 1.58), "a100": (80, 0.215, 1.57), "h100": (80, 0.688, 2.58),
+         "h200": (141, 0.688, 3.7)}
 
 
 def step_seconds(config: Any, args: Arguments, first_new: int) -> float:
@@ -2065,8 +2068,8 @@ def print_plan(
         speed = args.gradient_accumulation_steps * batch * block / seconds
         steps = facts.get("steps", max(training.max_steps, 0))
         days = f", {steps * seconds / 86_400:.1f} days for {steps:,} steps" if steps else ""
-        print(f"on one {args.plan_gpu}, predicted, not measured, with liger-kernel: "
-              f"{seconds:.1f} s a step, {speed:,.0f} tokens/s{days}")
+        print(f"on one {args.plan_gpu}, predicted, not measured, with liger-kernel and without the "
+              f"copies of offload: {seconds:.1f} s a step, {speed:,.0f} tokens/s{days}")
     size = (args.plan_gpu_gb or CARDS.get(args.plan_gpu, (0,))[0]) * 1e9
     if torch.cuda.is_available() and not size:
         size = torch.cuda.get_device_properties(0).total_memory
@@ -2076,8 +2079,9 @@ def print_plan(
     blocks = range(256, config.max_position_embeddings + 1, 256)
     longest = max((b for b in blocks if in_all(batch, b) <= room), default=0)
     widest = max((b for b in range(1, 257) if in_all(b, block) <= room), default=0)
-    print(f"on {size / 1e9:.0f} GB: at batch {batch} the longest sequence is {longest} tokens; "
-          f"at {block} tokens the largest batch is {widest}")
+    limit = " (the model's limit)" if longest == blocks[-1] else ""
+    print(f"on {size / 1e9:.0f} GB: at batch {batch} the longest sequence is {longest} tokens"
+          f"{limit}; at {block} tokens the largest batch is {widest}")
 
 
 # --- Report --------------------------------------------------------------------------------------
@@ -2115,7 +2119,8 @@ class Report:
         print(", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in self.facts.items()))
         for line in lines:
             print(line)
-        print("a sample:", self.tokenizer.decode(blocks[0]["input_ids"][:128]), flush=True)
+        first = blocks[0]["input_ids"][blocks[0]["position_ids"] >= 0]  # no padding
+        print("a sample:", self.tokenizer.decode(first[:128]), flush=True)
 
     def write(self, history: list[dict]) -> None:
         """Write the whole history; checkpoints hold it too, so a resumed run has all of it. An
@@ -2225,7 +2230,8 @@ class Report:
         write_json(self.output / "run.json", self.record | {"results": results, "files": sums})
         losses = f"loss {results['loss_first']:.3f} to {results['loss_last']:.3f}"
         chosen = f" (of step {adapter_step}, the best)" if best else ""
-        print(f"{steps} steps, {losses}; wrote {self.output}{chosen}; next: python merge_lora.py")
+        print(f"{steps} steps, {losses}; wrote {self.output}{chosen}; next: python merge_lora.py "
+              f"--adapter {self.output}")
 
 
 def as_list(title: str, figures: dict[str, Any]) -> str:
@@ -2252,10 +2258,10 @@ def table_of_evaluations(held: list[dict]) -> str:
 def check(args: Arguments) -> None:
     """Refuse impossible values before anything heavy."""
     ranges = {  # for the rest: integers 1 or more, fractions above 0; a NaN is in no range
-        "block_size": (8, math.inf), "group_size": (2, args.block_size), "eval_fraction": (0, 0.9),
-        "lora_rank": (1, 8192), "lora_dropout": (0, 0.99), "learning_rate": (0, 100),
-        "embedding_learning_rate": (0, 100), "norm_learning_rate": (0, 100),
-        "loraplus_lr_ratio": (0.01, 1000),
+        "block_size": (8, math.inf), "group_size": (2, 2 * args.block_size),
+        "eval_fraction": (0, 0.9), "lora_rank": (1, 8192), "lora_dropout": (0, 0.99),
+        "learning_rate": (0, 100), "embedding_learning_rate": (0, 100),
+        "norm_learning_rate": (0, 100), "loraplus_lr_ratio": (0.01, 1000),
         "num_train_epochs": (1e-6, 10**4), "seed": (0, 2**32 - 1), "sample_tokens": (0, 4096),
         "save_total_limit": (-math.inf, math.inf), "plan_gpu_gb": (1, 10**4)}
     for name, value in vars(args).items():

@@ -117,17 +117,19 @@ def start_row(name: str) -> tuple:
                        for kind in ("modern", "novel") for step in (0, 60, 240))
 
 
+STARTS = ("subtoken", "mean_subtoken", "random", "last, weighted", "shared", "distilled")
+
+
 def spread(_: dict) -> float:
     """The largest distance of two seeds of one start after the training."""
-    found = [trained(name, kind, 240) for name in ("subtoken", "mean_subtoken", "shared")
-             for kind in ("modern", "novel")]
+    found = [trained(name, kind, 240) for name in STARTS for kind in ("modern", "novel")]
     return max(max(bits) - min(bits) for bits in found)
 
 
-def less(kind: str) -> Callable[[dict], float]:
-    """By how many percent `shared` starts below `mean_subtoken`."""
+def less(kind: str, than: str) -> Callable[[dict], float]:
+    """By how many percent `shared` starts below another start."""
     return lambda found: 100 * (
-        1 - mean_of("shared", kind, 0)(found) / mean_of("mean_subtoken", kind, 0)(found))
+        1 - mean_of("shared", kind, 0)(found) / mean_of(than, kind, 0)(found))
 
 
 def before(given: str, head: str) -> Callable[[dict], float]:
@@ -213,7 +215,7 @@ TRIED_RULES = [
     (rule, rule) for rule in (
         "mean", "first", "last", "weighted", "multivariate", "mean_subtoken, scaled", "aligned")]
 TRIED = (
-    "`mean` {:.2f}、拼出它的第一列 {:.2f}、最後一列 {:.2f}、兩倍兩倍加權 {:.2f}、多元常態 {:.2f}、"
+    "`mean` {:.2f}、拼出它的第一列 {:.2f}、最後一列 {:.2f}、權重逐列加倍 {:.2f}、多元常態 {:.2f}、"
     "把 `mean_subtoken` 縮放到舊列的長度 {:.2f}、依上下文對齊（TokAlign）{:.2f}",
     "`mean` {:.2f}, the first spelling row {:.2f}, the last {:.2f}, weights that double {:.2f}, a "
     "multivariate normal {:.2f}, `mean_subtoken` scaled to the old rows' norm {:.2f}, alignment by "
@@ -256,6 +258,17 @@ def predicted(measure: str, *cards: str, times: float = 1) -> list[Callable[[dic
 
 
 FOUR = ("a10", "4090", "a100", "h200")
+
+
+def by_plan(*cards: str, hours: float = 0) -> list[Callable[[dict], float]]:
+    """Seconds of a step that --plan predicts for some cards; with `hours`, the hours of the card's
+    steps, so many times over."""
+    def on(card: str) -> float:
+        seconds = float(re.search(r"([\d.]+) s a step", plan("--plan_gpu", card))[1])
+        return hours * 8712 * seconds / 3600 or seconds
+    return [lambda _, c=card: on(c) for card in cards]
+
+
 WATTS = {"a10": 150, "4090": 450, "a100": 400}  # rated
 CARD_TOKENS = 8712 * 32 * 2048  # of the card's steps
 
@@ -271,8 +284,8 @@ def six_gb_by_card(results: dict) -> float:
 
 
 def weeks(card: str) -> Callable[[dict], float]:
-    (days,) = predicted("days", card)
-    return lambda results: days(results) * six_gb_by_card(results) / 7
+    (hours,) = by_plan(card, hours=1)
+    return lambda results: hours(results) / 24 * six_gb_by_card(results) / 7
 
 
 @functools.cache
@@ -326,8 +339,8 @@ MB = "filter > speed > MB/s"
 # (in a list, key=value chooses the row), or a function of {file: its "results"}.
 FIGURES: list[tuple] = [
     # README: the picture at the top
-    ("用 {:.2f} GB、每秒 {:,.0f} 個 token；常見的做法（SDPA、`modules_to_save`、一次算完整個 logits"
-     "）用 {:.2f} GB、每秒 {:,.0f} 個",
+    ("用 {:.2f} GB、每秒 {:,.0f} 個 token；常見的做法（SDPA、`modules_to_save`、一次算出全部的 "
+     "logits）用 {:.2f} GB、每秒 {:,.0f} 個",
      "takes {:.2f} GB and reads {:,.0f} tokens a second; the usual recipe (SDPA, `modules_to_save`,"
      " all logits at once) takes {:.2f} GB and reads {:,.0f}", *BESIDE),
     # the real run
@@ -370,15 +383,14 @@ FIGURES: list[tuple] = [
     ("後者是 {:.0f}%、{:.0f}%、{:.0f}%", "the latter are {:.0f}%, {:.0f}% and {:.0f}%",
      *well_formed("scale 1, embeddings", "whatever the letters")),
     ("| 一步：32 個序列，每個 2,048 個 token" + " | {:.1f} 秒" * 3,
-     "| a step: 32 sequences of 2,048 tokens" + " | {:.1f} s" * 3,
-     *predicted("step_seconds", *WATTS)),
+     "| a step: 32 sequences of 2,048 tokens" + " | {:.1f} s" * 3, *by_plan(*WATTS)),
     ("| 8,712 步，即 {:.1f} 億個 token" + " | {:.0f} 小時" * 3, None,
-     lambda _: CARD_TOKENS / 1e8, *predicted("days", *WATTS, times=24)),
+     lambda _: CARD_TOKENS / 1e8, *by_plan(*WATTS, hours=1)),
     (None, "| 8,712 steps, or {:.0f} million tokens" + " | {:.0f} hours" * 3,
-     lambda _: CARD_TOKENS / 1e6, *predicted("days", *WATTS, times=24)),
+     lambda _: CARD_TOKENS / 1e6, *by_plan(*WATTS, hours=1)),
     ("（額定 150、450、400 W）" + " | {:.0f} 度" * 3,
      "(rated 150, 450, 400 W)" + " | {:.0f} kWh" * 3,
-     *(predicted("days", card, times=24 * watts / 1000)[0] for card, watts in WATTS.items())),
+     *(by_plan(card, hours=watts / 1000)[0] for card, watts in WATTS.items())),
     ("| 6 GB 讀三遍，約 {:.1f} 萬步" + " | {:.1f} 週" * 3, None,
      lambda results: 0.8712 * six_gb_by_card(results), *map(weeks, WATTS)),
     (None, "| 6 GB three times over, some {:.0f},000 steps" + " | {:.1f} weeks" * 3,
@@ -389,8 +401,8 @@ FIGURES: list[tuple] = [
     ("篩選 6 GB 的語料最多 {:.0f} GB", "up to {:.0f} GB while 6 GB of corpus are filtered",
      lambda results: 6 * look_up(results, DISK[1])),
     ("一個核心每秒判讀 {:.0f} MB", "One core judges {:.0f} MB a second", f"{MB} > filter_cc"),
-    ("每個 token 的字數從 {:.2f} 增加到 {:.2f}", None, per_token("novel alone (default)"), MIXED),
-    (None, "a token holds {:.2f} characters instead of {:.2f}", MIXED,
+    ("在維基百科上量，是從 {:.2f} 增加到 {:.2f}", None, per_token("novel alone (default)"), MIXED),
+    (None, "measured on Wikipedia, {:.2f} instead of {:.2f}", MIXED,
      per_token("novel alone (default)")),
     ("13.5 GB 的權重 {:.0f} 秒", "{:.0f} s for 13.5 GB of weights",
      f"{RESIZE} > rounds > 0 > extend_seconds"),
@@ -415,7 +427,9 @@ FIGURES: list[tuple] = [
     ("一批最多幾個" + " | {}" * 4, "largest batch" + " | {}" * 4, *widest(offload=False)),
     ("同上，加 offload" + " | {}" * 4, "the same, with offload" + " | {}" * 4,
      *widest(offload=True)),
-    ("保留了 {:.1f} GB", "PyTorch reserved {:.1f} GB", on_gpu(2048, "reserved_gb")),
+    ("保留了 {:.1f} GB，張量是 {:.2f} GB",
+     "{:.1f} GB on the H200 by default, for tensors of {:.2f}",
+     on_gpu(2048, "reserved_gb"), on_gpu(2048, "peak_gb")),
     # benchmarks: filtering
     ("每秒 {:.0f} MB（解壓後；WET", "reads {:.0f} MB a second (unpacked WET",
      f"{MB} > filter_cc"),
@@ -448,10 +462,14 @@ FIGURES: list[tuple] = [
      "GB", f"{RESIZE} > rounds > 0 > extend_seconds", f"{RESIZE} > rounds > 0 > ratio",
      f"{RESIZE} > rounds > 1 > ratio", f"{RESIZE} > rounds > 1 > peak_gb"),
     # where new rows start
-    *map(start_row, ("subtoken", "mean_subtoken", "random", "shared", "distilled")),
+    *map(start_row, STARTS),
     ("240 步時相差至多 {:.2f}", "differ by {:.2f} at most after 240 steps", spread),
-    ("訓練前就低 {:.0f}% 到 {:.0f}%", "starts {:.0f} to {:.0f}% below `mean_subtoken`",
-     less("modern"), less("novel")),
+    ("訓練前就比 `mean_subtoken` 低 {:.0f}% 到 {:.0f}%",
+     "starts {:.0f} to {:.0f}% below `mean_subtoken`",
+     less("modern", "mean_subtoken"), less("novel", "mean_subtoken")),
+    ("訓練前的每字位元數比預設低 {:.0f}% 到 {:.0f}%",
+     "starts with {:.0f} to {:.0f}% fewer bits per character than the default",
+     less("modern", "subtoken"), less("novel", "subtoken")),
     ("英文網頁從每字 {:.2f} 位元升到 {:.2f}（`subtoken` 是 {:.2f}）",
      "English pages go from {:.2f} bits per character to {:.2f} (`subtoken`: {:.2f})",
      mean_of("random", "english", 0), mean_of("random", "english", 240),
@@ -521,8 +539,9 @@ FIGURES: list[tuple] = [
     ("只要讀約 {:.1f} GB", "only about {:.1f} GB are read", lambda _: 107 * 2 / 48),
     ("一個約 70 MB 的 WET 檔留下約 140 kB，6 GB 要 {:.1f} 萬個檔案、{:.0f} TB", None,
      lambda _: 6e9 / 140e3 / 1e4, lambda _: 6e9 / 140e3 * 70e6 / 1e12),
-    ("每秒 100 MB 的網路要 {:.0f} 小時", "{:.0f} hours at 100 MB a second",
-     lambda _: 3e12 / 1e8 / 3600),
+    ("1 Gbps 的網路要 {:.0f} 小時，300 Mbps 要 {:.0f} 小時",
+     "{:.0f} hours at 1 Gbps, {:.0f} at 300 Mbps",
+     lambda _: 3e12 * 8 / 1e9 / 3600, lambda _: 3e12 * 8 / 3e8 / 3600),
     (None, "a WET file of about 70 MB yields about 140 kB, so 6 GB take {:.0f},000 files, a "
      "download of {:.0f} TB", lambda _: 6e6 / 140e3, lambda _: 6e9 / 140e3 * 70e6 / 1e12),
 ]
@@ -532,7 +551,7 @@ NOT_MEASURED = [
     "24 GB", "16 GB", "48 GB", "80 GB", "20 系列", "20 series",  # GPUs
     "不到 15%", "within 15%",  # held by test_benchmarks.py
     "13.5 GB", "14 GB",  # Llama 2 7B in 16 bits
-    "收 3 GB", "3 GB are",  # more than the 2.7 GB that the card's steps read
+    "--target_size 3GB",  # more than the 2.7 GB that the card's steps read
     "6 GB",  # the card's corpus
     "8 × 累積 4 = 32", "8 × accumulation 4 = 32",  # the card's batch
     "0.9、0.999", "0.9, 0.999",  # the card's Adam
@@ -551,6 +570,7 @@ NOT_MEASURED = [
     "約 20 秒", "20 s for each",  # extend_vocab.py's own docstring
     "--keep_best 0.3", "30%", "10% English",  # settings
     "2 分鐘", "1 分鐘", "2 minutes", "1 minute",  # by hand: time make demo, nothing else running
+    "約 10 分鐘", "10 minutes", "約 7.5 秒", "7.5 s",  # by hand: make test, merge_lora.py
     "70 分鐘", "70 minutes",  # by hand: time make bench
     # by hand, on the H200: a profile of one step, and the real command held to 18 GB
     "2.31 秒", "2.31 s", "1.13 秒", "1.13 s", "18 GB", "14.86 GB", "17.93 GB",
@@ -684,6 +704,24 @@ def test_the_readme_says_what_was_measured(row, half, language):
     expected = sentence(row, language)
     said = re.search(re.sub(r"\\{.*?\\}", r"[\\d.,]+", re.escape(row[language])), half)
     assert expected in half, f"README: {said and said[0]!r}; result files: {expected!r}"
+
+
+MANUALS = [  # what a script's help says that it costs
+    ("merge_lora.py", "for a model of {:.2f} GB (benchmarks/bench_merge.py): --merge_into original "
+     "{:.1f} s ({:.1f} times cp -r; PEFT's merge {:.1f} s) and {:.2f} GB of memory, dequantized "
+     "{:.1f} s ({:.1f} times) and {:.2f} GB", f"{MERGE} > gigabytes", *way("original")[:2],
+     way("PEFT")[0], way("original")[2], *way("dequantized")),
+    ("extend_vocab.py", "{:.0f} s and {:.1f} GB of memory for 13.5 GB of weights ({:.1f} to {:.1f} "
+     "times as long as cp -r)", f"{RESIZE} > rounds > 0 > extend_seconds",
+     f"{RESIZE} > rounds > 1 > peak_gb", f"{RESIZE} > rounds > 0 > ratio",
+     f"{RESIZE} > rounds > 1 > ratio"),
+    ("train_pt.py", "for 8 x 2,048 tokens --plan says {:.1f} GB; an H200 took {:.2f} without",
+     lambda _: in_all(), on_gpu(2048, "peak_gb"))]
+
+
+@pytest.mark.parametrize("row", MANUALS, ids=lambda row: row[0])
+def test_a_manual_says_what_was_measured(row):
+    assert sentence(row, 1) in " ".join(importlib.import_module(row[0][:-3]).__doc__.split())
 
 
 @pytest.mark.parametrize(("half", "language"), [(CHINESE, 0), (ENGLISH, 1)], ids=["zh", "en"])

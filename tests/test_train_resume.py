@@ -14,6 +14,7 @@ from conftest import ROOT
 from train_support import (
     Killed,
     at_step,
+    default_signals,
     kill,
     killed_at,
     launch,
@@ -140,6 +141,7 @@ def test_a_terminal_that_is_closed_takes_no_work_with_it(command):
     options = command("--save_steps", "1", "--max_steps", "200")
     child, terminal = pty.fork()
     if child == 0:
+        default_signals()
         os.execv(sys.executable, [sys.executable, str(ROOT / "train_pt.py"), *options])
     while b"'loss'" not in os.read(terminal, 1 << 16):
         pass

@@ -108,7 +108,7 @@ def copy_of_tiny(folder: Path, **changes) -> Path:
         (["--dataset", "data/cc_filtered"], "run python filter_cc.py first"),
         (["--block_size", "4"], "--block_size 4: expected 8 to "),
         (["--block_size", "8192"], "longer than the model's 4096 positions"),
-        (["--group_size", "33"], "--group_size 33: expected 2 to 32"),
+        (["--group_size", "65"], "--group_size 65: expected 2 to 64"),
         (["--eval_fraction", "2"], "--eval_fraction 2.0"),
         (["--lora_rank", "0"], "--lora_rank 0"),
         (["--activation_checkpointing_kwargs", "offload"], "expected a JSON object"),

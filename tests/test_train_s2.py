@@ -48,6 +48,7 @@ def attend_by_mask(q, k, v, mask, scale=None):
         (3, 3, 4, 4, [[17, 2]]),  # an odd number of heads
         (6, 3, 3, 5, [[9, 14], [23], [3, 20]]),  # halves that cut through the key heads' groups
         (1, 1, 7, 2, [[11]]),
+        (4, 2, 6, 64, [[32], [12, 20]]),  # twice the row's length: full attention
     ],
 )
 def test_forward_and_gradients_equal_the_boolean_mask(heads, kv_heads, size, group, rows, training):

@@ -107,6 +107,12 @@ def killed_at(monkeypatch, step: int, options: list[str]) -> None:
         train_pt.main(options)
 
 
+def default_signals() -> None:
+    """In a new process: nohup, and a shell's & without job control, have it ignore these two."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def launch(options: list[str], saves: int, *launcher: str) -> subprocess.Popen:
     """The real program, in a process group of its own, once it has saved so many checkpoints more.
     """
@@ -114,7 +120,7 @@ def launch(options: list[str], saves: int, *launcher: str) -> subprocess.Popen:
     running = subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "train_pt.py"), *options],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
+        preexec_fn=default_signals, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.time() + 120
     while len({*train_pt.checkpoints(Path("pt"))} - before) < saves and time.time() < deadline:
         time.sleep(0.05)
