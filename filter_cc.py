@@ -94,7 +94,7 @@ RULES = {
     "japanese_korean": "kana or hangul",
     "simplified": "Simplified characters",
     "index": "first lines of other pages below links to them",
-    "mojibake": "broken bytes, or characters that nobody uses",
+    "mojibake": "broken bytes, characters that nobody uses, or spaces between the characters",
     "lines": "menus, footers, share buttons and cookie notices (lines; pages stay)",
     "length": "too little prose is left",
     "repetition": "it repeats itself",
@@ -148,6 +148,7 @@ TIMING = re.compile(r"\d+|(?:\d\d:)+\d\d[,.]\d{3} --> .*")
 FORMULA = re.compile(r"\S [=≈≤≥] \S")
 DATA = re.compile(r"[\d=(){};]")
 HAN, LATIN = re.compile("[\u3400-\u9fff]"), re.compile("[a-z]")
+APART = re.compile("[\u3400-\u9fff] (?=[\u3400-\u9fff])")
 SENTENCE = re.compile(  # Chinese punctuation, or ASCII's behind Han
     "[。！？；，,.!?;](?:(?<=[。！？；，])|(?<=[\u3400-\u9fff」）].)(?=\\s|$|[\u3400-\u9fff「]))")
 STOPS = re.compile("[。？！?!]")
@@ -223,6 +224,8 @@ class Arguments:
     max_broken: float = option(
         0.01, "Largest share of broken characters (U+FFFD, private use); 5 are always allowed.")
     max_rare: float = option(0.15, "Largest share of Han outside Big5 level 1, the 5,401 in use.")
+    max_apart: float = option(
+        0.25, "Largest share of Han with a space before the next, as OCR and PDF set them.")
     min_length: int = option(200, "Least number of Han left when the lines are cleaned.")
     max_cantonese: float = option(0.01, "Largest share of characters of written Cantonese.")
     max_mainland: float = option(4.0, "Most mainland words, less Taiwan's, per 1,000 Han.")
@@ -1133,15 +1136,16 @@ class Judge:
         scores = {}
         if refused:
             return text, scores, refused
-        text = clean_lines(INVISIBLE.sub("", text), article)
-        for rule, broken in self.checks(text, scores):
+        page = INVISIBLE.sub("", text)
+        text = clean_lines(page, article)
+        for rule, broken in self.checks(text, page, scores):
             if broken:
                 return text, scores, rule
         return hide_private(text), scores, None
 
-    def checks(self, text: str, scores: dict) -> Iterator[tuple[str | None, bool]]:
-        """Yield the rules, cheap ones first, each with whether the page breaks it; fill in `scores`
-        on the way."""
+    def checks(self, text: str, page: str, scores: dict) -> Iterator[tuple[str | None, bool]]:
+        """Yield the rules, cheap ones first, each with whether the text of the page breaks it; fill
+        in `scores` on the way."""
         limits, codes = self.limits, code_points(text)
         counts = self.count(codes)
         han = sum(counts[1:5])
@@ -1159,6 +1163,7 @@ class Judge:
         spoken = [number for char in self.cantonese if (number := text.count(char))]
         yield "cantonese", len(spoken) > 2 and sum(spoken) > limits.max_cantonese * han
         yield "mojibake", counts.rare > limits.max_rare * han
+        yield "mojibake", len(APART.findall(text)) > limits.max_apart * han
         scores["distinct"] = distinct_share(shingles(dense[:1000], 2))
         yield "repetition", scores["distinct"] < limits.min_distinct
         scores["repeated"] = 1 - distinct_share(shingles(dense, 10))
@@ -1169,6 +1174,9 @@ class Judge:
         yield "punctuation", scores["closing"] < limits.min_closing
         scores["pronouns"] = sum(map(text.count, PRONOUNS)) / han
         scores |= self.usage(text, codes, han)
+        # Lists of search words went with the menus. Spam beside an article may be three times it.
+        stuffed = self.usage(page, whole := code_points(page), sum(self.count(whole)[1:5]))["spam"]
+        scores["spam"] = max(scores["spam"], stuffed / 3)
         for rule in SCORES[SCORES.index("pronouns") :]:
             yield rule, scores[rule] > getattr(limits, f"max_{rule}")
 

@@ -119,7 +119,7 @@ TABLE = [
     row(F, "S3 without credentials", ["--input", "s3://commoncrawl/a.warc.wet.gz"],
         ["--input s3://", "https://data.commoncrawl.org/"]),
     row(F, "a protocol that nobody knows", ["--input", "xyz://a/b.wet"], ["--input xyz://", "xyz"]),
-    row(E, "no network", [], ["meta-llama/Llama-2-7b-hf", "hf auth login", "tiny-llama"]),
+    row(E, "no network", [], ["meta-llama/Llama-2-7b-hf", "hf auth login", "make demo"]),
     row(E, "a model's web page", ["--base_model", "https://huggingface.co/a/b"], ["a hub id"]),
     row(T, "no network", ["--model_name_or_path", "a/b"], ["--model_name_or_path a/b", "hf auth"]),
     row(M, "no network", ["--adapter", "a/b"], ["--adapter a/b", "hub"]),
@@ -244,7 +244,7 @@ ACCEPTED = {
         "max_converted": ["zero", "huge"], "max_spam": ["zero", "huge"],
         "max_spun": ["zero", "huge"], "max_terms": ["zero", "huge"]} | {
         share: ["zero"] for share in (
-            "min_han", "max_kana_hangul", "min_traditional", "max_broken", "max_rare",
+            "min_han", "max_kana_hangul", "min_traditional", "max_broken", "max_rare", "max_apart",
             "max_cantonese", "max_top", "max_pronouns", "max_repeated", "min_distinct",
             "min_closing")},
     E: {"max_chars": ["huge"], "seed": ["zero"]},

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import stat
 import subprocess
@@ -261,6 +262,7 @@ def test_no_sentence_of_a_good_page_is_lost(judge, name):
         ("mojibake", LETTER.replace("的", "?").replace("，", "?")),
         ("mainland", RECIPE.replace("的", "爲")),
         ("mojibake", "".join(c + "龘" * (i % 6 == 0) for i, c in enumerate(LETTER))),
+        ("mojibake", re.sub("(?<=[\u4e00-\u9fff]{2})(?=[\u4e00-\u9fff])", " ", LETTER)),
         ("punctuation", HEADLINES),
         ("han", LETTER + " english words that say nothing at all" * 80 + "。")])
 def test_each_rule_refuses_its_page(judge, expected, text):
@@ -284,6 +286,15 @@ def test_a_page_on_computers_in_taiwan_words_is_no_mainland_page(judge):
 def test_one_word_of_spam_is_a_topic(judge):
     assert rule(judge, LETTER + "聊到六合彩，" * 3 + "舅舅說，六合彩害人不淺。") is None
     assert rule(judge, LETTER + "聊到六合彩和百家樂，" * 3 + "還有老虎機，都害人不淺。") == "spam"
+
+
+def test_search_words_that_go_with_the_menus_still_count_as_spam(judge):
+    """Beside an article, in a menu or in comments, spam may be three times as dense as in it."""
+    words = "百家樂 老虎機 六合彩"
+    assert rule(judge, f"{LETTER}\n{words}") is None
+    stuffed = "\n".join([LETTER, *[words] * 4])
+    assert "百家樂" not in judge.verdict(stuffed)[0]
+    assert rule(judge, stuffed) == "spam"
 
 
 def test_one_mainland_word_is_not_enough(judge):
