@@ -765,7 +765,8 @@ def batches_of_text(texts: Iterator[str]) -> Iterator[list[tuple[str, bool, bool
 
 
 def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -> None:
-    """Make tokenize's cache, in a folder aside first. The tokenizer works on all cores."""
+    """Make tokenize's cache, in a folder aside first; the next run takes over what a killed one has
+    left of it. The tokenizer works on all cores."""
     from tqdm import tqdm
 
     def encode(texts: list[str]) -> list[list[int]]:  # <s> and </s> in a page are plain text
@@ -781,11 +782,15 @@ def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -
     batches = batches_of_text(tqdm(texts, desc="tokenising", unit=" documents"))
     start = next(batches, None)  # read before a folder is made: a refused text leaves none behind
     refuse((not start, f"--dataset {files[0]}: holds no text; expected some documents"))
-    sizes = []
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="building-", dir=cached.parent) as aside:
-        building = Path(aside, cached.name)
-        building.mkdir()
+    sizes, building = [], cached.with_name(f"{cached.name}.building")
+    building.mkdir(parents=True, exist_ok=True)  # or what a killed run has left
+    lock = os.open(building, os.O_RDONLY)
+    with ExitStack() as leaving:
+        leaving.callback(os.close, lock)
+        take_lock(lock, f"--dataset: {building}", wait=True)
+        if read_tokens(cached, dtype):  # another run was faster
+            return
+        leaving.callback(shutil.rmtree, building, ignore_errors=True)
         with (building / "tokens.bin").open("wb") as out:
             for batch in chain([start], batches):
                 pieces = encode([part if first else "\n" + part for part, first, _ in batch])
@@ -799,9 +804,8 @@ def write_tokens(files: list[Path], tokenizer: Any, cached: Path, dtype: type) -
                     sizes[-1][0] += len(ids)
                     sizes[-1][1] += len(part)
         np.save(building / "documents.npy", np.array(sizes))
-        if not read_tokens(cached, dtype):  # else another run was faster
-            shutil.rmtree(cached, ignore_errors=True)  # damaged
-            building.rename(cached)
+        shutil.rmtree(cached, ignore_errors=True)  # damaged
+        building.rename(cached)
 
 
 class PackedBlocks:

@@ -1,7 +1,9 @@
 """Documents to tokens to blocks: nothing lost, nothing twice, nothing across documents."""
 
 import json
-import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,19 +111,27 @@ def test_bad_text_is_refused_by_name(name, content, reason, tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name], "a refused file leaves nothing"
 
 
-def test_of_two_runs_that_tokenise_at_once_the_faster_one_counts(tokenizer, tmp_path, monkeypatch):
+def test_of_two_runs_that_tokenise_at_once_the_second_waits(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("春天的花")
-    first = train_pt.tokenize([tmp_path / "a.txt"], tokenizer, tmp_path / "one/key")
-    batches = train_pt.batches_of_text
+    batches, reached, go_on = train_pt.batches_of_text, threading.Event(), threading.Event()
 
-    def meanwhile(texts):
+    def slowly(texts):
         yield from batches(texts)
-        shutil.copytree(tmp_path / "one/key", tmp_path / "two/key")
+        reached.set()
+        go_on.wait()
 
-    monkeypatch.setattr(train_pt, "batches_of_text", meanwhile)
-    (tmp_path / "b.txt").write_text("秋天")
-    corpus = train_pt.tokenize([tmp_path / "b.txt"], tokenizer, tmp_path / "two/key")
-    assert np.array_equal(corpus.tokens, first.tokens)
+    def tokens() -> list[int]:
+        return train_pt.tokenize([tmp_path / "a.txt"], tokenizer, tmp_path / "two/key").tokens
+
+    monkeypatch.setattr(train_pt, "batches_of_text", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(tokens)
+        assert reached.wait(10)
+        second = pool.submit(tokens)
+        time.sleep(0.3)
+        assert not second.done()
+        go_on.set()
+        assert np.array_equal(first.result(10), second.result(10))
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["key"]
 
 
@@ -160,3 +170,22 @@ def test_the_batch_carries_its_cut_points():
     assert torch.equal(batch["cuts"]["documents"]["order"].sort().values, torch.arange(20))
     for half in ("groups", "shifted"):
         assert torch.equal(batch["cuts"][half]["order"].sort().values, torch.arange(20))
+
+
+def test_what_a_killed_run_left_of_the_cache_is_taken_over(tokenizer, tmp_path, monkeypatch):
+    """After kill -9 a part of it is there; another exception takes its own part away."""
+    text, cached = tmp_path / "a.jsonl", tmp_path / "cache" / "key"
+    text.write_text(json.dumps({"text": "春眠不覺曉"}) + "\n")
+    left = tmp_path / "cache" / "key.building"
+    left.mkdir(parents=True)
+    (left / "tokens.bin").write_bytes(bytes(10**6))
+    whole = train_pt.tokenize([text], tokenizer, cached).tokens.tolist()
+    assert tokenizer.decode(whole[1:-1]) == "春眠不覺曉"
+    assert [path.name for path in cached.parent.iterdir()] == ["key"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        patch.setattr(np, "save", interrupted)
+        train_pt.tokenize([text], tokenizer, cached.with_name("other"))
+    assert [path.name for path in cached.parent.iterdir()] == ["key"]
