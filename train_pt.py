@@ -2072,8 +2072,10 @@ def print_plan(
         speed = args.gradient_accumulation_steps * batch * block / seconds
         steps = facts.get("steps", max(training.max_steps, 0))
         days = f", {steps * seconds / 86_400:.1f} days for {steps:,} steps" if steps else ""
-        print(f"on one {args.plan_gpu}, predicted, not measured, with liger-kernel and without the "
-              f"copies of offload: {seconds:.1f} s a step, {speed:,.0f} tokens/s{days}")
+        offload = "offload" in (args.activation_checkpointing_kwargs or "")
+        more = "; the copies of offload are not counted" if offload else ""
+        print(f"on one {args.plan_gpu}, predicted, not measured, with liger-kernel: "
+              f"{seconds:.1f} s a step, {speed:,.0f} tokens/s{days}{more}")
     size = (args.plan_gpu_gb or CARDS.get(args.plan_gpu, (0,))[0]) * 1e9
     if torch.cuda.is_available() and not size:
         size = torch.cuda.get_device_properties(0).total_memory

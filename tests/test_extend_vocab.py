@@ -692,7 +692,7 @@ def test_bits_per_character_equal_a_plain_loop(base):
         ("--base_model", "nowhere/at/all", "no such folder"),
         ("--base_model", "outputs/other", "run python extend_vocab.py first"),
         ("--base_model", "data", "no config.json in it"),
-        ("--base_model", "some-owner/some-model", "data/sample/tiny-llama tries the whole")])
+        ("--base_model", "some-owner/some-model", "make demo tries the whole")])
 def test_wrong_values(option, value, said, base, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()

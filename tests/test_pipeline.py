@@ -88,8 +88,8 @@ def test_real_text_and_the_real_tokenizer(shared_data, run_script, tmp_path):
     run_script(
         "train_pt.py",
         *("--lora_rank", 32, "--block_size", 256, "--per_device_train_batch_size", 2),
-        *("--gradient_accumulation_steps", 1, "--learning_rate", 2e-3, "--max_steps", 30),
-        *("--logging_steps", 1, "--eval_steps", 15),
+        *("--gradient_accumulation_steps", 1, "--learning_rate", 2e-3, "--max_steps", 16),
+        *("--logging_steps", 1, "--eval_steps", 16),
         cwd=tmp_path,
     )
     run_script("merge_lora.py", cwd=tmp_path)

@@ -353,7 +353,8 @@ def test_a_plan_needs_a_configuration_alone_and_is_of_a_gpu(tmp_path, monkeypatc
     said = capsys.readouterr().out
     assert "memory on a GPU with liger-kernel" in said
     assert "in all:   13.76 GB" in said
-    assert "the longest sequence is 4096 tokens; at 2048 tokens the largest batch is 19" in said
+    assert "the longest sequence is 4096 tokens (the model's limit); at 2048 tokens the largest " \
+        "batch is 19" in said
     assert "no text at --dataset data/cc_filtered" in said
     assert [path.name for path in tmp_path.iterdir()] == ["base"], "it leaves nothing"
     without = ["--model_name_or_path", "base", "--use_liger_kernel", "false"]
