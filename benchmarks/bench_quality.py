@@ -15,6 +15,8 @@ replay      English mixed into that text: bits per character of Chinese and of E
 rates       Another learning rate for the new rows than for the rest.
 recipes     Other rates for everything, the norms and LoRA's B, rsLoRA, a constant rate; and the
             mean of the last checkpoints' merged weights beside the last checkpoint.
+chosen      As many characters of what filter_cc.py keeps of articles and chapters: the pages most
+            like other articles (--like, --keep_best 0.3), or any pages.
 cost        Seconds and memory of extend_vocab.py with each start that it has.
 
 Results: benchmarks/results/quality.json, table by table, pictures/readme_init.png and
@@ -28,6 +30,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -61,6 +64,7 @@ STARTS = {
     "shared": ("last", "shared"),
     "distilled": ("distilled", "distilled")}
 REPLAY_START, SHARES, FACTORS = "shared", (0, 0.05, 0.1, 0.25), (0.1, 1, 10)
+CHOSEN_CHARS, KEEP_BEST = 80_000, 0.3
 AVERAGED = (160, 200, 240)  # the checkpoints whose mean is measured
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
@@ -405,25 +409,6 @@ def starts() -> dict:
 # --- Training ------------------------------------------------------------------------------------
 
 
-def stream_of(encode, share: float, seed: int):
-    """Windows (N, WINDOW) to train on, Chinese, and that share of all in English, evenly mixed."""
-    import torch
-
-    texts, order = texts_by_use()["training"], torch.Generator().manual_seed(seed)
-    count = TRAIN_STEPS * TRAIN_ROWS
-    english = round(share * count)
-    chosen = []
-    chinese = texts["modern"] * 2 + texts["novel"]
-    for found, wanted in ((chinese, count - english), (texts["english"], english)):
-        stream = packed(encode, found if wanted else found[:9], seed)
-        windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)
-        passes = -(-wanted // len(windows))
-        orders = [torch.randperm(len(windows), generator=order) for _ in range(passes)]
-        chosen += [windows[torch.cat(orders)[:wanted]]] if passes else []
-    mixed = torch.cat(chosen)
-    return mixed[torch.randperm(len(mixed), generator=order)]
-
-
 @dataclass
 class Recipe:
     """How a run differs from train_pt.py's defaults. Rates of parts are multiples of `rate`."""
@@ -435,7 +420,27 @@ class Recipe:
     lora_b_rate: float = 1.0  # LoRA+
     use_rslora: bool = False
     schedule: str = "cosine"
+    texts: tuple[str, ...] = ()  # instead of the Chinese
     average: bool = False  # also measure the mean of AVERAGED
+
+
+def stream_of(encode, recipe: Recipe, seed: int):
+    """Windows (N, WINDOW) to train on, Chinese, and a share of all in English, evenly mixed."""
+    import torch
+
+    texts, order = texts_by_use()["training"], torch.Generator().manual_seed(seed)
+    count = TRAIN_STEPS * TRAIN_ROWS
+    english = round(recipe.share * count)
+    chosen = []
+    chinese = list(recipe.texts) or texts["modern"] * 2 + texts["novel"]
+    for found, wanted in ((chinese, count - english), (texts["english"], english)):
+        stream = packed(encode, found if wanted else found[:9], seed)
+        windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)
+        passes = -(-wanted // len(windows))
+        orders = [torch.randperm(len(windows), generator=order) for _ in range(passes)]
+        chosen += [windows[torch.cat(orders)[:wanted]]] if passes else []
+    mixed = torch.cat(chosen)
+    return mixed[torch.randperm(len(mixed), generator=order)]
 
 
 RECIPES = {
@@ -482,7 +487,7 @@ def train(rules: tuple, material: tuple, seed: int, recipe: Recipe) -> list[dict
         return bits_of_heads(model, embedding, {"": rows[1]}, held)[""]
 
     points, merged, start = [{"step": 0, **measure()}], [], time.monotonic()
-    windows = stream_of(script.processor(extended).encode, recipe.share, seed)
+    windows = stream_of(script.processor(extended).encode, recipe, seed)
     for step in range(1, TRAIN_STEPS + 1):
         decay = 0.5 + 0.5 * math.cos(math.pi * step / TRAIN_STEPS)
         rate = recipe.rate * min(step / 20, decay if recipe.schedule == "cosine" else 1)
@@ -566,6 +571,40 @@ def recipes() -> list[dict]:
         for seed in SEEDS for name, recipe in RECIPES.items()]
 
 
+@functools.cache
+def filtered(*options: str) -> list[str]:
+    """What filter_cc.py keeps of articles of DRCD and half of the novel, none of which the base has
+    seen. The trusted text is other articles."""
+    import pyarrow.parquet as pq
+
+    pool, trusted, output = (WORK / n for n in ("pool.jsonl", "trusted.jsonl", "filtered"))
+    mixture = [text for kind in ("modern", "novel") for text in texts_by_use()["training"][kind]]
+    for path, texts in ((pool, mixture), (trusted, read("drcd_dev.jsonl")[:150])):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = [sys.executable, ROOT / "filter_cc.py", "--input", pool, *options]
+    command += ["--output_dir", output, "--picture", WORK / "filter.png"]
+    shutil.rmtree(output, ignore_errors=True)
+    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+    tables = [pq.read_table(path, columns=["text"]) for path in sorted(output.glob("*.parquet"))]
+    shutil.rmtree(output)
+    return [text for table in tables for text in table.column("text").to_pylist()]
+
+
+def chosen() -> list[dict]:
+    """The same number of characters of two corpora, trained on as often."""
+    material, rules, rows = extension(), STARTS[REPLAY_START], []
+    like = ("--like", str(WORK / "trusted.jsonl"), "--keep_best", str(KEEP_BEST))
+    for way, options in {"any pages": (), "--like": like}.items():
+        pages = filtered(*options)
+        for seed in SEEDS:
+            texts = tuple(script.sample(pages, CHOSEN_CHARS, seed))
+            rows.append({
+                "pages": way, "seed": seed, "kept": len(pages), "characters": sum(map(len, texts)),
+                "points": run(f"{REPLAY_START}, seed {seed}, {way}", rules, material, seed,
+                              Recipe(texts=texts))})
+    return rows
+
+
 def cost() -> list[dict]:
     """What a run of the script takes with each start: seconds of CPU, wall time, peak memory."""
     rows = []
@@ -646,7 +685,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = {
         "starts": starts, "training": training, "replay": replay, "rates": rates,
-        "recipes": recipes, "cost": cost}
+        "recipes": recipes, "chosen": chosen, "cost": cost}
     parser.add_argument("--only", nargs="+", choices=tables, help="these tables")
     parser.add_argument("--draw", action="store_true", help="only the picture, from the results")
     args = parser.parse_args()

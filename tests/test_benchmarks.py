@@ -292,7 +292,7 @@ def test_windows_of_english_have_the_asked_share(monkeypatch):
     def encode(found: list[str]) -> list[list[int]]:
         return [[{"e": 5, "m": 4, "n": 6}[sign] for sign in text] for text in found]
 
-    windows = bench_quality.stream_of(encode, 0.25, 0)
+    windows = bench_quality.stream_of(encode, bench_quality.Recipe(share=0.25), 0)
     assert len(windows) == bench_quality.TRAIN_STEPS * bench_quality.TRAIN_ROWS
     english = (windows == 5).any(1)
     assert english.sum() == len(windows) // 4
