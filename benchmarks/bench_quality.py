@@ -64,7 +64,7 @@ STARTS = {
     "shared": ("last", "shared"),
     "distilled": ("distilled", "distilled")}
 REPLAY_START, SHARES, FACTORS = "shared", (0, 0.05, 0.1, 0.25), (0.1, 1, 10)
-CHOSEN_CHARS, KEEP_BEST = 80_000, 0.3
+CHOSEN_CHARS, KEEP_BEST = 30_000, 0.3
 AVERAGED = (160, 200, 240)  # the checkpoints whose mean is measured
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
