@@ -2085,7 +2085,7 @@ def print_plan(
     blocks = range(256, config.max_position_embeddings + 1, 256)
     longest = max((b for b in blocks if in_all(batch, b) <= room), default=0)
     widest = max((b for b in range(1, 257) if in_all(b, block) <= room), default=0)
-    limit = " (the model's limit)" if longest == blocks[-1] else ""
+    limit = " (the model's limit)" if longest + 256 > config.max_position_embeddings else ""
     print(f"on {size / 1e9:.0f} GB: at batch {batch} the longest sequence is {longest} tokens"
           f"{limit}; at {block} tokens the largest batch is {widest}")
 

@@ -200,6 +200,26 @@ def recipe_spread(wanted: Callable[[str], bool]) -> float:
     return max(max(bits) - min(bits) for bits in found)
 
 
+def chosen_bits(pages: str, kind: str) -> list[float]:
+    """Bits per character after training on the same number of characters; a value a seed."""
+    return [row["points"][-1][kind] for row in results()["quality"]["chosen"]["results"]
+            if row["pages"] == pages]
+
+
+def chosen_row(chinese: str, english: str, pages: str) -> tuple:
+    """A row of the table of chosen pages."""
+    cells = " | ".join(["{:.2f}"] * 3)
+    found = [lambda _, k=kind: statistics.mean(chosen_bits(pages, k))
+             for kind in ("modern", "novel", "english")]
+    return f"| {chinese} | {cells} |", f"| {english} | {cells} |", *found
+
+
+def chosen_spread(_: dict) -> float:
+    """The largest distance of two seeds on modern text."""
+    found = [chosen_bits(pages, "modern") for pages in ("any pages", "--like")]
+    return max(max(bits) - min(bits) for bits in found)
+
+
 def well_formed(way: str, measure: str = "well formed") -> list[Callable[[dict], float]]:
     """Percent of the answers with a chat vector, a value a seed."""
     return [lambda results, s=seed: 100 * results["chat"][s][way][measure] for seed in (0, 1, 2)]
@@ -376,6 +396,10 @@ FIGURES: list[tuple] = [
     recipe_row("`--norm_learning_rate` 是十倍", "`--norm_learning_rate` ten times", "norms x 10"),
     recipe_row("`--loraplus_lr_ratio 4`", "`--loraplus_lr_ratio 4`", "LoRA+, B x 4"),
     recipe_row("`--use_rslora true`", "`--use_rslora true`", "rsLoRA"),
+    chosen_row("任意的頁", "of any pages", "any pages"),
+    chosen_row("`--like`，`--keep_best 0.3`", "`--like`, `--keep_best 0.3`", "--like"),
+    ("沒有差別（種子相差至多 {:.2f}）", "the seeds differ by {:.2f} at most). 30,000",
+     chosen_spread),
     ("合格的回答，種子依序是 {:.0f}%、{:.0f}%、{:.0f}%",
      "{:.0f}%, {:.0f}% and {:.0f}% are well formed", *well_formed("scale 1")),
     ("（`--chat_embeddings`）是 {:.0f}%、{:.0f}%、{:.0f}%",
