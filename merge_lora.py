@@ -123,7 +123,13 @@ Reader = Callable[[Bounds], Iterator["Tensor"]]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the docstring as it is written and every option's default."""
+    """Shows the docstring as it is written, every option's default, and --no_X as the opposite."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        name = action.option_strings[0]
+        if name.startswith("--no_"):
+            return f"The opposite of --{name[5:]}."
+        return super()._get_help_string(action)
 
 
 def option(default: Any, text: str) -> Any:

@@ -113,7 +113,13 @@ TRAINER_SETTINGS = re.compile(
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the docstring as it is written and every option's default."""
+    """Shows the docstring as it is written, every option's default, and --no_X as the opposite."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        name = action.option_strings[0]
+        if name.startswith("--no_"):
+            return f"The opposite of --{name[5:]}."
+        return super()._get_help_string(action)
 
 
 def option(default: Any, text: str) -> Any:
@@ -141,7 +147,7 @@ class Settings:
     base_vocab_size: int | None = option(
         None, "First new row; None: as extend_vocab.py wrote it, else 32000.")
     train_norms: bool = option(
-        True, "Train the norms too, which LongLoRA found decisive; --no_train_norms freezes them.")
+        True, "Train the norms too, which LongLoRA found decisive; else they are frozen.")
     learning_rate: float = option(5e-5, "Peak learning rate.")
     embedding_learning_rate: float | None = option(
         None, "Peak rate of the rows of embedding and head; None: learning_rate.")

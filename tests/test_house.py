@@ -1,5 +1,6 @@
 """What holds the four standalone scripts together as one author's work."""
 
+import argparse
 import ast
 import importlib
 import inspect
@@ -119,6 +120,7 @@ def private_names() -> dict[str, list]:
 
     return {
         "_disable_dynamo": [torch],
+        "_get_help_string": [argparse.ArgumentDefaultsHelpFormatter],
         "_internal_call": [Trainer],
         "_load_from_checkpoint": [Trainer],
         "_n_gpu": [TrainingArguments],
@@ -167,6 +169,8 @@ def test_help_teaches_without_loading_torch(script):
     for option in ("--output_dir", "--help"):
         assert option in done.stdout
     assert "(default: " in done.stdout
+    for option in re.findall(r"--no_\w+", done.stdout):
+        assert f"The opposite of --{option[5:]}." in done.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
