@@ -1181,7 +1181,8 @@ class Judge:
         scores["pronouns"] = sum(map(text.count, PRONOUNS)) / han
         scores |= self.usage(text, codes, han)
         # Lists of search words went with the menus. Spam beside an article may be three times it.
-        stuffed = self.usage(page, whole := code_points(page), sum(self.count(whole)[1:5]))["spam"]
+        whole = code_points(page)
+        stuffed = self.spam(self.words.count(page, whole), sum(self.count(whole)[1:5]))
         scores["spam"] = max(scores["spam"], stuffed / 3)
         for rule in SCORES[SCORES.index("pronouns") :]:
             yield rule, scores[rule] > getattr(limits, f"max_{rule}")
@@ -1198,19 +1199,23 @@ class Judge:
         mainland += min(mainland, kinds["topic"]) - kinds["taiwan"]
         hongkong = kinds["hongkong"]
         hongkong += min(hongkong, kinds["hongkong_topic"]) - kinds["taiwan"]
-        times = Counter()
-        for word, number in found.items():
-            times[self.words.kinds[word]] += number
-        report = 2 * times["report"] if 2 * kinds["report"] >= kinds["spam"] else 0
-        spam = times["spam"] - report if kinds["spam"] > 1 else 0
         few = 1000 / min(han, 1000)
         return {
             "mainland": few * mainland if mainland > 1 else 0.0,
             "hongkong": few * hongkong if hongkong > 2 else 0.0,
             "converted": few * kinds["converted"] if kinds["converted"] > 2 else 0.0,
-            "spam": 1000 * max(0, spam) / han,
+            "spam": self.spam(found, han),
             "spun": few * kinds["spun"] if kinds["spun"] > 2 else 0.0,
             "terms": few * kinds["terms"] if kinds["terms"] > 4 else 0.0}
+
+    def spam(self, found: Counter, han: int) -> float:
+        """Return the spam words per 1,000 Han, less those of a report about it."""
+        kinds, times = Counter(map(self.words.kinds.get, found)), Counter()
+        for word, number in found.items():
+            times[self.words.kinds[word]] += number
+        report = 2 * times["report"] if 2 * kinds["report"] >= kinds["spam"] else 0
+        spam = times["spam"] - report if kinds["spam"] > 1 else 0
+        return 1000 * max(0, spam) / han
 
 
 def lead_bytes(text: bytes) -> int:

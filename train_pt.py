@@ -1990,6 +1990,11 @@ def sizes(config: Any, args: Arguments, first_new: int) -> tuple[int, int, int]:
     return L * weights, L * lora, rows[args.train_embeddings]
 
 
+def offloads(args: Arguments) -> bool:
+    """Whether a layer's input waits for its recomputation in the CPU's memory."""
+    return bool(json.loads(args.activation_checkpointing_kwargs or "{}").get("offload"))
+
+
 def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block: int) -> dict:
     """Bytes on the GPU at the peak, derived from the shapes and compared with a trace of every
     allocation (benchmarks/bench_plan.py)."""
@@ -1998,7 +2003,6 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
     weights, lora, rows = sizes(config, args, first_new)
     # fp32 weight and gradient; Adam's two moments, in 8 bits with two fp32 scales for 256 numbers.
     state = 4 + 4 + (2 + 8 / 256 if "8bit" in args.optim else 8)
-    offload = json.loads(args.activation_checkpointing_kwargs or "{}").get("offload")
     # Of each token a layer holds 9 rows of D numbers in 16 bits: what attention reads and writes,
     # the inputs of projections and of the second norm, the gradient. In the MLP six rows of M
     # numbers meet: gate, up, silu(gate), the gradient of their product, the two it splits into.
@@ -2006,7 +2010,7 @@ def memory_items(config: Any, args: Arguments, first_new: int, batch: int, block
     # weight in 16 bits counts.
     liger = args.use_liger_kernel
     mlp = tokens * 6 * M + 2 * D * M if liger else tokens * 12 * M
-    layer, inputs, kept = tokens * 18 * D + mlp, (1 if offload else L) * tokens * D * 2, 0
+    layer, inputs, kept = tokens * 18 * D + mlp, (1 if offloads(args) else L) * tokens * D * 2, 0
     if not args.activation_checkpointing:  # then the norms' fp32 and 16 bits stay too
         kept = tokens * (18 * D + 6 * M + (0 if liger else 8 * D + 2 * M))
         layer, inputs = layer + tokens * (0 if liger else 10 * D), (L - 1) * kept
@@ -2078,8 +2082,7 @@ def print_plan(
         speed = args.gradient_accumulation_steps * batch * block / seconds
         steps = facts.get("steps", max(training.max_steps, 0))
         days = f", {steps * seconds / 86_400:.1f} days for {steps:,} steps" if steps else ""
-        offload = "offload" in (args.activation_checkpointing_kwargs or "")
-        more = "; the copies of offload are not counted" if offload else ""
+        more = "; the copies of offload are not counted" if offloads(args) else ""
         print(f"on one {args.plan_gpu}, predicted, not measured, with liger-kernel: "
               f"{seconds:.1f} s a step, {speed:,.0f} tokens/s{days}{more}")
     size = (args.plan_gpu_gb or CARDS.get(args.plan_gpu, (0,))[0]) * 1e9
