@@ -148,7 +148,7 @@ TIMING = re.compile(r"\d+|(?:\d\d:)+\d\d[,.]\d{3} --> .*")
 FORMULA = re.compile(r"\S [=≈≤≥] \S")
 DATA = re.compile(r"[\d=(){};]")
 HAN, LATIN = re.compile("[\u3400-\u9fff]"), re.compile("[a-z]")
-APART = re.compile("[\u3400-\u9fff] (?=[\u3400-\u9fff])")
+APART = re.compile(" (?<=[\u3400-\u9fff] )(?=[\u3400-\u9fff])")
 SENTENCE = re.compile(  # Chinese punctuation, or ASCII's behind Han
     "[。！？；，,.!?;](?:(?<=[。！？；，])|(?<=[\u3400-\u9fff」）].)(?=\\s|$|[\u3400-\u9fff「]))")
 STOPS = re.compile("[。？！?!]")
@@ -157,7 +157,6 @@ CLOSING = tuple("。！？…」』）；：.!?\"')~～．｡﹒﹖﹗︒︕︖�
 COLONS = (":", "：")
 FENCES = ("```", "~~~")  # around code in Markdown
 CODE = re.compile(r"[{}<>=;$\\|`#]|\w[(\[.:_/]\w|^\s*[\w.-]+$")
-WORD = re.compile(r"[A-Za-z\u00c0-\u024f]+(?:['’-][A-Za-z]+)*|[\u0370-\u1fff]+")
 INVISIBLE = re.compile(  # no line break; colours of a terminal go whole
     "\x1b\\[[\\d;]*m|[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u180e\u200b\u200c\u200e\u200f"
     "\u202a-\u202e\u2060-\u2064\ufeff]")
@@ -671,7 +670,7 @@ def decode_html(body: bytes, content_type: str, judge: "Judge") -> str:
         lost = counts.broken + counts.rare
         if best is None or 4 * lost < best[0]:  # a later guess must be far better
             best = lost, page
-        if lost < 0.005 * len(page) + 0.05 * sum(counts[1:5]) and label in told:
+        if lost < 0.005 * len(page) + 0.05 * han_characters(counts) and label in told:
             break
     return best[1]
 
@@ -934,17 +933,24 @@ def row_pages(path: str, tally: Tally, damage: Callable, judge: "Judge") -> Iter
 
 
 class Scripts(NamedTuple):
-    """How many characters of each script a text has; the four of Han come in one run."""
+    """How many characters of each script a text has; the five of Han come in one run."""
 
     other: int
-    han: int  # in Traditional and Simplified text alike
+    common: int  # in Traditional and Simplified text alike
     traditional: int
     simplified: int
     rare: int
+    cantonese: int
     kana: int
     hangul: int
     letter: int
-    broken: int  # no property here: dill, which takes this to the workers, would lose it
+    broken: int
+    invisible: int  # no property here: dill, which takes this to the workers, would lose it
+
+
+def han_characters(counts: Scripts) -> int:
+    """Return the number of Han characters."""
+    return sum(counts[1:6])
 
 
 def script_table() -> np.ndarray:
@@ -960,6 +966,8 @@ def script_table() -> np.ndarray:
     table[0x3040:0x3100] = Scripts._fields.index("kana")
     table[0xAC00:0xD7A4] = table[0x1100:0x1200] = Scripts._fields.index("hangul")
     table[0xE000:0xF900] = table[0xFFFD] = Scripts._fields.index("broken")
+    invisible = [code for code in range(1 << 16) if INVISIBLE.search(chr(code))]
+    table[[0x1B, *invisible]] = Scripts._fields.index("invisible")
     table[0x3400:0x4E00] = table[0xF900:0xFB00] = Scripts._fields.index("rare")
     table[[code for code in range(0x1100) if chr(code).isalpha()]] = Scripts._fields.index("letter")
     han = [chr(code) for code in range(0x4E00, 0xA000)]
@@ -974,8 +982,9 @@ def script_table() -> np.ndarray:
         elif full != char and not big5:
             script = "simplified"
         else:
-            script = "han" if big5 and big5[0] <= 0xC6 else "rare"
+            script = "common" if big5 and big5[0] <= 0xC6 else "rare"
         table[ord(char)] = Scripts._fields.index(script)
+    table[list(map(ord, listed_words("cantonese")))] = Scripts._fields.index("cantonese")
     return table
 
 
@@ -1045,12 +1054,11 @@ class Words:
     """Finds listed words, the longest first. A table of the hashes of their first two characters
     lets numpy point out the few places that are worth a look."""
 
-    def __init__(self, kinds: dict[str, str]):
-        self.wrong, self.right = converted_words()
-        kinds = dict.fromkeys(self.wrong, "converted") | kinds
-        self.kinds, self.lengths = kinds, {}
+    def __init__(self, kinds: dict[str, str], wrong: dict[str, int], right: set[str]):
+        self.wrong, self.right = wrong, right
+        self.kinds, self.lengths = dict.fromkeys(wrong, "converted") | kinds, {}
         self.starts = np.zeros(1 << 20, bool)
-        for word in sorted(kinds, key=len, reverse=True):
+        for word in sorted(self.kinds, key=len, reverse=True):
             self.lengths.setdefault(word[:2], []).append(len(word))
             self.starts[self.hashes(code_points(word[:2]))] = True
 
@@ -1060,13 +1068,13 @@ class Words:
 
     def count(self, text: str, codes: np.ndarray) -> Counter:
         """Return the listed words in the text and how often each is there."""
-        found, end = Counter(), 0
+        found, end, lengths, kinds = Counter(), 0, self.lengths, self.kinds
         for at in self.starts.take(self.hashes(codes)).nonzero()[0].tolist():
-            if at < end:
+            if at < end or (start := text[at : at + 2]) not in lengths:
                 continue
-            for length in self.lengths.get(text[at : at + 2], ()):
+            for length in lengths[start]:
                 word = text[at : at + length]
-                if word in self.kinds and not self.is_joint(text, at, word):
+                if word in kinds and not self.is_joint(text, at, word):
                     found[word] += 1
                     end = at + length
                     break
@@ -1085,8 +1093,11 @@ class Judge:
     """The rules with their limits and tables. It is pickled for the workers."""
 
     def __init__(self, limits: Arguments):
-        self.limits, self.scripts, self.words = limits, script_table(), Words(word_kinds())
-        self.cantonese = listed_words("cantonese")
+        kinds = word_kinds()
+        self.limits, self.scripts = limits, script_table()
+        self.words = Words(kinds, *converted_words())
+        spam = {word: kind for word, kind in kinds.items() if kind in ("spam", "report")}
+        self.spam_words = Words(spam, {}, set())  # few, and so found in a quarter of the time
 
     def __deepcopy__(self, memo: dict) -> "Judge":
         """datatrove copies a pipeline for every task; nothing changes the tables."""
@@ -1116,7 +1127,7 @@ class Judge:
 
     def refuse_certain(self, counts: Scripts) -> str | None:
         """Return the rule that refuses a page even if only a part of it is the article."""
-        han = sum(counts[1:5])
+        han = han_characters(counts)
         if counts.simplified > 10 * counts.traditional:
             return "simplified"
         if counts.kana + counts.hangul > 2 * han:
@@ -1128,7 +1139,7 @@ class Judge:
     def refuse_scripts(self, counts: Scripts) -> str | None:
         """Return the rule that refuses a page for its scripts."""
         other = counts.kana + counts.hangul
-        if other > self.limits.max_kana_hangul * (sum(counts[1:5]) + other):
+        if other > self.limits.max_kana_hangul * (han_characters(counts) + other):
             return "japanese_korean"
         telling = counts.traditional + counts.simplified
         few = counts.traditional < self.limits.min_traditional * telling
@@ -1142,32 +1153,37 @@ class Judge:
         scores = {}
         if refused:
             return text, scores, refused
-        page = INVISIBLE.sub("", text)
+        counts = self.count(code_points(text))
+        page = INVISIBLE.sub("", text) if counts.invisible else text
         text = clean_lines(page, article)
-        for rule, broken in self.checks(text, page, scores):
+        for rule, broken in self.checks(text, page, han_characters(counts), scores):
             if broken:
                 return text, scores, rule
         return hide_private(text), scores, None
 
-    def checks(self, text: str, page: str, scores: dict) -> Iterator[tuple[str | None, bool]]:
+    def checks(
+        self, text: str, page: str, page_han: int, scores: dict
+    ) -> Iterator[tuple[str | None, bool]]:
         """Yield the rules, cheap ones first, each with whether the text of the page breaks it; fill
         in `scores` on the way."""
         limits, codes = self.limits, code_points(text)
         counts = self.count(codes)
-        han = sum(counts[1:5])
+        han = han_characters(counts)
         lost = text.count("?") > 0.04 * len(text)  # characters that another encoding did not have
         yield "mojibake", lost or counts.broken > max(5, limits.max_broken * len(text))
         scripts = self.refuse_scripts(counts)
         yield scripts, scripts is not None
         yield "length", han < limits.min_length
         prose = "\n".join(filter(is_language, text.split("\n")))
-        words, dense = len(WORD.findall(prose)), code_points(prose)
+        dense = code_points(prose)
+        letters = self.scripts.take(dense, mode="clip") == Scripts._fields.index("letter")
+        words = int(letters[:1].sum() + np.count_nonzero(letters[1:] & ~letters[:-1]))
         dense = dense[dense >= 0x3400]  # code, formulas and tables repeat themselves
         scores["han"] = han / (han + counts.kana + counts.hangul + words)
         scores["traditional"] = counts.traditional / max(1, counts.traditional + counts.simplified)
         yield "han", scores["han"] < limits.min_han
-        spoken = [number for char in self.cantonese if (number := text.count(char))]
-        yield "cantonese", len(spoken) > 2 and sum(spoken) > limits.max_cantonese * han
+        spoken = counts.cantonese > limits.max_cantonese * han
+        yield "cantonese", spoken and len({*text}.intersection(listed_words("cantonese"))) > 2
         yield "mojibake", counts.rare > limits.max_rare * han
         yield "mojibake", len(APART.findall(text)) > limits.max_apart * han
         scores["distinct"] = distinct_share(shingles(dense[:1000], 2))
@@ -1181,8 +1197,7 @@ class Judge:
         scores["pronouns"] = sum(map(text.count, PRONOUNS)) / han
         scores |= self.usage(text, codes, han)
         # Lists of search words went with the menus. Spam beside an article may be three times it.
-        whole = code_points(page)
-        stuffed = self.spam(self.words.count(page, whole), sum(self.count(whole)[1:5]))
+        stuffed = self.spam(self.spam_words.count(page, code_points(page)), page_han)
         scores["spam"] = max(scores["spam"], stuffed / 3)
         for rule in SCORES[SCORES.index("pronouns") :]:
             yield rule, scores[rule] > getattr(limits, f"max_{rule}")
@@ -1391,16 +1406,16 @@ def block_lines(
 def hide_private(text: str) -> str:
     """Put placeholders in the place of e-mail and IP addresses, national ids and phone numbers,
     full-width ones too: they are sought where full-width characters are ASCII."""
-    if not (NUMBER.search(text) or "@" in text or "＠" in text):
-        return text
-    wide = FULL_WIDTH.search(text)
-    plain = text.translate(HALF_WIDTH) if wide else text
-    for pattern, placeholder in PRIVATE:
-        if spans := [match.span() for match in pattern.finditer(plain)]:
-            for start, end in reversed(spans):
-                text = text[:start] + placeholder + text[end:]
-            plain = text.translate(HALF_WIDTH) if wide else text
-    return text
+    lines = text.split("\n")
+    for at, line in enumerate(lines):
+        if not (NUMBER.search(line) or "@" in line or "＠" in line):
+            continue
+        for pattern, placeholder in PRIVATE:
+            plain = line.translate(HALF_WIDTH) if FULL_WIDTH.search(line) else line
+            for match in reversed([*pattern.finditer(plain)]):
+                line = line[: match.start()] + placeholder + line[match.end() :]
+        lines[at] = line
+    return "\n".join(lines)
 
 
 def utf8_bytes(text: str) -> int:
