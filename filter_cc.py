@@ -686,7 +686,8 @@ def big5_extension(error: UnicodeError) -> tuple[str, int]:
 
 READINGS = re.compile(r"(?is)<r[tp]c?\b[^>]*>.*?(?=<r[tpb]c?\b|</r[tp]c?\s*>|</ruby)")
 SILENT, BLOCKS = (frozenset(listed_words(name)) for name in ("html_silent", "html_blocks"))
-GUTTER = re.compile(r"(?i)\b(?:gutter|line-?num(?:ber)?s?|linenos?)\b")  # numbers of lines of code
+# Classes of what a browser does not show as text: numbers of lines of code, names of icons.
+UNREAD = re.compile(r"(?i)\b(?:gutter|line-?num(?:ber)?s?|linenos?|material-(?:icons|symbols))\b")
 BESIDE = re.compile(  # names of elements, classes and ids beside an article
     r"(?i)(?:^|\s)(?:site-|page-)?header\b|"
     rf"(?:^|[\s_-])(?:{listed_pattern('html_beside').pattern})(?:$|[\s_-])")
@@ -748,7 +749,8 @@ def is_index(lines: list[tuple]) -> bool:
     """Whether most of the text stands in a few lines each below headings that link elsewhere."""
     headings = below = under = 0
     for line, owner, linked in lines:
-        if TITLE.match(f"{owner.tag} {owner.get('class', '')}"):
+        parts = [owner, *owner.iterchildren("span"), *owner.iterfind("a/*")]  # of a card too
+        if any(TITLE.match(f"{part.tag} {part.get('class', '')}") for part in parts):
             inner = [*owner.iter("a"), *owner.iterancestors("a")]
             leads = any(ELSEWHERE.fullmatch(link.get("href", "")) for link in inner)
             under = leads and linked > 0.8 * len(line)
@@ -779,7 +781,7 @@ def page_lines(body) -> list[tuple]:
     for event, element in walk:
         tag, text = element.tag, element.text if event == "start" else element.tail
         silent = tag in SILENT and not (tag == "button" and TITLE.match(blocks[-1].tag))
-        if event == "start" and (silent or GUTTER.search(element.get("class", ""))):
+        if event == "start" and (silent or UNREAD.search(element.get("class", ""))):
             walk.skip_subtree()
             continue
         if event == "start":

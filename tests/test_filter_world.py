@@ -451,6 +451,9 @@ PARTS = {  # what stands in an article: its HTML, and what must be read
         "<table><tr><td class=gutter><pre><span class=line>1</span><br>2<br>3</pre></td>"
         "<td class=code><pre>$ npm init<br>$ npm test</pre></td></tr></table>",
         ["。\n$ npm init\n$ npm test\n"]),
+    "icons": (
+        "<p><i class='material-icons tiny'>event</i>二月的第一個週末，我們又回到山上。</p>",
+        ["\n二月的第一個週末"]),
     "a link and its text": (
         "<div><a href=/law/7>第 7 條</a></div><div>前項申請，應於三十日內補正。</div>",
         ["第 7 條\n前項申請"]),
@@ -482,6 +485,7 @@ def test_nothing_of_an_article_is_lost_and_its_furniture_goes(judge, name):
     ("<h2><a href='/{0}'>第{0}篇</a></h2><p>{1}</p>", True),
     ("<a href='/{0}'><h5>第{0}篇</h5><p>{1}</p></a>", True),
     ("<div class='post-title'><a href='https://a.tw/{0}'>第{0}篇</a></div><div>{1}</div>", True),
+    ("<a href='/{0}'><div><span class='card-title'>第{0}篇</span></div></a><div>{1}</div>", True),
     ("<h2><a href='#part-{0}'>第{0}節</a></h2><p>{1}</p>", False),
     ("<h3><a href='javascript:void(0)'>問題{0}</a></h3><p>{1}</p>", False),
     ("<h2>第{0}節</h2><p>{1}</p><p><a href='/{0}'>延伸閱讀：第{0}篇</a></p>", False),
