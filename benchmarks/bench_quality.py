@@ -15,8 +15,9 @@ replay      English mixed into that text: bits per character of Chinese and of E
 rates       Another learning rate for the new rows than for the rest.
 recipes     Other rates for everything, the norms and LoRA's B, rsLoRA, a constant rate; and the
             mean of the last checkpoints' merged weights beside the last checkpoint.
-chosen      As many characters of what filter_cc.py keeps of articles and chapters: the pages most
-            like other articles (--like, --keep_best 0.3), or any pages.
+chosen      As many characters of what filter_cc.py keeps of a crawl: the pages most like articles
+            (--like, --keep_best 0.3), or any pages. Twice: of articles and chapters, and of your
+            own crawl (--pages FILE, anything that filter_cc.py reads).
 cost        Seconds and memory of extend_vocab.py with each start that it has.
 
 Results: benchmarks/results/quality.json, table by table, pictures/readme_init.png and
@@ -64,7 +65,7 @@ STARTS = {
     "shared": ("last", "shared"),
     "distilled": ("distilled", "distilled")}
 REPLAY_START, SHARES, FACTORS = "shared", (0, 0.05, 0.1, 0.25), (0.1, 1, 10)
-CHOSEN_CHARS, KEEP_BEST = 30_000, 0.3
+CHOSEN_CHARS, KEEP_BEST = {"mixture": 30_000, "crawl": 200_000}, 0.3
 AVERAGED = (160, 200, 240)  # the checkpoints whose mean is measured
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
@@ -571,17 +572,21 @@ def recipes() -> list[dict]:
         for seed in SEEDS for name, recipe in RECIPES.items()]
 
 
+def mixture() -> Path:
+    """Write articles of DRCD and half of the novel, none of which the base has seen."""
+    pool = WORK / "pool.jsonl"
+    texts = [text for kind in ("modern", "novel") for text in texts_by_use()["training"][kind]]
+    pool.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return pool
+
+
 @functools.cache
-def filtered(*options: str) -> list[str]:
-    """What filter_cc.py keeps of articles of DRCD and half of the novel, none of which the base has
-    seen. The trusted text is other articles."""
+def filtered(crawl: Path, *options: str) -> list[str]:
+    """What filter_cc.py keeps of a crawl."""
     import pyarrow.parquet as pq
 
-    pool, trusted, output = (WORK / n for n in ("pool.jsonl", "trusted.jsonl", "filtered"))
-    mixture = [text for kind in ("modern", "novel") for text in texts_by_use()["training"][kind]]
-    for path, texts in ((pool, mixture), (trusted, read("drcd_dev.jsonl")[:150])):
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    command = [sys.executable, ROOT / "filter_cc.py", "--input", pool, *options]
+    output = WORK / "filtered"
+    command = [sys.executable, ROOT / "filter_cc.py", "--input", crawl, *options]
     command += ["--output_dir", output, "--picture", WORK / "filter.png"]
     shutil.rmtree(output, ignore_errors=True)
     subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
@@ -590,18 +595,24 @@ def filtered(*options: str) -> list[str]:
     return [text for table in tables for text in table.column("text").to_pylist()]
 
 
-def chosen() -> list[dict]:
-    """The same number of characters of two corpora, trained on as often."""
+def chosen(pages: Path | None) -> list[dict]:
+    """The same number of characters of any pages and of the chosen, trained on as often. The
+    trusted text is articles of DRCD that are neither trained on nor measured."""
     material, rules, rows = extension(), STARTS[REPLAY_START], []
-    like = ("--like", str(WORK / "trusted.jsonl"), "--keep_best", str(KEEP_BEST))
-    for way, options in {"any pages": (), "--like": like}.items():
-        pages = filtered(*options)
-        for seed in SEEDS:
-            texts = tuple(script.sample(pages, CHOSEN_CHARS, seed))
-            rows.append({
-                "pages": way, "seed": seed, "kept": len(pages), "characters": sum(map(len, texts)),
-                "points": run(f"{REPLAY_START}, seed {seed}, {way}", rules, material, seed,
-                              Recipe(texts=texts))})
+    trusted = WORK / "trusted.jsonl"
+    trusted.write_text("".join(
+        json.dumps({"text": text}) + "\n" for text in read("drcd_dev.jsonl")[:150]))
+    like = ("--like", str(trusted), "--keep_best", str(KEEP_BEST))
+    for name, crawl in {"mixture": mixture(), "crawl": pages}.items():
+        for way, options in {"any pages": (), "--like": like}.items() if crawl else ():
+            kept = filtered(crawl, *options)
+            for seed in SEEDS:
+                texts = tuple(script.sample(kept, CHOSEN_CHARS[name], seed))
+                rows.append({
+                    "of": name, "pages": way, "seed": seed, "kept": len(kept),
+                    "characters": sum(map(len, texts)),
+                    "points": run(f"{REPLAY_START}, seed {seed}, {way} of {name}", rules, material,
+                                  seed, Recipe(texts=texts))})
     return rows
 
 
@@ -685,8 +696,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = {
         "starts": starts, "training": training, "replay": replay, "rates": rates,
-        "recipes": recipes, "chosen": chosen, "cost": cost}
+        "recipes": recipes, "chosen": lambda: chosen(args.pages), "cost": cost}
     parser.add_argument("--only", nargs="+", choices=tables, help="these tables")
+    parser.add_argument("--pages", type=Path, help="a crawl for the table `chosen`")
     parser.add_argument("--draw", action="store_true", help="only the picture, from the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
