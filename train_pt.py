@@ -33,6 +33,7 @@ Every option of transformers.TrainingArguments is accepted too; --help_trainer l
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import fcntl
 import hashlib
@@ -2403,6 +2404,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer = build_trainer(training, model, blocks, held_out, report)
         trainer.signals = run.enter_context(collect_signals())
         trainer.train(checkpoint)
+        # Else one of several processes may abort as it exits, when threads of torch still run.
+        atexit.register(training.distributed_state.destroy_process_group)
         if trainer.stopping():
             report.stopped(trainer)
             raise SystemExit(128 + (trainer.signals or STOPPING)[0])
