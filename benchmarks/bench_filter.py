@@ -11,6 +11,7 @@ warc     The first pass on a WARC of HTML, 1% of its pages good, against datatro
 workers  Two workers against one, on twelve such files.
 memory   Peak memory of a worker, input tenfold.
 dedup    Time and peak memory for 100,000 and 400,000 generated pages; recall by Jaccard similarity.
+like     Seconds that --like takes for each GB of the corpus.
 disk     Bytes of the corpus, and of its folder at its largest, over those of the kept text.
 
 All figures of a table come from one run, side by side; ratios are what to read. The WET is mixed
@@ -228,7 +229,8 @@ def workers(rounds: int) -> dict:
         for count, taken in times.items():
             taken.append(seconds(first_pass(f"workers_{count}", files, count).run))
     best = {count: round(min(taken), 2) for count, taken in times.items()}
-    return {"files": len(files), "each": size, "seconds": best, "ratio": round(best[1] / best[2], 2)}
+    ratio = round(best[1] / best[2], 2)
+    return {"files": len(files), "each": size, "seconds": best, "ratio": ratio}
 
 
 def memory(rounds: int) -> dict:
@@ -329,6 +331,18 @@ def dedup_recall() -> dict:
     return rows | {"0.8 and over": {"pairs": len(hits), "found": round(sum(hits) / len(hits), 4)}}
 
 
+@one_core()
+def like(rounds: int) -> dict:
+    """The scores of 40,000 generated pages; the trusted text has 400,000 characters."""
+    texts, folder, trusted = random_texts(40_000, 400, SEED), WORK / "like", WORK / "trusted.txt"
+    names = write_kept(folder, texts, 1)
+    trusted.write_text("\n".join(random_texts(1_000, 400, 1)), encoding="utf-8")
+    paths = [folder / "kept" / name for name in names]
+    taken = min(seconds(lambda: script.like_scores(str(trusted), paths)) for _ in range(rounds))
+    size = sum(map(script.utf8_bytes, texts))
+    return {"bytes": size, "seconds": round(taken, 2), "seconds per GB": round(taken / size * 1e9)}
+
+
 def disk(rounds: int) -> dict:
     """Result and largest size of the output folder of a whole run, over the kept text. The pages
     are the good ones of the labelled file, their sentences drawn anew from all of them."""
@@ -409,7 +423,7 @@ def draw(table: dict) -> None:
 
 TABLES = {
     "speed": speed, "warc": warc, "workers": workers, "memory": memory, "dedup": dedup,
-    "disk": disk}
+    "like": like, "disk": disk}
 
 
 def main() -> None:

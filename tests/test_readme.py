@@ -486,6 +486,8 @@ FIGURES: list[tuple] = [
      f"{DEDUP} > 100000 > seconds", f"{DEDUP} > 400000 > seconds", f"{DEDUP} > 400000 > peak_mb"),
     ("近似重複找到 {:.1f}%", "finds {:.1f}% of near duplicates", lambda results:
      100 * results["filter"]["dedup"]["recall"]["0.8 and over"]["found"]),
+    ("每 GB 的成品多 {:.0f} 秒", "{:.0f} seconds more for each GB of the result",
+     "filter > like > seconds per GB"),
     ("成品是文字量的 {:.2f} 倍，過程中最多 {:.1f} 倍",
      "takes {:.2f} times the size of its text, at most {:.1f} times", *DISK),
     # vocabulary
