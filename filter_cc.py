@@ -80,8 +80,8 @@ GZIP = b"\x1f\x8b"
 MEMBER = re.compile(rb"(?s)\x1f\x8b\x08[\0-\x1f].{4}[\0-\4]")  # the header of a gzip member
 HAN_LEADS = bytes(range(0xE4, 0xEA))  # they begin nearly every Han character in UTF-8
 SCORES = (
-    "han", "traditional", "repeated", "distinct", "top", "closing", "pronouns", "mainland",
-    "hongkong", "converted", "spam", "spun", "terms")
+    "han", "traditional", "repeated", "distinct", "top", "closing", "digits", "pronouns",
+    "mainland", "hongkong", "converted", "spam", "spun", "terms")
 HERE_ONLY = ("input", "crawl", "limit_files", "workers", "executor", "partition", "time", "picture")
 RANGES = {  # of numbers that are no share, no limit per 1,000 Han and no plain count
     "max_mainland": (-1000, math.inf), "max_hongkong": (-1000, math.inf), "keep_best": (0.001, 1),
@@ -99,6 +99,7 @@ RULES = {
     "length": "too little prose is left",
     "repetition": "it repeats itself",
     "punctuation": "hardly a line ends like a sentence",
+    "digits": "figures, as in price lists and in reports by template",
     "pronouns": "pronouns as in a translation by machine",
     "cantonese": "written Cantonese",
     "mainland": "mainland wording in Traditional glyphs",
@@ -137,16 +138,17 @@ def listed_pattern(name: str) -> re.Pattern:
 
 
 # What marks a line as furniture, as one about the page, as a heading, or as an item of an article.
-FURNITURE, NOTICE, PROMPT, ABOUT, RELATED, COMMENTS, CONTACT, NUMBERED, ITEM, EXCERPT = map(
-    listed_pattern, (
-        "furniture", "notice", "prompt", "about", "related", "comments", "contact", "numbered",
-        "item", "excerpt"))
+FURNITURE, NOTICE, PROMPT, PAYWALL, ABOUT, RELATED, COMMENTS, CONTACT, NUMBERED, ITEM, EXCERPT = (
+    map(listed_pattern, (
+        "furniture", "notice", "prompt", "paywall", "about", "related", "comments", "contact",
+        "numbered", "item", "excerpt")))
 CONTACT_LINE = re.compile(rf"\S{{0,2}}(?:{CONTACT.pattern})\s.{{0,12}}\d")
 CONTACT = re.compile(rf"(?:{CONTACT.pattern})\s*[:：]")
 # Of subtitles, formulas, data and code.
 TIMING = re.compile(r"\d+|(?:\d\d:)+\d\d[,.]\d{3} --> .*")
 FORMULA = re.compile(r"\S [=≈≤≥] \S")
 DATA = re.compile(r"[\d=(){};]")
+DIGIT = re.compile(r"\d(?!\d?:\d\d)(?<!:\d)(?<!:\d\d)")  # but of times of day
 HAN, LATIN = re.compile("[\u3400-\u9fff]"), re.compile("[a-z]")
 APART = re.compile(" (?<=[\u3400-\u9fff] )(?=[\u3400-\u9fff])")
 SENTENCE = re.compile(  # Chinese punctuation, or ASCII's behind Han
@@ -243,6 +245,7 @@ class Arguments:
     max_spam: float = option(6.0, "Most spam words per 1,000 Han, of two different at least.")
     max_spun: float = option(6.0, "Most words of spinners and content farms per 1,000 Han.")
     max_terms: float = option(8.0, "Most words of terms of service per 1,000 Han.")
+    max_digits: float = option(0.2, "Largest share of digits, times of day aside.")
     max_pronouns: float = option(
         0.03, "Largest share of 它, 你的, 他們的 and 一個, frequent in translations by machine.")
     like: str | None = option(
@@ -1196,6 +1199,9 @@ class Judge:
         yield "repetition", scores["top"] > limits.max_top
         scores["closing"] = closing_share(prose)
         yield "punctuation", scores["closing"] < limits.min_closing
+        chinese = "\n".join(filter(HAN.search, prose.split("\n")))
+        scores["digits"] = len(DIGIT.findall(chinese)) / max(1, len(chinese))
+        yield "digits", scores["digits"] > limits.max_digits
         scores["pronouns"] = sum(map(text.count, PRONOUNS)) / han
         scores |= self.usage(text, codes, han)
         # Lists of search words went with the menus. Spam beside an article may be three times it.
@@ -1230,7 +1236,7 @@ class Judge:
         kinds, times = Counter(map(self.words.kinds.get, found)), Counter()
         for word, number in found.items():
             times[self.words.kinds[word]] += number
-        report = 2 * times["report"] if 2 * kinds["report"] >= kinds["spam"] else 0
+        report = 2 * times["report"] if kinds["report"] >= kinds["spam"] else 0
         spam = times["spam"] - report if kinds["spam"] > 1 else 0
         return 1000 * max(0, spam) / han
 
@@ -1291,6 +1297,8 @@ def drop_links(lines: list[str], kinds: list[str]) -> None:
             links = comments = False
         elif not prose and read >= 100 and COMMENTS.fullmatch(line.lower()):
             comments = True
+        elif kinds[at] == "furniture" and PAYWALL.search(line.lower()):
+            comments = True  # what follows are offers
         elif not prose and len(line) < 20 and RELATED.search(line.lower()):
             links, kinds[at] = True, "furniture"
         elif comments or (links and (prose or kinds[at + 1 : at + 2] != ["prose"])):
@@ -1318,7 +1326,8 @@ def line_kind(line: str) -> str:
     """Return "prose" for a line that holds a sentence, "furniture", "table" for what looks like
     furniture but may be data or code, or "short" for what may be a heading, a verse or a menu: its
     neighbours tell."""
-    sentence = SENTENCE.search(line) or (len(line) > 60 and line.endswith(CLOSING))
+    sentence = SENTENCE.search(line) or (
+        len(line) > 60 and line.endswith(CLOSING) and (has_grammar(line) or not HAN.search(line)))
     if sentence and len(line) > 300:
         return "prose"
     low = line.lower()
@@ -1337,6 +1346,7 @@ def line_kind(line: str) -> str:
         or contacts > 1 or (contacts and len(line) < 60)
         or (len(line) < 160 and NOTICE.search(low) and is_notice(low))
         or (len(line) < 45 and not line.endswith("。") and PROMPT.search(low))
+        or (len(line) < 60 and PAYWALL.search(low))
         or (len(line) < 11 and line[-1] == "*") or line.startswith("^ ")):
         return "furniture"
     about = len(line) < 60 and ABOUT.match(line) and not ENDED.search(line)

@@ -2404,8 +2404,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer = build_trainer(training, model, blocks, held_out, report)
         trainer.signals = run.enter_context(collect_signals())
         trainer.train(checkpoint)
-        # Else one of several processes may abort as it exits, when threads of torch still run.
-        atexit.register(training.distributed_state.destroy_process_group)
+        atexit.register(training.distributed_state.destroy_process_group)  # an exit may abort else
         if trainer.stopping():
             report.stopped(trainer)
             raise SystemExit(128 + (trainer.signals or STOPPING)[0])

@@ -103,6 +103,37 @@ VERSES = "\n".join(  # with a full stop after every second line, and long enough
     for number, line in enumerate(POEM.split("\n") + POEM[::-1].split("\n")))
 GOOD = {
     "letter": LETTER, "recipe": RECIPE, "notice": NOTICE, "verses": VERSES, "forum": FORUM}
+# A report by template: figures where prose has words.
+STOCKS = (
+    "乙電子（9901）今日收在 47.85 元，較前一個交易日下跌 0.65 元，跌幅 1.34%，成交量 1,842 張。"
+    "開盤 48.50 元，最高 48.90 元，最低 47.60 元，振幅 2.68%。\n"
+    "近 5 日下跌 3.92%，近 20 日上漲 1.16%，近 60 日下跌 7.43%，大盤同期是 1.20%、2.35%、5.81%。\n"
+    "外資賣超 132 張，投信買超 20 張，自營商買超 7 張，合計賣超 105 張，累計 418 張與 21 張。\n"
+    "融資增加 46 張，餘額 3,508 張；融券減少 2 張，餘額 11 張，券資比 0.31%。\n"
+    "技術面在 5 日線之下、20 日線之上，K 值 41.22，D 值 48.06，RSI 是 43.87，MACD 是 -0.12。\n"
+    "三月合併營收 2.13 億元，月增 11.52%，年減 4.08%；每股盈餘 0.42 元，本益比 24.66 倍，"
+    "股價淨值比 1.57 倍，殖利率 2.93%，去年配息 1.40 元，配股 0.25 元，填息花了 38 天。\n"
+    "同業之中，丙光電收在 112.50 元，上漲 2.74%；丁材料收在 33.15 元，下跌 0.75%。\n"
+    "董監持股 18.36%，質押 4.20%；外資持股 7.71%，千張大戶 52.08%，股東人數 13,406 人。\n"
+    "毛利率 28.4%，營業利益率 9.7%，稅後淨利率 8.1%，負債比 41.6%，流動比率 183.2%。\n")
+TAGS = "\n".join(
+    " ".join(f"{place}{thing} ({13 * len(place) + 7 * at})" for at, thing in enumerate(
+        ("美食", "住宿", "親子景點", "民宿推薦", "早午餐", "伴手禮", "租車", "露營", "一日遊")))
+    for place in ("台北", "新竹", "台中", "嘉義", "台南", "高雄", "花蓮", "台東", "宜蘭", "澎湖"))
+OFFERS = "\n".join(
+    f"【{name}方案】每{unit} NT${price}，隨時可以取消，再送限量的保溫杯" for name, unit, price in (
+        ("月讀", "月", 149), ("年訂", "年", 1390), ("學生", "月", 79), ("家庭", "年", 2680),
+        ("團體", "年", 9800), ("單篇", "篇", 20), ("試讀", "週", 1), ("紙本", "月", 220)))
+# An advertisement in the words of medicine.
+PILLS = (
+    "男人過了四十歲，體力一天不如一天，心裡的苦只有自己知道。根據統計，有超過兩百萬名男性受到困擾，願意看醫生的"
+    "不到一成。日本藤素採用天然植物，沒有副作用，不傷腎。一天兩粒，連續服用三個療程就能重振雄風，停藥永不反彈。"
+    "跟必利勁、犀利士、威而鋼比較，它不會頭痛，高血壓患者也可以安心服用。\n"
+    "我今年五十二歲，吃了半個月，老婆說我像變了一個人。一開始不相信，朋友送我一盒試吃，現在回購第四盒了。"
+    "包裝很隱密，超商取貨，店員不會知道是什麼。\n"
+    "市面上仿冒品很多，請認明官網，刮開防偽標籤輸入號碼即可查詢。貨到付款，隱密包裝，不顯示品名。"
+    "美國黑金、印度神油、催情水也有現貨，買二送一，歡迎詢問。")
+
 HEADLINES = (
     "信義區公所辦理防災演練，里民踴躍參加\n前鎮漁港拍賣場改建，明年三月啟用\n屯區農會推廣蔬果品牌，銷售創新高\n"
     "吉安圖書館親子說故事，週末開放報名\n潮州民俗文化祭登場，陣頭遊街三公里\n竹塹玻璃工藝展，百件作品免費看\n"
@@ -264,6 +295,10 @@ def test_no_sentence_of_a_good_page_is_lost(judge, name):
         ("mojibake", "".join(c + "龘" * (i % 6 == 0) for i, c in enumerate(LETTER))),
         ("mojibake", re.sub("(?<=[\u4e00-\u9fff]{2})(?=[\u4e00-\u9fff])", " ", LETTER)),
         ("punctuation", HEADLINES),
+        ("digits", STOCKS),
+        ("length", TAGS),
+        ("length", LETTER[:150] + "\n本文為訂閱會員專屬內容，尚餘 92% 未讀\n" + OFFERS),
+        ("spam", PILLS),
         ("han", LETTER + " english words that say nothing at all" * 80 + "。")])
 def test_each_rule_refuses_its_page(judge, expected, text):
     assert rule(judge, text) == expected
