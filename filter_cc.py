@@ -1477,7 +1477,7 @@ def is_closed(line: str) -> bool:
     if len(line) > 15 and EXCERPT.search(line[-60:].lower()):
         return False
     ended = line.endswith(CLOSING) or ENDED.search(line)
-    return bool(ended) or ("，" in line and has_grammar(line))
+    return bool(ended) or (("，" in line or "," in line) and has_grammar(line))
 
 
 def is_verse(lines: list[str]) -> bool:

@@ -245,8 +245,8 @@ ACCEPTED = {
         "max_spun": ["zero", "huge"], "max_terms": ["zero", "huge"]} | {
         share: ["zero"] for share in (
             "min_han", "max_kana_hangul", "min_traditional", "max_broken", "max_rare", "max_apart",
-            "max_cantonese", "max_top", "max_pronouns", "max_repeated", "min_distinct",
-            "min_closing")},
+            "max_cantonese", "max_top", "max_digits", "max_pronouns", "max_repeated",
+            "min_distinct", "min_closing")},
     E: {"max_chars": ["huge"], "seed": ["zero"]},
     T: {"eval_fraction": ["zero"], "lora_dropout": ["zero"], "seed": ["zero"],
         "learning_rate": ["zero"], "embedding_learning_rate": ["zero"],

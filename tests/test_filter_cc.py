@@ -304,8 +304,10 @@ def test_each_rule_refuses_its_page(judge, expected, text):
     assert rule(judge, text) == expected
 
 
-def test_lines_of_one_width_as_in_mail_are_no_list(judge):
-    wrapped = "\n".join(textwrap.wrap(LETTER.replace("\n", ""), 35))
+@pytest.mark.parametrize("comma", ["，", ","])
+def test_lines_of_one_width_as_in_mail_are_no_list(judge, comma):
+    lines = textwrap.wrap(LETTER.replace("\n", "").replace("。", "，"), 35)
+    wrapped = "\n".join(line.rstrip("，") for line in lines).replace("，", comma)
     assert rule(judge, wrapped) is None
 
 
