@@ -1100,6 +1100,7 @@ class Judge:
     def __init__(self, limits: Arguments):
         kinds = word_kinds()
         self.limits, self.scripts = limits, script_table()
+        self.cantonese = set(listed_words("cantonese"))
         self.words = Words(kinds, *converted_words())
         spam = {word: kind for word, kind in kinds.items() if kind in ("spam", "report")}
         self.spam_words = Words(spam, {}, set())  # few, and so found in a quarter of the time
@@ -1188,7 +1189,7 @@ class Judge:
         scores["traditional"] = counts.traditional / max(1, counts.traditional + counts.simplified)
         yield "han", scores["han"] < limits.min_han
         spoken = counts.cantonese > limits.max_cantonese * han
-        yield "cantonese", spoken and len({*text}.intersection(listed_words("cantonese"))) > 2
+        yield "cantonese", spoken and len(self.cantonese.intersection(text)) > 2
         yield "mojibake", counts.rare > limits.max_rare * han
         yield "mojibake", len(APART.findall(text)) > limits.max_apart * han
         scores["distinct"] = distinct_share(shingles(dense[:1000], 2))

@@ -756,6 +756,17 @@ def test_the_columns_are_text_id_url_date_and_scores(undisturbed):
     assert metadata.row_group(0).column(0).compression == "ZSTD"
 
 
+def test_workers_carry_the_word_lists_with_them(run_script, tmp_path):
+    bad = {"cantonese": CANTONESE, "hongkong": HONG_KONG, "mainland": MAINLAND, "spam": SPAM}
+    for name in ("a", "b"):
+        lines = [json.dumps({"text": text}) + "\n" for text in (LETTER, *bad.values())]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    run(run_script, tmp_path, "--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl",
+        "--workers", 2, cwd=tmp_path)
+    stats = json.loads((tmp_path / "out" / "stats.json").read_text())
+    assert {rule: stats["account"]["refused"][rule] for rule in bad} == dict.fromkeys(bad, 2)
+
+
 def test_stats_card_picture_and_run_say_what_happened(undisturbed):
     stats = json.loads((undisturbed / "out" / "stats.json").read_text())
     left = {rule: counts["pages"] for rule, counts in stats["left_after"].items()}
