@@ -1095,7 +1095,7 @@ class Words:
 
 
 class Judge:
-    """The rules with their limits and tables. It is pickled for the workers."""
+    """The rules with their limits and tables."""
 
     def __init__(self, limits: Arguments):
         kinds = word_kinds()
@@ -1104,10 +1104,6 @@ class Judge:
         self.words = Words(kinds, *converted_words())
         spam = {word: kind for word, kind in kinds.items() if kind in ("spam", "report")}
         self.spam_words = Words(spam, {}, set())  # few, and so found in a quarter of the time
-
-    def __deepcopy__(self, memo: dict) -> "Judge":
-        """datatrove copies a pipeline for every task; nothing changes the tables."""
-        return self
 
     def count(self, codes: np.ndarray) -> Scripts:
         """Count characters by script."""
@@ -1586,14 +1582,15 @@ def file_pages(path: str, tally: Tally, judge: Judge) -> Iterator[dict]:
 
 
 def judged_pages(
-    listing: Path, tallies: str, judge: Judge, rejected: Any, data: None, rank: int, world_size: int
+    listing: Path, tallies: str, judge: "Pickled", rejected: Any, data: None, rank: int,
+    world_size: int
 ) -> Iterator:
     """Read the listed files, count what they hold, and yield the pages that no rule refuses, clean
     and with their scores; `rejected` gets the others."""
     from datatrove.data import Document
     from datatrove.utils.batching import batched
 
-    tally = Tally(tallies.format(rank))
+    tally, judge = Tally(tallies.format(rank)), judge.load()
     with rejected or nullcontext():
         for path in listing.read_text(encoding="utf-8").split("\n")[rank::world_size]:
             for batch in batched(file_pages(path, tally, judge), 100):  # the tables stay in cache
@@ -1682,6 +1679,22 @@ def signatures_step(folder: str, config: Any) -> Any:
     return CharacterSignatures()
 
 
+class Pickled:
+    """An object that was pickled once: datatrove pickles the steps anew for every task, and the
+    tables of the judge take 0.2 s."""
+
+    def __init__(self, value: Any):
+        import dill
+
+        self.bytes = dill.dumps(value, recurse=True)
+
+    def load(self) -> Any:
+        """Return the object anew."""
+        import dill
+
+        return dill.loads(self.bytes)
+
+
 class TaskLock:
     """First step of every pipeline: wait until the same task of a killed run has ended."""
 
@@ -1728,7 +1741,7 @@ def judging(args: Arguments, work: Path, turn: int, files: list[str]) -> tuple:
     """Return the stage that reads the files of a turn and keeps the good pages."""
     listing = work / f"inputs_{turn:02d}.txt"
     write_whole(listing, "\n".join(files))
-    judge = Judge(args)
+    judge = Pickled(Judge(args))
     rejected = reject_writer(args, "${filter_reason}/" + f"{turn:02d}_${{rank}}.jsonl")
     tallies = f"{work}/tally/{turn:02d}_{{:05d}}.json"
     steps = [
