@@ -103,7 +103,7 @@ RULES = {
     "pronouns": "pronouns as in a translation by machine",
     "cantonese": "written Cantonese",
     "mainland": "mainland wording in Traditional glyphs",
-    "hongkong": "Hong Kong wording",
+    "hongkong": "wording of Hong Kong, Malaysia or Singapore",
     "converted": "characters that a conversion from Simplified took for others",
     "spam": "gambling, loan, adult and drug vocabulary",
     "spun": "words of article spinners, formulas of content farms",
