@@ -1324,7 +1324,7 @@ def line_kind(line: str) -> str:
     furniture but may be data or code, or "short" for what may be a heading, a verse or a menu: its
     neighbours tell."""
     sentence = SENTENCE.search(line) or (
-        len(line) > 60 and line.endswith(CLOSING) and (has_grammar(line) or not HAN.search(line)))
+        len(line) > 60 and line.endswith(CLOSING) and not (HAN.search(line) and is_table(line)))
     if sentence and len(line) > 300:
         return "prose"
     low = line.lower()
@@ -1355,13 +1355,17 @@ def line_kind(line: str) -> str:
         return "furniture" if card > 1 else "prose"
     if ITEM.match(line) and not menu and HAN.search(line):
         return "prose"  # of a list in an article, as trafilatura and Markdown mark it, or of a test
-    items = SEPARATORS.split(line)
-    if hide_private(line) != line or (menu and len(items) > 1):
+    if hide_private(line) != line or (menu and SEPARATORS.search(line)):
         return "furniture"
     if heading or FORMULA.search(line):
         return "short"
-    table = len(items) > 2 and len(line) < 7 * len(items)
-    return "table" if table or foreign else "short"
+    return "table" if foreign or is_table(line) else "short"
+
+
+def is_table(line: str) -> bool:
+    """Whether a line is a row of short items."""
+    items = SEPARATORS.split(line)
+    return len(items) > 2 and len(line) < 7 * len(items)
 
 
 def is_notice(line: str) -> bool:
