@@ -164,8 +164,8 @@ INVISIBLE = re.compile(  # no line break; colours of a terminal go whole
     "\u202a-\u202e\u2060-\u2064\ufeff]")
 PARAGRAPH = tuple("。；：，」』）.\"')~～")  # the ends of these; a title may end in ？ or ！
 SEPARATORS = re.compile(r"[\s|｜│>»›＞/／·•．‧★◆■]+")
-FUNCTION_WORDS, PRONOUNS, UNCONVERTED, VARIANTS = map(
-    listed_words, ("function_words", "pronouns", "unconverted", "variants"))
+FUNCTION_WORDS, PRONOUNS, UNCONVERTED, VARIANTS, CANTONESE = map(
+    listed_words, ("function_words", "pronouns", "unconverted", "variants", "cantonese"))
 CURLY = re.compile("“[\u4e00-\u9fff]")  # Taiwan quotes with 「」; conversion leaves quotes alone
 # Personal data. Digits and letters around them must have ended; that is asked after the first
 # character, because a pattern that begins with a set of characters is found much faster.
@@ -971,8 +971,8 @@ def script_table() -> np.ndarray:
     table[0x3040:0x3100] = Scripts._fields.index("kana")
     table[0xAC00:0xD7A4] = table[0x1100:0x1200] = Scripts._fields.index("hangul")
     table[0xE000:0xF900] = table[0xFFFD] = Scripts._fields.index("broken")
-    invisible = [code for code in range(1 << 16) if INVISIBLE.search(chr(code))]
-    table[[0x1B, *invisible]] = Scripts._fields.index("invisible")
+    invisible = [code for code in range(1 << 16) if INVISIBLE.match(chr(code))]
+    table[invisible] = Scripts._fields.index("invisible")
     table[0x3400:0x4E00] = table[0xF900:0xFB00] = Scripts._fields.index("rare")
     table[[code for code in range(0x1100) if chr(code).isalpha()]] = Scripts._fields.index("letter")
     han = [chr(code) for code in range(0x4E00, 0xA000)]
@@ -989,7 +989,7 @@ def script_table() -> np.ndarray:
         else:
             script = "common" if big5 and big5[0] <= 0xC6 else "rare"
         table[ord(char)] = Scripts._fields.index(script)
-    table[list(map(ord, listed_words("cantonese")))] = Scripts._fields.index("cantonese")
+    table[list(map(ord, CANTONESE))] = Scripts._fields.index("cantonese")
     return table
 
 
@@ -1073,13 +1073,13 @@ class Words:
 
     def count(self, text: str, codes: np.ndarray) -> Counter:
         """Return the listed words in the text and how often each is there."""
-        found, end, lengths, kinds = Counter(), 0, self.lengths, self.kinds
+        found, end = Counter(), 0
         for at in self.starts.take(self.hashes(codes)).nonzero()[0].tolist():
-            if at < end or (start := text[at : at + 2]) not in lengths:
+            if at < end:
                 continue
-            for length in lengths[start]:
+            for length in self.lengths.get(text[at : at + 2], ()):
                 word = text[at : at + length]
-                if word in kinds and not self.is_joint(text, at, word):
+                if word in self.kinds and not self.is_joint(text, at, word):
                     found[word] += 1
                     end = at + length
                     break
@@ -1100,7 +1100,6 @@ class Judge:
     def __init__(self, limits: Arguments):
         kinds = word_kinds()
         self.limits, self.scripts = limits, script_table()
-        self.cantonese = set(listed_words("cantonese"))
         self.words = Words(kinds, *converted_words())
         spam = {word: kind for word, kind in kinds.items() if kind in ("spam", "report")}
         self.spam_words = Words(spam, {}, set())  # few, and so found in a quarter of the time
@@ -1185,7 +1184,7 @@ class Judge:
         scores["traditional"] = counts.traditional / max(1, counts.traditional + counts.simplified)
         yield "han", scores["han"] < limits.min_han
         spoken = counts.cantonese > limits.max_cantonese * han
-        yield "cantonese", spoken and len(self.cantonese.intersection(text)) > 2
+        yield "cantonese", spoken and len(set(CANTONESE).intersection(text)) > 2
         yield "mojibake", counts.rare > limits.max_rare * han
         yield "mojibake", len(APART.findall(text)) > limits.max_apart * han
         scores["distinct"] = distinct_share(shingles(dense[:1000], 2))

@@ -572,12 +572,11 @@ def recipes() -> list[dict]:
         for seed in SEEDS for name, recipe in RECIPES.items()]
 
 
-def mixture() -> Path:
-    """Write articles of DRCD and half of the novel, none of which the base has seen."""
-    pool = WORK / "pool.jsonl"
-    texts = [text for kind in ("modern", "novel") for text in texts_by_use()["training"][kind]]
-    pool.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return pool
+def written(name: str, texts: list[str]) -> Path:
+    """Write texts as JSON lines and return the file."""
+    path = WORK / name
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
 
 
 @functools.cache
@@ -597,14 +596,17 @@ def filtered(crawl: Path, *options: str) -> list[str]:
 
 def chosen(pages: Path | None) -> list[dict]:
     """The same number of characters of any pages and of the chosen, trained on as often. The
-    trusted text is articles of DRCD that are neither trained on nor measured."""
+    mixture is articles of DRCD and half of the novel, none of which the base has seen; the trusted
+    text is articles of DRCD that are neither trained on nor measured."""
     material, rules, rows = extension(), STARTS[REPLAY_START], []
-    trusted = WORK / "trusted.jsonl"
-    trusted.write_text("".join(
-        json.dumps({"text": text}) + "\n" for text in read("drcd_dev.jsonl")[:150]))
+    unseen = texts_by_use()["training"]
+    crawls = {"mixture": written("pool.jsonl", unseen["modern"] + unseen["novel"])}
+    if pages:
+        crawls["crawl"] = pages
+    trusted = written("trusted.jsonl", read("drcd_dev.jsonl")[:150])
     like = ("--like", str(trusted), "--keep_best", str(KEEP_BEST))
-    for name, crawl in {"mixture": mixture(), "crawl": pages}.items():
-        for way, options in {"any pages": (), "--like": like}.items() if crawl else ():
+    for name, crawl in crawls.items():
+        for way, options in {"any pages": (), "--like": like}.items():
             kept = filtered(crawl, *options)
             for seed in SEEDS:
                 texts = tuple(script.sample(kept, CHOSEN_CHARS[name], seed))
